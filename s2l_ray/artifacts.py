@@ -1,0 +1,447 @@
+"""Stages meet through artifacts: a directory with a manifest that says what it holds and from what it was made.
+
+A directory is *finished* when it has `manifest.json`, written last and atomically; until then it is a *draft* whose
+`building.json` names the recipe it is being built for, so that only parts of the same recipe are ever continued. A
+finished directory is never written again. Everything works on local paths and on object storage: a file appears whole
+or not at all.
+
+Terms: a *fingerprint* identifies the result that a stage would have (its recipe and its inputs); an *identity* is what
+later stages count as their input: the fingerprint, or for trained things the hash of the files, since training on
+another number of workers gives other weights.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from s2l_ray.errors import ArtifactError, ConfigError
+
+SCHEMA = "s2l_ray/1"
+MANIFEST = "manifest.json"
+BUILDING = "building.json"
+WORK = ".work"
+# Stages whose bytes depend on more than their recipe: later stages count the files and not the fingerprint.
+TRAINED_STAGES = frozenset({"proxy", "trajectories", "target"})
+# Libraries that decide a result or its bytes.
+RECORDED_LIBRARIES = ("ray", "torch", "transformers", "deepspeed", "faiss-cpu", "faiss-gpu", "numpy", "pyarrow")
+
+
+def digest(value: Any, num_bytes: int = 8) -> str:
+    """Hash of a JSON value, the same for the same value whatever the order of its keys."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.blake2b(text.encode(), digest_size=num_bytes).hexdigest()
+
+
+@functools.lru_cache(maxsize=64)
+def _filesystem(uri: str) -> tuple[fs.FileSystem, str]:
+    """The filesystem behind a path or URI, and the path on it."""
+    if "://" not in uri:
+        return fs.LocalFileSystem(), os.path.abspath(uri)
+    try:
+        return fs.FileSystem.from_uri(uri)  # type: ignore[no-any-return]
+    except (pa.ArrowInvalid, OSError, ValueError) as error:
+        raise ConfigError(f"{uri}: not a place that can be opened ({error}). Give a local path, s3:// or gs://.") from error
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A directory, local or in object storage, named by its path or URI. Cheap to copy and to send to a worker."""
+
+    uri: str
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the directory is on a filesystem with paths (a local or shared one)."""
+        return "://" not in self.uri or self.uri.startswith("file://")
+
+    @property
+    def filesystem(self) -> fs.FileSystem:
+        return _filesystem(self.uri)[0]
+
+    def path(self, name: str = "") -> str:
+        """The path of a file in this directory, as `filesystem` wants it."""
+        base = _filesystem(self.uri)[1].rstrip("/")
+        return f"{base}/{name}" if name else base
+
+    def child(self, name: str) -> Storage:
+        """A directory inside this one."""
+        return Storage(f"{self.uri.rstrip('/')}/{name}")
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file, None if there is no such file."""
+        info = self.filesystem.get_file_info(self.path(name))
+        return info.size if info.type == fs.FileType.File else None
+
+    def exists(self, name: str = "") -> bool:
+        """Whether there is such a file or directory."""
+        return bool(self.filesystem.get_file_info(self.path(name)).type != fs.FileType.NotFound)
+
+    def names(self, directory: str = "", recursive: bool = False) -> list[str]:
+        """Names of the files below a directory, relative to it, sorted; empty if there is no directory."""
+        selector = fs.FileSelector(self.path(directory), recursive=recursive, allow_not_found=True)
+        prefix = len(self.path(directory)) + 1
+        return sorted(i.path[prefix:] for i in self.filesystem.get_file_info(selector) if i.type == fs.FileType.File)
+
+    def read(self, name: str) -> bytes:
+        """All bytes of a file. Raises FileNotFoundError."""
+        with self.filesystem.open_input_stream(self.path(name), compression=None) as stream:
+            return bytes(stream.read())
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file that appears whole or not at all.
+
+        Locally: written beside, flushed to disk, renamed. On object storage the bytes are complete before the upload
+        starts, since pyarrow publishes a truncated object when a writer raises half-way (apache/arrow#40502).
+        """
+        path = self.path(name)
+        if not self.is_local:
+            with self.filesystem.open_output_stream(path) as stream:
+                stream.write(data)
+            return
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        beside = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+        try:
+            with open(beside, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        except BaseException:
+            if os.path.exists(beside):
+                os.remove(beside)
+            raise
+
+    def read_json(self, name: str) -> Any:
+        """A JSON file's value, None if there is no such file. Raises ArtifactError if it is damaged."""
+        try:
+            return json.loads(self.read(name))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise ArtifactError(
+                f"{self.uri}/{name}: damaged (not JSON: {error}). Remove {self.uri} to build it again."
+            ) from error
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a value as readable JSON, whole or not at all."""
+        self.write(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+    def upload(self, folder: str | Path, name: str) -> list[FileRecord]:
+        """Copy the files of a local folder into the directory `name`; their records, relative to this directory."""
+        records = []
+        for path in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
+            target = f"{name}/{path.relative_to(folder).as_posix()}"
+            data = path.read_bytes()
+            self.write(target, data)
+            records.append(FileRecord.of(target, data))
+        return records
+
+    def local_folder(self, name: str) -> Path:
+        """A local path of a directory; what lies in object storage is fetched once per machine."""
+        if self.is_local:
+            return Path(self.path(name))
+        target = Path(tempfile.gettempdir()) / "s2l_ray" / digest([self.uri, name])
+        if not target.exists():
+            beside = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}")
+            fs.copy_files(self.path(name), str(beside), source_filesystem=self.filesystem)
+            try:
+                beside.rename(target)
+            except OSError:  # another process of this machine was first
+                shutil.rmtree(beside)
+        return target
+
+    def delete(self, name: str = "") -> None:
+        """Remove a directory with all that is in it, if it is there."""
+        if self.exists(name):
+            self.filesystem.delete_dir(self.path(name))
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file of an artifact: path relative to the stage's directory, size, hash."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: str, data: bytes) -> FileRecord:
+        """The record of a file with these bytes."""
+        return cls(path, len(data), hashlib.sha256(data).hexdigest())
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a stage's result depends on: its recipe, its schema number, its inputs' identities."""
+
+    stage: str
+    schema: int
+    recipe: dict[str, Any]
+    inputs: dict[str, str]
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits, the same for the same result."""
+        return digest([self.stage, self.schema, self.recipe, self.inputs])
+
+    def differences(self, other: dict[str, Any]) -> list[str]:
+        """Fields in which a manifest (or building.json) was made for another key: `stage.field: old -> new`."""
+        old, new = _flat(other.get("recipe", {}), self.stage), _flat(self.recipe, self.stage)
+        lines = [f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+        inputs = other.get("inputs", {})
+        return lines + [
+            f"{self.stage} was built from other {name}" for name in self.inputs if inputs.get(name) != self.inputs[name]
+        ]
+
+
+def _flat(value: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Nested mappings as one mapping of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        if isinstance(inner, dict) and inner:
+            flat |= _flat(inner, f"{prefix}.{key}")
+        else:
+            flat[f"{prefix}.{key}"] = inner
+    return flat
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished stage directory; `root` is where its files are, another run's where it is taken by reference."""
+
+    storage: Storage
+    manifest: dict[str, Any]
+
+    @classmethod
+    def find(cls, storage: Storage) -> Artifact | None:
+        """The finished artifact in a directory, None if there is no manifest."""
+        manifest = storage.read_json(MANIFEST)
+        if manifest is None:
+            return None
+        if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA or "files" not in manifest:
+            raise ArtifactError(
+                f"{storage.uri}/{MANIFEST}: not a manifest of schema {SCHEMA}. Remove {storage.uri} to build it again."
+            )
+        return cls(storage, manifest)
+
+    @classmethod
+    def read(cls, storage: Storage) -> Artifact:
+        """The finished artifact in a directory. Raises ArtifactError where there is none."""
+        artifact = cls.find(storage)
+        if artifact is None:
+            state = "unfinished" if storage.exists(BUILDING) else "missing"
+            raise ArtifactError(f"{storage.uri}: {state}. Run `s2l run` to build it.")
+        return artifact
+
+    @property
+    def root(self) -> Storage:
+        """The directory that holds the files."""
+        return Storage(self.manifest.get("reference") or self.storage.uri)
+
+    @property
+    def stage(self) -> str:
+        return str(self.manifest["stage"])
+
+    @property
+    def fingerprint(self) -> str:
+        return str(self.manifest["fingerprint"])
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return dict(self.manifest["summary"])
+
+    @property
+    def identity(self) -> str:
+        """What stages built from this one count as their input."""
+        if self.stage not in TRAINED_STAGES:
+            return self.fingerprint
+        return digest({path: record["sha256"] for path, record in self.manifest["files"].items()})
+
+    def parts(self, prefix: str = "part-") -> list[str]:
+        """The Parquet files whose name starts with `prefix`, in order."""
+        return sorted(path for path in self.manifest["files"] if path.startswith(prefix) and path.endswith(".parquet"))
+
+    def check_sizes(self) -> None:
+        """Raise ArtifactError if a file is missing or has another size."""
+        infos = self.root.filesystem.get_file_info([self.root.path(path) for path in self.manifest["files"]])
+        for (path, record), info in zip(self.manifest["files"].items(), infos, strict=True):
+            found = info.size if info.type == fs.FileType.File else None
+            if found != record["bytes"]:
+                state = "missing" if found is None else f"{found} bytes instead of {record['bytes']}"
+                raise ArtifactError(f"{self.root.uri}/{path}: damaged ({state}). {self._remedy}")
+
+    def read_bytes(self, path: str) -> bytes:
+        """A file's bytes, checked against its hash. Raises ArtifactError naming a damaged file."""
+        record = self.manifest["files"].get(path)
+        if record is None:
+            raise ArtifactError(f"{self.root.uri}/{path}: not in the manifest. {self._remedy}")
+        try:
+            data = self.root.read(path)
+        except FileNotFoundError as error:
+            raise ArtifactError(f"{self.root.uri}/{path}: missing. {self._remedy}") from error
+        if len(data) != record["bytes"] or hashlib.sha256(data).hexdigest() != record["sha256"]:
+            raise ArtifactError(f"{self.root.uri}/{path}: damaged (its hash is not the manifest's). {self._remedy}")
+        return data
+
+    def read_table(self, path: str, columns: list[str] | None = None) -> pa.Table:
+        """A Parquet file as a table, checked against its hash."""
+        return pq.read_table(io.BytesIO(self.read_bytes(path)), columns=columns)
+
+    def folder(self, name: str) -> Path:
+        """A local path of a directory of this artifact (a model, a tokenizer), its files checked against their hashes."""
+        local = self.root.local_folder(name)
+        for path, record in self.manifest["files"].items():
+            if path.startswith(f"{name}/"):
+                file = local / path.removeprefix(f"{name}/")
+                if not file.is_file() or FileRecord.of(path, file.read_bytes()).sha256 != record["sha256"]:
+                    raise ArtifactError(f"{self.root.uri}/{path}: damaged or missing. {self._remedy}")
+        return local
+
+    @property
+    def _remedy(self) -> str:
+        return f"Remove {self.root.uri} and run again to rebuild {self.stage} and what follows from it."
+
+
+@dataclass
+class Draft:
+    """A stage's directory while it is being built. Opening it continues what an interrupted run of the same key left."""
+
+    storage: Storage
+    key: Key
+    work: Storage
+    """Scratch directory of this stage (unmerged units, optimizer states): never read as a result."""
+
+    files: dict[str, FileRecord] = field(default_factory=dict)
+    created: datetime.datetime = field(default_factory=lambda: datetime.datetime.now(datetime.UTC))
+
+    @classmethod
+    def open(cls, run: Storage, key: Key) -> Draft:
+        """Start or continue a stage.
+
+        Raises ArtifactError where the directory belongs to another recipe. What an interrupted run had begun from
+        other inputs (an earlier stage was rebuilt since) is thrown away: nothing there can be used.
+        """
+        storage, work = run.child(key.stage), run.child(WORK).child(key.stage)
+        building = storage.read_json(BUILDING)
+        if building is not None and building["fingerprint"] != key.fingerprint:
+            if building.get("recipe") != key.recipe:
+                raise ArtifactError(refusal(storage, key, building))
+            storage.delete()
+            work.delete()
+            building = None
+        if building is None:
+            work.delete()
+            value = {"fingerprint": key.fingerprint, "recipe": key.recipe, "inputs": key.inputs}
+            storage.write_json(BUILDING, value)
+        return cls(storage, key, work)
+
+    def has(self, path: str) -> bool:
+        """Whether an earlier attempt has finished this file; it then belongs to the artifact."""
+        if path not in self.files and self.storage.exists(path):
+            self.files[path] = FileRecord.of(path, self.storage.read(path))
+        return path in self.files
+
+    def add(self, *records: FileRecord) -> None:
+        """Take files that workers wrote into the manifest."""
+        self.files |= {record.path: record for record in records}
+
+    def write(self, path: str, data: bytes) -> None:
+        """Write a file, whole or not at all, and take it into the manifest."""
+        self.storage.write(path, data)
+        self.add(FileRecord.of(path, data))
+
+    def write_table(self, path: str, table: pa.Table) -> None:
+        """Write a table as Parquet, whole or not at all, and take it into the manifest."""
+        self.write(path, table_bytes(table))
+
+    def publish(self, summary: dict[str, Any], machines: dict[str, Any] | None = None) -> Artifact:
+        """Write the manifest: from here on the stage is finished. Its scratch directory goes away."""
+        seconds = (datetime.datetime.now(datetime.UTC) - self.created).total_seconds()
+        manifest = {
+            "schema": SCHEMA,
+            "stage": self.key.stage,
+            "fingerprint": self.key.fingerprint,
+            "recipe": self.key.recipe,
+            "inputs": self.key.inputs,
+            "files": {
+                r.path: {"bytes": r.bytes, "sha256": r.sha256} for r in sorted(self.files.values(), key=lambda r: r.path)
+            },
+            "summary": {"rows": 0, "dropped": {}} | summary,
+            "provenance": provenance() | {"seconds": round(seconds, 2), "machines": machines or {}},
+        }
+        self.storage.write_json(MANIFEST, manifest)
+        self.storage.filesystem.delete_file(self.storage.path(BUILDING))
+        self.work.delete()
+        return Artifact(self.storage, manifest)
+
+
+def adopt(run: Storage, other: Artifact) -> Artifact:
+    """Take a finished stage of another run by reference: only the manifest is copied, with where the files are."""
+    manifest = other.manifest | {"reference": absolute_uri(other.root.uri)}
+    artifact = replace(other, storage=run.child(other.stage), manifest=manifest)
+    artifact.storage.write_json(MANIFEST, manifest)
+    return artifact
+
+
+def refusal(storage: Storage, key: Key, found: dict[str, Any]) -> str:
+    """Why a directory cannot be used for this key, with the changed fields and what to do."""
+    changes = "\n  ".join(key.differences(found)) or "the program's own schema number"
+    return (
+        f"{storage.uri} belongs to another recipe:\n  {changes}\n"
+        "Give another --run-dir (with --reuse RUN_DIR it takes from this one every stage that still matches), "
+        f"or remove {storage.uri} and the stages after it."
+    )
+
+
+def table_bytes(table: pa.Table) -> bytes:
+    """A table as a Parquet file, the same bytes for the same table and library version."""
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd", row_group_size=65_536)
+    return sink.getvalue()
+
+
+def absolute_uri(uri: str) -> str:
+    """A path made absolute; a URI as it is."""
+    return uri if "://" in uri else os.path.abspath(uri)
+
+
+def provenance() -> dict[str, Any]:
+    """When and with which code and libraries something was made."""
+    from importlib import metadata
+
+    versions = {}
+    for name in RECORDED_LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"created": created, "git": _git_commit(), "versions": versions}
+
+
+@functools.cache
+def _git_commit() -> str | None:
+    """The commit of this source tree (`-dirty` with changes), None where it is installed without one."""
+    import subprocess
+
+    here = Path(__file__).resolve().parent
+    if not (here.parent / ".git").exists():
+        return None
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None

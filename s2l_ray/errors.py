@@ -1,0 +1,31 @@
+"""What a user can mend, as exceptions. Anything else that goes wrong is our fault and stays a traceback.
+
+    S2LError
+    ├── ConfigError      a key or value in a config, or an argument, cannot be used
+    ├── DataError        the corpus or the trajectories lack what the recipe needs
+    └── ArtifactError    a stage is missing, stale (another recipe), unfinished or damaged
+
+Every message says what, where, what was found, and what to do. The command line prints it and exits with 2.
+"""
+
+from __future__ import annotations
+
+
+class S2LError(Exception):
+    """Something that the user can mend.
+
+    The message is the only argument and goes to ``super().__init__``, so that it survives the trip from a worker
+    process to the driver.
+    """
+
+
+class ConfigError(S2LError):
+    """A key or value in a config, or an argument, cannot be used."""
+
+
+class DataError(S2LError):
+    """The corpus or the trajectories lack what the recipe needs."""
+
+
+class ArtifactError(S2LError):
+    """A stage's directory is missing, stale, unfinished or damaged."""
