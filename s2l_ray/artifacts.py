@@ -176,7 +176,7 @@ class FileRecord:
     """A file of an artifact: path relative to the stage's directory, size, hash."""
 
     path: str
-    bytes: int
+    num_bytes: int
     sha256: str
 
     @classmethod
@@ -379,7 +379,7 @@ class Draft:
             "recipe": self.key.recipe,
             "inputs": self.key.inputs,
             "files": {
-                r.path: {"bytes": r.bytes, "sha256": r.sha256} for r in sorted(self.files.values(), key=lambda r: r.path)
+                r.path: {"bytes": r.num_bytes, "sha256": r.sha256} for r in sorted(self.files.values(), key=lambda r: r.path)
             },
             "summary": {"rows": 0, "dropped": {}} | summary,
             "provenance": provenance() | {"seconds": round(seconds, 2), "machines": machines or {}},

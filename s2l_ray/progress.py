@@ -109,5 +109,5 @@ def duration(seconds: float) -> str:
     """Seconds for people: `4.2s`, `41m 05s`, `7h 30m`."""
     if seconds < 60:
         return f"{seconds:.1f}s"
-    minutes, rest = divmod(int(round(seconds)), 60)
+    minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}m {rest:02d}s" if minutes < 60 else f"{minutes // 60}h {minutes % 60:02d}m"
