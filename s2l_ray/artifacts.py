@@ -340,7 +340,7 @@ class Draft:
         building = storage.read_json(BUILDING)
         if building is not None and building["fingerprint"] != key.fingerprint:
             if building.get("recipe") != key.recipe:
-                raise ArtifactError(refusal(storage, key, building))
+                raise ArtifactError(refusal(storage, key, building, "Give another directory"))
             storage.delete()
             work.delete()
             building = None
@@ -398,14 +398,11 @@ def adopt(run: Storage, other: Artifact) -> Artifact:
     return artifact
 
 
-def refusal(storage: Storage, key: Key, found: dict[str, Any]) -> str:
-    """Why a directory cannot be used for this key, with the changed fields and what to do."""
-    changes = "\n  ".join(key.differences(found)) or "the program's own schema number"
-    return (
-        f"{storage.uri} belongs to another recipe:\n  {changes}\n"
-        "Give another --run-dir (with --reuse RUN_DIR it takes from this one every stage that still matches), "
-        f"or remove {storage.uri} and the stages after it."
-    )
+def refusal(storage: Storage, key: Key, found: dict[str, Any], remedy: str) -> str:
+    """Why a directory cannot be used for this key: the changed fields, and what to do instead."""
+    changes = "\n  ".join(key.differences(found)) or "made by another version of this program"
+    place = storage.uri
+    return f"{place} belongs to another recipe:\n  {changes}\n{remedy}, or remove {place} and what was built from it."
 
 
 def table_bytes(table: pa.Table) -> bytes:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import string
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -436,6 +436,18 @@ def parse_config(values: dict[str, Any], where: str = "config") -> RunConfig:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError("\n".join(f"{where}: {line}" for line in problems(error, RunConfig))) from None
+
+
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+def checked(section: type[AnySection], **values: Any) -> AnySection:
+    """A section from a function's or a command's arguments. Raises ConfigError that lists every problem, one a line."""
+    name = section.__name__.removesuffix("Config").lower()
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{name}.{line}" for line in problems(error, section))) from None
 
 
 def problems(error: ValidationError, model: type[BaseModel]) -> list[str]:

@@ -61,13 +61,14 @@ class Progress:
 
     def advance(self, amount: float = 1, note: str = "") -> None:
         """Count finished units; `note` stands behind the bar or the line."""
-        self.at(self.done + amount, note)
+        self.at(self.done + amount, note=note)
 
-    def at(self, done: float, note: str = "") -> None:
-        """Say how many units are finished in all."""
+    def at(self, done: float, total: float | None = None, note: str = "") -> None:
+        """Say how many units are finished in all, and how many there are where that was not known before."""
+        self.total = self.total if total is None else total
         self.done = min(done, self.total)
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, note=note)
+            self._bar.update(self._task, completed=self.done, total=self.total, note=note)
             return
         now = time.monotonic()
         if now - self._last_line >= LINE_EVERY_SECONDS:

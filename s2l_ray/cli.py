@@ -1,0 +1,141 @@
+"""The command line, `s2l`: parsing and printing only.
+
+Exit codes: 0 done; 2 the user must change something (one message, no traceback); 1 anything else.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Literal
+
+import typer
+
+from s2l_ray.errors import S2LError
+from s2l_ray.progress import log_to_console
+
+app = typer.Typer(
+    name="s2l",
+    help="SmallToLarge data selection: choose the part of a fine-tuning corpus that is worth training a large model on.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A run's YAML config.")]
+RunDir = Annotated[str | None, typer.Option("--run-dir", metavar="URI", help="Run directory, local or URI; default runs/NAME.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Override a value; may repeat.")]
+Reuse = Annotated[str | None, typer.Option(metavar="RUN_DIR", help="Take every stage of another run that matches.")]
+
+
+@app.command()
+def plan(
+    config: Config,
+    run_dir: RunDir = None,
+    set_: Set = None,
+    reuse: Reuse = None,
+    accelerator: Annotated[str | None, typer.Option(help="Price it for this accelerator, such as H100 or A100.")] = None,
+    price_per_hour: Annotated[float | None, typer.Option(help="Price of one accelerator per hour.")] = None,
+) -> None:
+    """Say what would be built, reused or refused, and what it will cost. Builds nothing and needs no accelerator."""
+    from s2l_ray.config import load_config
+    from s2l_ray.plan import make_plan
+
+    made = make_plan(load_config(config, set_), run_dir, reuse=reuse, accelerator=accelerator, price_per_hour=price_per_hour)
+    print(made.text())
+    if made.is_refused:
+        raise typer.Exit(2)
+
+
+@app.command()
+def run(
+    config: Config,
+    run_dir: RunDir = None,
+    set_: Set = None,
+    until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
+    reuse: Reuse = None,
+) -> None:
+    """Build what is missing. The same command again goes on where it stopped."""
+    from s2l_ray.config import load_config
+    from s2l_ray.pipeline import run as run_pipeline
+
+    run_pipeline(load_config(config, set_), run_dir, until=until, reuse=reuse)
+
+
+@app.command()
+def status(run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run directory, local or URI.")]) -> None:
+    """Say how far each stage is, part by part."""
+    from s2l_ray.plan import status_text
+
+    print(status_text(run_dir))
+
+
+@app.command()
+def select(
+    trajectories: Annotated[str, typer.Argument(metavar="TRAJECTORIES", help="Parquet: a file, directory, glob or URI.")],
+    budget: Annotated[str, typer.Option(help="Examples (3000), a fraction (0.1) or response tokens (tokens:100000).")],
+    output: Annotated[str, typer.Option(metavar="DIR", help="Gets clustering/ and selection/.")],
+    num_clusters: Annotated[int, typer.Option(help="K, in each stratum if there are strata.")] = 100,
+    stratify_by: Annotated[str | None, typer.Option(metavar="COLUMN", help="Group within the values of this column.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the grouping and of the draws.")] = 0,
+    num_iterations: Annotated[int, typer.Option(help="Lloyd iterations at most.")] = 20,
+    num_restarts: Annotated[int, typer.Option(help="Initialisations tried.")] = 3,
+    defer_groups_up_to: Annotated[int, typer.Option(help="Serve groups of at most this size last.")] = 0,
+) -> None:
+    """Clustering and selection alone, on anybody's trajectories (columns `example_id` and `losses`)."""
+    from s2l_ray.config import ClusteringConfig, SelectionConfig, checked
+    from s2l_ray.pipeline import select_trajectories
+
+    clustering = checked(
+        ClusteringConfig,
+        num_clusters=num_clusters,
+        num_iterations=num_iterations,
+        num_restarts=num_restarts,
+        stratify_by=stratify_by,
+        seed=seed,
+    )
+    amount = {"tokens": budget.removeprefix("tokens:")} if budget.startswith("tokens:") else budget
+    selection = checked(SelectionConfig, budget=amount, seed=seed, defer_groups_up_to=defer_groups_up_to)
+    select_trajectories(trajectories, output, clustering, selection)
+
+
+@app.command()
+def report(run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run directory, local or URI.")]) -> None:
+    """(Re)build the HTML report of a run from what is finished."""
+    from s2l_ray.pipeline import report as build
+
+    print(build(run_dir))
+
+
+@app.command()
+def export(
+    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run directory, or the output of `s2l select`.")],
+    format_: Annotated[Literal["jsonl", "parquet"], typer.Option("--format", help="File format.")],
+    output: Annotated[str, typer.Option(metavar="PATH", help="The file to write, local or URI.")],
+    subset: Annotated[Literal["selected", "random"], typer.Option(help="Which subset.")] = "selected",
+) -> None:
+    """Write the subset, with the corpus's own columns, for another trainer."""
+    from s2l_ray.pipeline import export_subset
+
+    rows = export_subset(run_dir, format_, output, subset)
+    print(f"{output}: {rows:,} examples")
+
+
+def main() -> None:
+    """Run the command line; what a user can mend becomes one message and exit code 2."""
+    log_to_console()
+    try:
+        app(standalone_mode=True)
+    except S2LError as error:
+        print(f"s2l: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        from s2l_ray.pipeline import disk_problem
+
+        problem = disk_problem(error)
+        if problem is None:
+            raise
+        print(f"s2l: {problem}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("s2l: interrupted. The same command goes on where this one stopped.", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,427 @@
+"""Stage `examples`: any corpus -> canonical parts with stable ids, sorted by id.
+
+Every row becomes an *example*: prompt, response, source, and an id that does not depend on where the row stood. Ray
+Data does the work in two executions, so that nothing has to be sorted at once and no text travels to the driver:
+
+1. each *unit* of the corpus is read, checked, given ids and written to the scratch directory in order of id; only the
+   index (ids and hashes) comes back;
+2. the driver orders the ids, drops duplicates and says which row of which unit stands where; each task gathers a
+   run of parts from the units and writes them.
+
+A finished unit or part is not made again. The parts have the same bytes however the corpus is cut, ordered or resumed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from s2l_ray import errors
+from s2l_ray.artifacts import Artifact, Draft, FileRecord, Storage, table_bytes
+from s2l_ray.config import ExamplesConfig, ReasoningGymDataset, WorkerConfig
+from s2l_ray.corpus import Unit, cut_corpus
+from s2l_ray.corpus import corpus_identity as corpus_identity  # noqa: PLC0414  it goes with examples_recipe
+from s2l_ray.errors import ArtifactError, DataError, S2LError
+from s2l_ray.fields import DUPLICATE, HELD_OUT, POOL, normalise
+from s2l_ray.progress import get_log, track
+from s2l_ray.rows import Columns, Records, join_columns
+
+EXAMPLES_SCHEMA = 1
+
+SMALLEST_PART, MOST_PARTS = 512, 1024
+# Rows of a unit that are read together. A run of parts needs a few from every unit: smaller groups waste less.
+UNIT_ROW_GROUP = 1024
+# Rows that one task gathers: its memory, against opening every unit once more.
+ROWS_PER_TASK = 32_768
+TASKS_WANTED = 16
+INDEX_COLUMNS = ["example_id", "source", "split", "content", "row"]
+
+_log = get_log("examples")
+
+
+# --- types -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class UnitIndex:
+    """What the driver learns about a unit: ids and hashes of its rows, which were dropped, which columns they had."""
+
+    rows: pa.Table
+    dropped: Counter[str]
+    columns: Columns
+
+    @classmethod
+    def of(cls, table: pa.Table) -> UnitIndex:
+        """The index in a unit's table, or in a part of its columns."""
+        notes = json.loads(table.schema.metadata[b"notes"])
+        schema = pa.ipc.read_schema(pa.py_buffer(table.schema.metadata[b"original"]))
+        rows = table.select(INDEX_COLUMNS).replace_schema_metadata()
+        return cls(rows, Counter(notes["dropped"]), Columns(pa.struct(list(schema)), notes["ranks"]))
+
+
+# --- pure core ---------------------------------------------------------------------------------------------------
+
+
+def examples_recipe(config: ExamplesConfig, corpus: str) -> dict[str, Any]:
+    """What decides the examples: the corpus by its identity, and those fields of the config that are used."""
+    recipe = config.model_dump(mode="json", exclude={"dataset", "revision"})
+    if isinstance(config.dataset, ReasoningGymDataset):
+        recipe = {key: recipe[key] for key in ("where", "held_out_fraction", "rows_per_part")}
+    elif not corpus.startswith("hub:"):
+        recipe = {key: value for key, value in recipe.items() if key not in {"subset", "split"}}
+    return {"corpus": corpus} | recipe
+
+
+def rows_per_part(num_rows: int, wanted: int | str) -> int:
+    """Rows in one part: as wanted, or 512, doubled until there are at most 1,024 parts."""
+    if isinstance(wanted, int):
+        return wanted
+    size = SMALLEST_PART
+    while num_rows > size * MOST_PARTS:
+        size *= 2
+    return size
+
+
+def keep_first(index: pa.Table) -> pa.Table:
+    """The index in order of id, without exact copies: of equal contents the first by (id, source, row hash) is kept.
+
+    Raises DataError where an id stands for different contents.
+    """
+    keys = [(name, "ascending") for name in ("example_id", "source", "row", "unit", "position")]
+    index = index.take(pc.sort_indices(index, sort_keys=keys))
+    # Codes count up in order of first appearance: a code above all before it is a content's first row.
+    codes = index["content"].combine_chunks().dictionary_encode().indices.to_numpy()
+    _refuse_shared_ids(index, codes)
+    highest_before = np.concatenate([[-1], np.maximum.accumulate(codes)[:-1]]) if len(codes) else codes
+    return index.filter(pa.array(codes > highest_before))
+
+
+def _refuse_shared_ids(index: pa.Table, codes: np.ndarray) -> None:
+    """Raise DataError naming ids that stand for different contents. The index is in order of id."""
+    ids = index["example_id"].combine_chunks()
+    is_same_id = pc.equal(ids[1:], ids[:-1]).to_numpy(zero_copy_only=False)
+    clashes = ids.take(pa.array(np.flatnonzero(is_same_id & (codes[1:] != codes[:-1])))).unique()
+    if len(clashes):
+        shown = ", ".join(clashes[:5].to_pylist()) + (", ..." if len(clashes) > 5 else "")
+        raise DataError(
+            f"examples.id_field: {len(clashes):,} ids stand for rows with different prompt or response: {shown}. Give "
+            "every row its own id, or leave examples.id_field out: ids are then made from the content."
+        )
+
+
+def count_sources(kept: pa.Table) -> dict[str, dict[str, int]]:
+    """Rows in the pool and held out, by source in order of name."""
+    counted = kept.group_by(["source", "split"]).aggregate([([], "count_all")]).to_pylist()
+    sources: dict[str, dict[str, int]] = {}
+    for row in sorted(counted, key=lambda row: str(row["source"])):
+        sources.setdefault(row["source"], {POOL: 0, HELD_OUT: 0})[row["split"]] = row["count_all"]
+    return sources
+
+
+# --- build -------------------------------------------------------------------------------------------------------
+
+
+def build_examples(config: ExamplesConfig, workers: WorkerConfig, draft: Draft) -> Artifact:
+    """Build the stage `examples`, or go on where an interrupted run stopped.
+
+    Raises DataError where the corpus is missing or empty, or a row contradicts the config; nothing then looks finished.
+    """
+    units = cut_corpus(config)
+    indexes = _read_units(units, config, workers, draft.work)
+    dropped = sum((index.dropped for index in indexes), Counter[str]())
+    rows = pa.concat_tables(_with_addresses(index.rows, unit) for unit, index in enumerate(indexes))
+    kept = keep_first(rows)
+    dropped[DUPLICATE] += rows.num_rows - kept.num_rows
+    summary = _summary(kept, +dropped, config)
+    columns = join_columns((_name(unit), index.columns) for unit, index in zip(units, indexes, strict=True))
+    _write_parts(kept, summary["rows_per_part"], columns.type, workers, draft)
+    return draft.publish(summary)
+
+
+def _name(unit: Unit) -> str:
+    """The files of a unit, for a message."""
+    names = list(dict.fromkeys(piece.name for piece in unit))
+    return names[0] + (f" (or one of {len(names) - 1} files after it)" if len(names) > 1 else "")
+
+
+def _with_addresses(rows: pa.Table, unit: int) -> pa.Table:
+    """An index with the unit and the position in it of every row."""
+    units = pa.array(np.full(rows.num_rows, unit, np.int32))
+    return rows.append_column("unit", units).append_column("position", pa.array(np.arange(rows.num_rows)))
+
+
+def _summary(kept: pa.Table, dropped: Counter[str], config: ExamplesConfig) -> dict[str, Any]:
+    """The stage's numbers, said in the log. Raises DataError if there is nothing to learn from."""
+    sources = count_sources(kept)
+    num_pool, num_held_out = (sum(counts[split] for counts in sources.values()) for split in (POOL, HELD_OUT))
+    why = ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items()))
+    if not kept.num_rows:
+        found = f"no row is left ({why}). Check examples.where and the fields" if dropped else "no row in it"
+        raise DataError(f"examples.dataset: the corpus is empty: {found}.")
+    if not num_pool:
+        raise DataError(
+            f"examples.held_out_fraction={config.held_out_fraction}: all {num_held_out:,} rows are held out. Lower it."
+        )
+    if config.held_out_fraction and not num_held_out:
+        _log.warning(
+            f"no row is held out at examples.held_out_fraction={config.held_out_fraction}: prompts that differ in numbers "
+            "only stay together, and there are few others. Raise it, or there is no loss on held-out rows."
+        )
+    _log.info(f"{kept.num_rows:,} rows = {num_pool:,} in the pool + {num_held_out:,} held out; dropped: {why or 'none'}")
+    return {
+        "rows": kept.num_rows,
+        POOL: num_pool,
+        HELD_OUT: num_held_out,
+        "dropped": dict(sorted(dropped.items())),
+        "sources": sources,
+        "rows_per_part": rows_per_part(kept.num_rows, config.rows_per_part),
+    }
+
+
+@contextlib.contextmanager
+def _quiet_ray_data() -> Iterator[None]:
+    """Ray Data without its own bars and lines: progress is shown once, by us."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    loggers = {name: logging.getLogger(name) for name in ("ray.data", "ray.data._internal.progress")}
+    levels = {name: logger.level for name, logger in loggers.items()}
+    loggers["ray.data"].setLevel(logging.WARNING)
+    loggers["ray.data._internal.progress"].setLevel(logging.ERROR)
+    try:
+        with ray.data.DataContext.current(context):
+            yield
+    finally:
+        for name, logger in loggers.items():
+            logger.setLevel(levels[name])
+
+
+def _results(dataset: Any, task: Callable[[pa.Table], dict[str, Any]], workers: WorkerConfig) -> Iterator[dict[str, Any]]:
+    """What a task returns for every block of a dataset, as it comes. Raises the S2LError that a task met."""
+    import ray.data
+
+    size = workers.num_workers[-1] if isinstance(workers.num_workers, list) else workers.num_workers
+    done = dataset.map_batches(
+        _ReportsProblems(task),
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ray.data.TaskPoolStrategy(size if isinstance(size, int) else None),
+        num_cpus=workers.cpus_per_worker if isinstance(workers.cpus_per_worker, int) else 1,
+    )
+    for batch in done.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        for row in batch.to_pylist():
+            if row["problem"] is not None:
+                raise getattr(errors, row["kind"])(row["problem"])
+            yield row
+
+
+@dataclass(frozen=True)
+class _ReportsProblems:
+    """A task that returns what a user can mend as a row: raised in a worker, it would come back in Ray's tracebacks."""
+
+    task: Callable[[pa.Table], dict[str, Any]]
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        try:
+            result: dict[str, Any] = {"kind": None, "problem": None} | self.task(batch)
+        except S2LError as error:
+            result = {"kind": type(error).__name__, "problem": str(error)}
+        return pa.Table.from_pylist([result])
+
+
+# --- pass 1: the corpus to units ---------------------------------------------------------------------------------
+
+
+def _read_units(units: list[Unit], config: ExamplesConfig, workers: WorkerConfig, work: Storage) -> list[UnitIndex]:
+    """Have every unit read and written to the scratch directory; their indexes, in order."""
+    import ray.data
+
+    indexes: dict[int, UnitIndex] = {}
+    num_reused = 0
+    with _quiet_ray_data(), track("examples", len(units), "units read") as progress:
+        dataset = ray.data.range(len(units), override_num_blocks=len(units))
+        for result in _results(dataset, _ReadUnit(tuple(units), config, work), workers):
+            indexes[result["unit"]] = UnitIndex.of(pq.read_table(io.BytesIO(result["index"])))
+            num_reused += result["is_reused"]
+            progress.advance()
+    if num_reused:
+        _log.info(f"{num_reused} of {len(units)} units were read by an earlier run")
+    return [indexes[unit] for unit in range(len(units))]
+
+
+@dataclass(frozen=True)
+class _ReadUnit:
+    """Task: one unit of the corpus to a file in order of id, and back its index."""
+
+    units: tuple[Unit, ...]
+    config: ExamplesConfig
+    work: Storage
+
+    def __call__(self, batch: pa.Table) -> dict[str, Any]:
+        [unit] = batch["id"].to_pylist()
+        path = _unit_path(unit)
+        is_reused = self.work.exists(path)
+        if is_reused:
+            table = pq.read_table(io.BytesIO(self.work.read(path)), columns=INDEX_COLUMNS)
+        else:
+            table = read_unit(self.units[unit], self.config)
+            sink = io.BytesIO()
+            pq.write_table(table, sink, compression="zstd", row_group_size=UNIT_ROW_GROUP)
+            self.work.write(path, sink.getvalue())
+        return {"unit": unit, "is_reused": is_reused, "index": table_bytes(table.select(INDEX_COLUMNS))}
+
+
+def _unit_path(unit: int) -> str:
+    return f"unit-{unit:05d}.parquet"
+
+
+def read_unit(unit: Unit, config: ExamplesConfig) -> pa.Table:
+    """The examples of a unit in order of id; what `UnitIndex` tells beside the rows is in the schema's metadata."""
+    found = [(piece.name, normalise(rows, config)) for piece in unit for rows in piece.read()]
+    found = found or [("", normalise(Records([], str, ""), config))]
+    columns = join_columns((name, batch.columns) for name, batch in found)
+    table = pa.concat_tables(_with_original(batch.table, columns.type) for _, batch in found)
+    notes = {"dropped": sum((batch.dropped for _, batch in found), Counter[str]()), "ranks": columns.ranks}
+    metadata = {"notes": json.dumps(notes), "original": pa.schema(list(columns.type)).serialize().to_pybytes()}
+    order = pc.sort_indices(table, sort_keys=[("example_id", "ascending")])
+    return table.take(order).replace_schema_metadata(metadata)
+
+
+def _with_original(table: pa.Table, original: pa.DataType) -> pa.Table:
+    """A table whose original columns have this type; a struct without a field is left out, Parquet has none."""
+    at = table.schema.get_field_index("original")
+    if not original.num_fields:
+        return table.remove_column(at)
+    return table.set_column(at, pa.field("original", original), table["original"].cast(original))
+
+
+# --- pass 2: units to parts --------------------------------------------------------------------------------------
+
+
+def _write_parts(kept: pa.Table, size: int, original: pa.DataType, workers: WorkerConfig, draft: Draft) -> None:
+    """Have every part gathered from the units and written; parts that an earlier run wrote stay."""
+    import ray.data
+
+    num_parts = -(-kept.num_rows // size)
+    missing = [part for part in range(num_parts) if not draft.has(_part_path(part))]
+    step = max(1, min(ROWS_PER_TASK // size, -(-len(missing) // TASKS_WANTED)))
+    addresses = kept.select(["unit", "position"]).append_column("part", pa.array(np.arange(kept.num_rows) // size))
+    parts = [addresses.slice(part * size, size) for part in missing]
+    num_done = num_parts - len(missing)
+    _log.info(f"{num_parts:,} parts of {size:,} rows" + (f", {num_done:,} written by an earlier run" if num_done else ""))
+    if not missing:
+        return
+    with _quiet_ray_data(), track("examples", num_parts, "parts written") as progress:
+        progress.skip(num_done)
+        blocks = [pa.concat_tables(parts[first : first + step]).combine_chunks() for first in range(0, len(parts), step)]
+        for result in _results(ray.data.from_arrow(blocks), _WriteParts(original, draft.storage, draft.work), workers):
+            draft.add(*(FileRecord(**record) for record in result["records"]))
+            progress.advance(len(result["records"]))
+
+
+def _part_path(part: int) -> str:
+    return f"part-{part:05d}.parquet"
+
+
+@dataclass(frozen=True)
+class _WriteParts:
+    """Task: gather the rows of some parts by their addresses (part, unit, position) and write the parts."""
+
+    original: pa.DataType
+    storage: Storage
+    work: Storage
+
+    def __call__(self, addresses: pa.Table) -> dict[str, Any]:
+        units, positions, parts = (addresses[name].to_numpy() for name in ("unit", "position", "part"))
+        rows = self._gather(units, positions)
+        records = []
+        for part in np.unique(parts):
+            mask = np.flatnonzero(parts == part)
+            data = table_bytes(rows.slice(mask[0], len(mask)).combine_chunks())
+            self.storage.write(_part_path(part), data)
+            records.append(dataclasses.asdict(FileRecord.of(_part_path(part), data)))
+        return {"records": records}
+
+    def _gather(self, units: np.ndarray, positions: np.ndarray) -> pa.Table:
+        """The rows at these addresses, in this order."""
+        order = np.lexsort((positions, units))
+        tables = []
+        for unit in np.unique(units):
+            wanted = np.sort(positions[units == unit])
+            table = take_rows(self.work.filesystem, self.work.path(_unit_path(unit)), wanted)
+            tables.append(_with_original(table.drop_columns(["content", "row"]), self.original))
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
+        return pa.concat_tables(tables).take(pa.array(place))
+
+
+def take_rows(filesystem: Any, path: str, positions: np.ndarray) -> pa.Table:
+    """The rows of a unit's file at some positions in ascending order. Reads only the row groups that hold them."""
+    groups, group_of_row = np.unique(positions // UNIT_ROW_GROUP, return_inverse=True)
+    with filesystem.open_input_file(path) as source:
+        table = pq.ParquetFile(source).read_row_groups(groups.tolist())
+    # Every group but a file's last is full, so the groups read stand UNIT_ROW_GROUP apart.
+    return table.replace_schema_metadata().take(pa.array(group_of_row * UNIT_ROW_GROUP + positions % UNIT_ROW_GROUP))
+
+
+# --- reading the artifact ----------------------------------------------------------------------------------------
+
+
+def read_pool(artifact: Artifact, part: str, columns: list[str] | None = None) -> pa.Table:
+    """The rows of a part that may be selected and trained on; all columns unless some are named."""
+    return _read_split(artifact, part, POOL, columns)
+
+
+def read_held_out(artifact: Artifact, part: str, columns: list[str] | None = None) -> pa.Table:
+    """The held-out rows of a part; all columns unless some are named."""
+    return _read_split(artifact, part, HELD_OUT, columns)
+
+
+def _read_split(artifact: Artifact, part: str, split: str, columns: list[str] | None) -> pa.Table:
+    table = artifact.read_table(part, None if columns is None else list({*columns, "split"}))
+    table = table.filter(pc.equal(table["split"], split))
+    return table if columns is None else table.select(columns)
+
+
+def fetch_rows(artifact: Artifact, ids: pa.Array | Sequence[str]) -> pa.Table:
+    """The corpus's own columns of the examples with these ids, in order of id; parts without any are not read.
+
+    Raises ArtifactError naming ids that are not in the corpus.
+    """
+    wanted = pa.array(ids.to_pylist() if isinstance(ids, pa.Array) else ids, pa.string())
+    # Without ids the first part is read for its columns.
+    parts = [part for part in artifact.parts() if _may_hold(artifact, part, wanted)] or artifact.parts()[:1]
+    tables = (artifact.read_table(part, ["example_id", "original"]) for part in parts)
+    rows = pa.concat_tables(table.filter(pc.is_in(table["example_id"], wanted)) for table in tables)
+    missing = wanted.filter(pc.invert(pc.is_in(wanted, rows["example_id"].combine_chunks())))
+    if len(missing):
+        raise ArtifactError(f"{artifact.root.uri}: no example has the id {', '.join(missing[:5].to_pylist())}.")
+    return pa.Table.from_struct_array(rows["original"].combine_chunks())
+
+
+def _may_hold(artifact: Artifact, part: str, ids: pa.Array) -> bool:
+    """Whether one of the ids lies between a part's first and last, by the statistics in its footer."""
+    try:
+        with artifact.root.filesystem.open_input_file(artifact.root.path(part)) as source:
+            footer = pq.read_metadata(source)
+    except (OSError, pa.ArrowInvalid):
+        return True  # missing or damaged: reading it says so, and what to do
+    ranges = [footer.row_group(group).column(0).statistics for group in range(footer.num_row_groups)]
+    if not all(found is not None and found.has_min_max for found in ranges):
+        return True
+    first, last = min(found.min for found in ranges), max(found.max for found in ranges)
+    return bool(pc.any(pc.and_(pc.greater_equal(ids, first), pc.less_equal(ids, last))).as_py())

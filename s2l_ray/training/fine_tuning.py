@@ -1,0 +1,311 @@
+"""Fine-tuning on one worker of a fit, with transformers' Trainer: one way for the proxy and for the target.
+
+The data order is ours and does not depend on the workers: epoch after epoch a hash permutation, laid end to end and cut
+into steps of exactly `global_batch_size` examples. Every worker takes its slice of each step. So checkpoint i means the
+same examples seen on one worker or on sixty-four.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tempfile
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from s2l_ray.config import TrainingConfig
+from s2l_ray.errors import ConfigError
+from s2l_ray.training.losses import pad
+from s2l_ray.training.models import accepts_logits_to_keep
+from s2l_ray.training.tokens import TokenRows
+from s2l_ray.trajectory_store import priorities
+
+# Names the phase that a resume point belongs to.
+PHASE = "phase.txt"
+# A resume point is kept where this share of the steps is done, unless the last one is younger than this.
+RESUME_FRACTION = 1 / 50
+RESUME_SECONDS = 30.0
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchPlan:
+    """How a global batch is spread: workers x device batch x accumulated micro-batches."""
+
+    num_workers: int
+    device_batch: int
+    accumulate: int
+
+    @classmethod
+    def of(cls, global_batch: int, num_workers: int, device_batch: int | str) -> BatchPlan:
+        """The largest device batch within the wish (32 for auto) that divides a worker's share.
+
+        Raises ConfigError where the workers do not divide the global batch.
+        """
+        if global_batch % num_workers:
+            raise ConfigError(
+                f"global_batch_size={global_batch} cannot be spread over {num_workers} workers. "
+                "Choose a number of workers that divides it."
+            )
+        share = global_batch // num_workers
+        wish = min(share, device_batch if isinstance(device_batch, int) else 32)
+        size = next(size for size in range(wish, 0, -1) if share % size == 0)
+        return cls(num_workers, size, share // size)
+
+    def __str__(self) -> str:
+        total = self.num_workers * self.device_batch * self.accumulate
+        return (
+            f"accumulate {self.accumulate} micro-batches: {total} global / ({self.num_workers} workers x {self.device_batch})"
+        )
+
+
+def num_steps(num_rows: int, epochs: float, global_batch: int) -> int:
+    """Optimizer steps: the examples of all epochs in whole batches."""
+    return math.floor(num_rows * epochs / global_batch)
+
+
+def data_order(example_ids: list[str], epochs: float, global_batch: int, seed: int) -> np.ndarray:
+    """Row numbers in training order, `num_steps * global_batch` of them: a hash permutation per epoch, laid end to end."""
+    length = num_steps(len(example_ids), epochs, global_batch) * global_batch
+    passes = [
+        np.argsort(priorities(example_ids, f"{seed}-epoch-{epoch}"), kind="stable")
+        for epoch in range(math.ceil(length / max(1, len(example_ids))))
+    ]
+    return np.concatenate(passes)[:length] if passes else np.zeros(0, dtype=np.int64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """One model of a fit: what is trained on what, when it is kept, and where that is done."""
+
+    name: str
+    config: TrainingConfig
+    order: np.ndarray
+    """Row numbers of `tokens` in training order, steps * global_batch_size of them."""
+
+    tokens: TokenRows
+    keep_at: Collection[int]
+    """Steps after which the model itself is kept (0 is before the first)."""
+
+    fit_steps: int
+    """Steps of all phases of the fit, for the progress bar."""
+
+    steps_before: int = 0
+    """Steps of the earlier phases."""
+
+
+def fine_tune(
+    phase: Phase,
+    model: Any,
+    tokenizer: Any,
+    batch_size: int | str,
+    events: Any,
+    *,
+    on_keep: Callable[[int, Any], None] | None = None,
+    deepspeed: dict[str, Any] | None = None,
+) -> Any:
+    """Train one model on this worker's share, resuming where the last registered checkpoint of this phase stood.
+
+    `on_keep(step, model)` is called on rank 0 at every step of `keep_at`; resume points are kept besides, by the clock.
+    Returns transformers' Trainer, whose `state.log_history` has the losses.
+    """
+    import ray.train
+    from transformers import PrinterCallback, Trainer
+
+    context = ray.train.get_context()
+    plan = BatchPlan.of(phase.config.global_batch_size, context.get_world_size(), batch_size)
+    if context.get_world_rank() == 0:
+        events.put(f"{phase.name}: {plan}" if phase.name != "proxy" else str(plan))
+
+    class InOrder(Trainer):  # type: ignore[misc]
+        """The Trainer, reading the rows in the order given."""
+
+        def _get_train_sampler(self, _dataset: Any = None) -> Any:
+            from torch.utils.data import SequentialSampler
+
+            return SequentialSampler(rows)
+
+    rows = _Rows(phase)
+    folder = _node_folder(phase)
+    trainer = InOrder(
+        model=model,
+        args=_arguments(phase, plan, folder, deepspeed),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        data_collator=_Collator(accepts_logits_to_keep(model)),
+        compute_loss_func=_token_mean_loss,
+        callbacks=[_callback(phase, folder, events, on_keep)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    with _resume_point(phase) as checkpoint:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    return trainer
+
+
+def _node_folder(phase: Phase) -> Path:
+    """A folder that the workers of one node share for the Trainer's own checkpoints, fresh for every attempt."""
+    import torch.distributed
+
+    name = [tempfile.mkdtemp(prefix=f"s2l_ray-{phase.name}-")]
+    # Every node has its own disk: the name that rank 0 made is made on the others too.
+    torch.distributed.broadcast_object_list(name, src=0)
+    Path(name[0]).mkdir(exist_ok=True)
+    return Path(name[0])
+
+
+def _arguments(phase: Phase, plan: BatchPlan, folder: Path, deepspeed: dict[str, Any] | None) -> Any:
+    import torch
+    from transformers import TrainingArguments
+
+    config = phase.config
+    steps = len(phase.order) // config.global_batch_size
+    if deepspeed is not None:
+        deepspeed = deepspeed | {
+            "train_batch_size": config.global_batch_size,
+            "train_micro_batch_size_per_gpu": plan.device_batch,
+            "gradient_accumulation_steps": plan.accumulate,
+            "gradient_clipping": 1.0,
+            "bf16": {"enabled": config.precision == "bfloat16"},
+            "zero_allow_untested_optimizer": True,
+        }
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=plan.device_batch,
+        gradient_accumulation_steps=plan.accumulate,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        lr_scheduler_type=config.lr_schedule,
+        warmup_steps=round(config.warmup_fraction * steps),
+        # torch's AdamW under DeepSpeed too: its own need a compiler on the machine.
+        optim="adamw_torch",
+        bf16=config.precision == "bfloat16",
+        gradient_checkpointing=config.gradient_checkpointing,
+        use_cpu=not torch.cuda.is_available(),
+        deepspeed=deepspeed,
+        seed=config.seed,
+        logging_steps=max(1, steps // 200),
+        logging_nan_inf_filter=False,
+        save_strategy="no",  # the callback asks for it, at the steps of the recipe
+        save_total_limit=1,
+        ddp_find_unused_parameters=False,
+        remove_unused_columns=False,
+        dataloader_drop_last=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
+        report_to="none",
+    )
+
+
+class _Rows:
+    """The training rows in order, as the Trainer's dataset."""
+
+    def __init__(self, phase: Phase) -> None:
+        self._tokens, self._order = phase.tokens, phase.order
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        return self._tokens[int(self._order[i])]
+
+
+class _Collator:
+    """Rows as a batch: padded on the right; where the model allows it, logits at predicting positions only."""
+
+    def __init__(self, restrict_logits: bool) -> None:
+        self._restrict_logits = restrict_logits
+
+    def __call__(self, rows: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
+        batch = pad(TokenRows.of(rows), np.arange(len(rows)))
+        labels_BL = batch.ids_BL.masked_fill(~batch.is_label_BL, -100)
+        made = {"input_ids": batch.ids_BL, "labels": labels_BL}
+        if self._restrict_logits:
+            made["logits_to_keep"] = batch.predicts_BL
+        return made
+
+
+def _token_mean_loss(outputs: Any, labels_BL: Any, num_items_in_batch: Any = None) -> Any:
+    """Mean cross-entropy per label over the global batch, from full or restricted logits."""
+    from torch.nn import functional
+
+    logits = outputs.logits
+    if logits.ndim == 3:
+        logits, labels = logits[:, :-1].flatten(0, 1), labels_BL[:, 1:].flatten()
+    else:
+        shifted = labels_BL[:, 1:]
+        labels = shifted[shifted != -100]
+    total = functional.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
+    return total / (num_items_in_batch if num_items_in_batch is not None else (labels != -100).sum())
+
+
+def _callback(phase: Phase, folder: Path, events: Any, on_keep: Callable[[int, Any], None] | None) -> Any:
+    """The Trainer's callback for a phase."""
+    import ray.train
+    import torch.distributed
+    from ray.train import Checkpoint
+    from transformers import TrainerCallback
+
+    context = ray.train.get_context()
+    is_first = context.get_world_rank() == 0
+
+    class Recorder(TrainerCallback):  # type: ignore[misc]
+        """Keeps the recipe's checkpoints and resume points, and tells the driver how far the training is."""
+
+        def __init__(self) -> None:
+            self.told = self.resumable = time.monotonic()
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:  # noqa: ARG002
+            if is_first and on_keep and state.global_step == 0 and 0 in phase.keep_at:
+                on_keep(0, model)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:  # noqa: ARG002
+            step = state.global_step
+            if is_first and on_keep and step in phase.keep_at:
+                on_keep(step, model)
+            control.should_save = step % max(1, round(state.max_steps * RESUME_FRACTION)) == 0 and self.is_due()
+            if is_first and (time.monotonic() - self.told > 1 or step == state.max_steps):
+                self.told = time.monotonic()
+                losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+                events.put((phase.steps_before + step, phase.fit_steps, f"loss {losses[-1]:.4f}" if losses else ""))
+
+        def is_due(self) -> bool:
+            """Whether the last resume point is old enough, by the first worker's clock: all must agree."""
+            due = [time.monotonic() - self.resumable > RESUME_SECONDS]
+            torch.distributed.broadcast_object_list(due, src=0)
+            return due[0]
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+            self.resumable = time.monotonic()
+            # The workers of a node share a folder: one of them reports it, once all have written.
+            torch.distributed.barrier()
+            checkpoint = None
+            if context.get_local_rank() == 0:
+                saved = folder / f"checkpoint-{state.global_step}"
+                (saved / PHASE).write_text(phase.name)
+                checkpoint = Checkpoint.from_directory(saved)
+            ray.train.report({"step": state.global_step}, checkpoint=checkpoint)
+
+    return Recorder()
+
+
+@contextmanager
+def _resume_point(phase: Phase) -> Iterator[str | None]:
+    """The folder of the last registered checkpoint of this phase, None to start from the beginning."""
+    import ray.train
+
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        yield None
+        return
+    with checkpoint.as_directory() as folder:
+        yield folder if (Path(folder) / PHASE).read_text() == phase.name else None
+
+
+def training_loss(trainer: Any) -> list[list[float]]:
+    """(step, mean loss in nats per label) as the Trainer logged it."""
+    return [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]

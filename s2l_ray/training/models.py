@@ -1,0 +1,126 @@
+"""Models: found by name or path, or made from scratch; saved as Hugging Face folders with safetensors only."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from s2l_ray.artifacts import Storage
+from s2l_ray.config import Scratch, ScratchModel, TrainingConfig
+from s2l_ray.errors import ConfigError
+
+# The sizes of a scratch model under the names that transformers' configurations use.
+_ALIASES = {
+    "layers": ("num_hidden_layers", "n_layer"),
+    "hidden": ("hidden_size", "n_embd"),
+    "heads": ("num_attention_heads", "n_head"),
+    "intermediate": ("intermediate_size", "n_inner"),
+    "max_positions": ("max_position_embeddings", "n_positions"),
+}
+
+
+def scratch_config(scratch: Scratch, vocab_size: int, eos_token_id: int | None = None) -> Any:
+    """The transformers configuration of a model from scratch. Raises ConfigError for an unknown architecture."""
+    from transformers import AutoConfig
+
+    try:
+        known = AutoConfig.for_model(scratch.architecture).to_dict()
+    except ValueError as error:
+        raise ConfigError(
+            f"scratch.architecture: '{scratch.architecture}' is not a model type of transformers. Try gpt_neox, llama or qwen2."
+        ) from error
+    wanted = {
+        "layers": scratch.layers,
+        "hidden": scratch.hidden,
+        "heads": scratch.heads,
+        "intermediate": scratch.intermediate or 4 * scratch.hidden,
+        "max_positions": scratch.max_positions,
+    }
+    values = {name: wanted[key] for key, names in _ALIASES.items() for name in names if name in known}
+    if "num_key_value_heads" in known:
+        values["num_key_value_heads"] = scratch.heads
+    if "head_dim" in known:
+        values["head_dim"] = scratch.hidden // scratch.heads
+    tokens = {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id, "pad_token_id": eos_token_id}
+    return AutoConfig.for_model(
+        scratch.architecture, vocab_size=vocab_size, tie_word_embeddings=scratch.tie_embeddings, **values, **tokens
+    )
+
+
+def make_model(config: TrainingConfig, tokenizer: Any) -> Any:
+    """The model that a training section names, in float32; from scratch its random weights follow `seed`.
+
+    Raises ConfigError where the model cannot be found or has fewer embedding rows than the tokenizer has tokens.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if isinstance(config.model, ScratchModel):
+        # A round number of rows makes the output layer's matrix product faster.
+        vocab_size = -(-len(tokenizer) // 64) * 64
+        torch.manual_seed(config.seed)
+        return AutoModelForCausalLM.from_config(scratch_config(config.model.scratch, vocab_size, tokenizer.eos_token_id))
+    return load_model(config.model, tokenizer, revision=config.revision, trust_remote_code=config.trust_remote_code)
+
+
+def load_model(
+    location: str | Path, tokenizer: Any | None = None, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """A causal language model from a path, URI or Hub id, in float32, from safetensors.
+
+    Raises ConfigError where it cannot be found, keeps its weights as pickles only, or has a smaller vocabulary than
+    the tokenizer.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    place = str(location)
+    if "://" in place:
+        place = str(Storage(place.rpartition("/")[0]).local_folder(place.rpartition("/")[2]))
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            place, revision=revision, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ConfigError(
+            f"model '{location}': cannot be loaded ({reason}). Give the path of a folder with config.json and *.safetensors, "
+            "a URI, or a Hub id (a gated one needs HF_TOKEN in the environment)."
+        ) from error
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer is not None and len(tokenizer) > rows:
+        raise ConfigError(
+            f"model '{location}': its vocabulary has {rows:,} entries, the tokenizer {len(tokenizer):,}. Use the tokenizer it "
+            "was made with."
+        )
+    return model
+
+
+def num_parameters(config: TrainingConfig, vocab_size: int | None) -> int | None:
+    """Parameters of the model that a section names, without loading weights; None where that cannot be known here."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        if isinstance(config.model, ScratchModel):
+            shape = scratch_config(config.model.scratch, -(-(vocab_size or 4096) // 64) * 64)
+        else:
+            shape = AutoConfig.from_pretrained(
+                config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
+            )
+        with torch.device("meta"):
+            return int(AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code).num_parameters())
+    except (OSError, ValueError):
+        return None
+
+
+def accepts_logits_to_keep(model: Any) -> bool:
+    """Whether the model's forward can restrict its logits to given positions (most of transformers' models)."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write a Hugging Face folder that `from_pretrained` loads: configuration, safetensors, tokenizer."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,243 @@
+"""The proxy: a small model fine-tuned on the whole pool while T of its states are kept.
+
+A kept checkpoint is a Hugging Face folder, `step-000500/`, whose `checkpoint.json` is written last and lists its files.
+Checkpoint i of T follows step round(i * S / T) of S whatever the number of workers.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from s2l_ray.artifacts import Artifact, Draft, FileRecord, Storage
+from s2l_ray.config import ProxyConfig, RunConfig, TrainedTokenizer
+from s2l_ray.errors import ArtifactError, ConfigError, DataError
+from s2l_ray.examples import read_pool
+from s2l_ray.progress import get_log
+from s2l_ray.training.fine_tuning import Phase, data_order, fine_tune, num_steps, training_loss
+from s2l_ray.training.fit import Workers, fit
+from s2l_ray.training.models import load_model, make_model, save_model
+from s2l_ray.training.tokens import load_tokenizer, pool_tokens, row_counts
+
+PROXY_SCHEMA = 1
+TOKENIZER = "tokenizer"
+CHECKPOINT = "checkpoint.json"
+# Rows that a tokenizer is trained on: parts are sorted by a hash of the content, so the first ones are a random sample.
+TOKENIZER_ROWS = 200_000
+
+
+def checkpoint_steps(config: ProxyConfig, steps: int) -> list[int]:
+    """The steps after which a checkpoint is kept, ascending; 0 first where the untrained model is recorded.
+
+    Raises ConfigError where there are fewer steps than checkpoints.
+    """
+    if config.checkpoint_every_steps is not None:
+        kept = [*range(config.checkpoint_every_steps, steps + 1, config.checkpoint_every_steps)]
+        kept += [] if kept and kept[-1] == steps else [steps]
+    else:
+        if steps < config.num_checkpoints:
+            raise ConfigError(
+                f"proxy.num_checkpoints={config.num_checkpoints}, but the training has {steps} steps. "
+                "Ask for fewer, train more epochs, or use a smaller proxy.global_batch_size."
+            )
+        kept = [round(i * steps / config.num_checkpoints) for i in range(1, config.num_checkpoints + 1)]
+    return [0, *kept] if config.include_untrained else kept
+
+
+def step_folder(step: int) -> str:
+    """The directory of a checkpoint."""
+    return f"step-{step:06d}"
+
+
+@dataclass(frozen=True)
+class ProxyJob:
+    """What a worker of the fit needs."""
+
+    config: ProxyConfig
+    examples: Artifact
+    storage: Storage
+    batch_size: int | str
+
+
+def build_proxy(config: RunConfig, inputs: Mapping[str, Artifact], draft: Draft) -> Artifact:
+    """Train the proxy (or take the checkpoints that the config names) and publish its checkpoints."""
+    workers = Workers.resolve(config.machines.proxy, one_per_cpu=False)
+    job = ProxyJob(config.proxy, inputs["examples"], draft.storage, config.machines.proxy.device_batch_size)
+    if config.proxy.checkpoints:
+        result = _run_once(take_checkpoints, job, workers)
+    else:
+        result = fit("proxy", train_proxy, job, workers, draft.work)
+    for step in result["steps"]:
+        draft.add(*_checkpoint_files(draft.storage, step))
+    for name in draft.storage.names(TOKENIZER):
+        draft.has(f"{TOKENIZER}/{name}")
+    get_log("proxy").info("kept %d checkpoints: steps %s", len(result["steps"]), ", ".join(map(str, result["steps"])))
+    return draft.publish(result, asdict(workers))
+
+
+def _checkpoint_files(storage: Storage, step: int) -> list[FileRecord]:
+    """The files of a kept checkpoint, `checkpoint.json` among them."""
+    name = f"{step_folder(step)}/{CHECKPOINT}"
+    record = storage.read_json(name)
+    if record is None:
+        raise ArtifactError(f"{storage.uri}/{name}: missing. Remove {storage.uri} and run again.")
+    return [*(FileRecord(**file) for file in record["files"]), FileRecord.of(name, storage.read(name))]
+
+
+def _run_once(function: Any, job: ProxyJob, workers: Workers) -> Any:
+    """Run a function of the job in a Ray task; a user's mistake is raised here as it was there."""
+    import ray
+
+    task = ray.remote(num_cpus=workers.cpus_per_worker, num_gpus=workers.gpus_per_worker)(function)
+    try:
+        return ray.get(task.remote(job))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+
+
+# --- on a worker ---------------------------------------------------------------------------------------------------
+
+
+def train_proxy(job: ProxyJob, events: Any) -> dict[str, Any]:
+    """The training loop of every worker."""
+    import ray.train
+
+    config, is_first = job.config, ray.train.get_context().get_world_rank() == 0
+    tokenizer = shared_tokenizer(job, is_first)
+    ids, tokens, changed = pool_tokens(job.examples, tokenizer, config.max_tokens)
+    if len(ids) < config.global_batch_size:
+        raise DataError(
+            f"the pool has {len(ids):,} examples, fewer than one batch of proxy.global_batch_size={config.global_batch_size}. "
+            "Use a smaller batch or a larger corpus."
+        )
+    steps = num_steps(len(ids), config.epochs, config.global_batch_size)
+    kept = checkpoint_steps(config, steps)
+    model = make_model(config, tokenizer)
+    num_parameters = int(model.num_parameters())
+    if is_first:
+        events.put(
+            f"{num_parameters / 1e6:.2f}M parameters, {len(ids):,} examples, {len(tokens.ids):,} tokens, {steps:,} steps"
+        )
+
+    def keep(step: int, model: Any) -> None:
+        keep_checkpoint(job.storage, step, model, tokenizer)
+
+    order = data_order(ids, config.epochs, config.global_batch_size, config.seed)
+    phase = Phase("proxy", config, order, tokens, kept, steps)
+    trainer = fine_tune(phase, model, tokenizer, job.batch_size, events, on_keep=keep)
+    return {
+        "rows": len(ids),
+        **row_counts(changed),
+        "steps": kept,
+        "total_steps": steps,
+        "global_batch_size": config.global_batch_size,
+        "num_parameters": num_parameters,
+        "vocab_size": len(tokenizer),
+        "tokens": int(np.sum(tokens.lengths[order])),
+        "training_loss": training_loss(trainer),
+    }
+
+
+def keep_checkpoint(storage: Storage, step: int, model: Any, tokenizer: Any) -> None:
+    """Write a checkpoint's folder into the proxy's directory, its `checkpoint.json` last."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(model, tokenizer, Path(folder))
+        records = storage.upload(folder, step_folder(step))
+    storage.write_json(f"{step_folder(step)}/{CHECKPOINT}", {"step": step, "files": [asdict(record) for record in records]})
+
+
+def shared_tokenizer(job: ProxyJob, is_first: bool) -> Any:
+    """The run's tokenizer, from the proxy's directory; the first worker puts it there, the others wait for it."""
+    import torch.distributed
+
+    problem: list[Exception | None] = [None]
+    if is_first and not job.storage.exists(f"{TOKENIZER}/tokenizer_config.json"):
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                _find_tokenizer(job).save_pretrained(folder)
+                job.storage.upload(folder, TOKENIZER)
+        except ConfigError as error:
+            problem = [error]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(problem, src=0)
+    if problem[0] is not None:
+        raise problem[0]
+    return load_tokenizer(job.storage.local_folder(TOKENIZER))
+
+
+def _find_tokenizer(job: ProxyJob) -> Any:
+    """The tokenizer that the config asks for: trained on the pool, named, or the model's own."""
+    config = job.config
+    if isinstance(config.tokenizer, TrainedTokenizer):
+        return train_tokenizer(config.tokenizer, job.examples)
+    if isinstance(config.tokenizer, str):
+        return load_tokenizer(config.tokenizer, trust_remote_code=config.trust_remote_code)
+    location, revision = (split_revision(config.checkpoints[0])) if config.checkpoints else (config.model, config.revision)
+    return load_tokenizer(str(location), revision, config.trust_remote_code)
+
+
+def train_tokenizer(config: TrainedTokenizer, examples: Artifact) -> Any:
+    """A byte-level BPE tokenizer of the pool's prompts and responses; one special token ends sequences and pads them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    end = "<|endoftext|>"
+    tokenizer = Tokenizer(models.BPE())
+    # Digits one by one: numbers then share their pieces, whatever their length.
+    split = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        special_tokens=[end],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+
+    def texts() -> Any:
+        rows = 0
+        for part in examples.parts():
+            table = read_pool(examples, part, ["prompt", "response"])
+            yield table["prompt"].to_pylist()
+            yield table["response"].to_pylist()
+            rows += table.num_rows
+            if rows >= TOKENIZER_ROWS:
+                return
+
+    tokenizer.train_from_iterator(texts(), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=end)
+
+
+def split_revision(location: str) -> tuple[str, str | None]:
+    """A checkpoint's place as (path or Hub id, revision): `EleutherAI/pythia-70m@step1000`."""
+    place, at, revision = location.rpartition("@")
+    return (place, revision) if at and not Path(location).exists() else (location, None)
+
+
+def steps_of(checkpoints: list[str]) -> list[int]:
+    """The steps of given checkpoints: the numbers that their names end with where these ascend, else 1, 2, 3 ..."""
+    found = [re.search(r"(\d+)/?$", place) for place in checkpoints]
+    steps = [int(match.group(1)) for match in found if match]
+    ascending = len(steps) == len(checkpoints) and all(a < b for a, b in pairwise(steps))
+    return steps if ascending else list(range(1, len(checkpoints) + 1))
+
+
+def take_checkpoints(job: ProxyJob) -> dict[str, Any]:
+    """Copy checkpoints that exist into the proxy's directory, as safetensors, and train nothing."""
+    config = job.config
+    tokenizer = shared_tokenizer(job, is_first=True)
+    steps = steps_of(config.checkpoints)
+    num_parameters = 0
+    for step, location in zip(steps, config.checkpoints, strict=True):
+        place, revision = split_revision(location)
+        model = load_model(place, tokenizer, revision=revision, trust_remote_code=config.trust_remote_code)
+        num_parameters = int(model.num_parameters())
+        keep_checkpoint(job.storage, step, model, tokenizer)
+    return {"steps": steps, "checkpoints": config.checkpoints, "num_parameters": num_parameters, "vocab_size": len(tokenizer)}

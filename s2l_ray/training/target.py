@@ -1,0 +1,146 @@
+"""The target: the large model, fine-tuned on the subset with DeepSpeed ZeRO under Ray Train.
+
+Where a random control is asked for, it trains in the same fit, straight after, with the same recipe and the same number
+of steps: the workers, their imports and the base model are paid once.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from s2l_ray.artifacts import Artifact, Draft, FileRecord, Storage
+from s2l_ray.config import RunConfig, TargetConfig
+from s2l_ray.errors import DataError
+from s2l_ray.progress import get_log
+from s2l_ray.training.fine_tuning import Phase, data_order, fine_tune, num_steps, training_loss
+from s2l_ray.training.fit import Workers, fit
+from s2l_ray.training.models import make_model
+from s2l_ray.training.proxy import TOKENIZER
+from s2l_ray.training.tokens import load_tokenizer, pool_tokens, row_counts
+
+TARGET_SCHEMA = 1
+# Subset -> the folder of the model trained on it, in training order.
+FOLDERS = {"selected": "model", "random": "random_model"}
+RECORD = "model.json"
+
+
+@dataclass(frozen=True)
+class TargetJob:
+    """What a worker of the fit needs."""
+
+    config: TargetConfig
+    examples: Artifact
+    proxy: Artifact
+    storage: Storage
+    subsets: dict[str, list[str]]
+    """Subset -> the ids in it."""
+
+    batch_size: int | str
+
+
+def build_target(config: RunConfig, inputs: Mapping[str, Artifact], draft: Draft) -> Artifact:
+    """Fine-tune the target on the subset (and on the random control) and publish Hugging Face folders."""
+    target, machines = config.target, config.machines.target
+    workers = Workers.resolve(machines, one_per_cpu=False)
+    files = {"selected": "selected.parquet"} | ({"random": "random.parquet"} if config.evaluation.random_control else {})
+    subsets = {name: selected_ids(inputs["selection"], file) for name, file in files.items()}
+    smallest = min(len(ids) for ids in subsets.values())
+    if smallest < target.global_batch_size:
+        raise DataError(
+            f"the subset has {smallest:,} examples, fewer than one batch of {target.global_batch_size} "
+            "(target.global_batch_size). Raise selection.budget or use a smaller batch."
+        )
+    job = TargetJob(target, inputs["examples"], inputs["proxy"], draft.storage, subsets, machines.device_batch_size)
+    get_log("target").info("DeepSpeed ZeRO %d; its first use on a machine compiles for about half a minute", target.zero_stage)
+    result = fit("target", train_target, job, workers, draft.work)
+    for name in subsets:
+        record = draft.storage.read_json(f"{FOLDERS[name]}/{RECORD}")
+        draft.add(*(FileRecord(**file) for file in record["files"]))
+        draft.has(f"{FOLDERS[name]}/{RECORD}")
+    return draft.publish(result, asdict(workers))
+
+
+def selected_ids(selection: Artifact, file: str) -> list[str]:
+    """The ids in a subset's file."""
+    name = selection.summary["columns"]["example_id"]
+    return [str(value) for value in selection.read_table(file, columns=[name])[name].to_pylist()]
+
+
+# --- on a worker ---------------------------------------------------------------------------------------------------
+
+
+def train_target(job: TargetJob, events: Any) -> dict[str, Any]:
+    """The training loop of every worker: one model per subset; those that are finished are not trained again."""
+    import ray.train
+
+    config, is_first = job.config, ray.train.get_context().get_world_rank() == 0
+    tokenizer = target_tokenizer(config, job.proxy)
+    rows = {name: pool_tokens(job.examples, tokenizer, config.max_tokens, keep=set(ids)) for name, ids in job.subsets.items()}
+    steps = {name: num_steps(len(ids), config.epochs, config.global_batch_size) for name, (ids, _, _) in rows.items()}
+    before = 0
+    for name, (ids, tokens, _) in rows.items():
+        record = f"{FOLDERS[name]}/{RECORD}"
+        if not job.storage.exists(record):
+            order = data_order(ids, config.epochs, config.global_batch_size, config.seed)
+            phase = Phase(name, config, order, tokens, (), sum(steps.values()), before)
+            model = make_model(config, tokenizer)
+            if is_first and not before:
+                events.put(f"{model.num_parameters():,} parameters, {len(ids):,} examples, {steps[name]:,} steps per model")
+            trainer = fine_tune(phase, model, tokenizer, job.batch_size, events, deepspeed=zero(config.zero_stage))
+            save_target(trainer, job.storage, name, {"num_parameters": int(model.num_parameters())})
+            reset_accelerate(trainer)
+            del trainer, model
+        before += steps[name]
+    done = {name: job.storage.read_json(f"{FOLDERS[name]}/{RECORD}") for name in rows} if is_first else {}
+    return {
+        "rows": len(rows["selected"][0]),
+        **row_counts(rows["selected"][2]),
+        "total_steps": steps["selected"],
+        "num_parameters": next((record["num_parameters"] for record in done.values()), 0),
+        "training_loss": {name: record["training_loss"] for name, record in done.items()},
+        "tokens": {name: int(tokens.lengths.sum()) for name, (_, tokens, _) in rows.items()},
+    }
+
+
+def target_tokenizer(config: TargetConfig, proxy: Artifact) -> Any:
+    """The tokenizer of the target: named, the model's own, or for a model from scratch the proxy's."""
+    if isinstance(config.tokenizer, str):
+        return load_tokenizer(config.tokenizer, trust_remote_code=config.trust_remote_code)
+    if isinstance(config.model, str):
+        return load_tokenizer(config.model, config.revision, config.trust_remote_code)
+    return load_tokenizer(proxy.folder(TOKENIZER))
+
+
+def zero(stage: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for a ZeRO stage; what the recipe decides is added by the fit."""
+    sharding: dict[str, Any] = {"stage": stage, "overlap_comm": False, "contiguous_gradients": True}
+    if stage == 3:
+        sharding["stage3_gather_16bit_weights_on_model_save"] = True
+    return {"zero_optimization": sharding}
+
+
+def save_target(trainer: Any, storage: Storage, name: str, facts: dict[str, Any]) -> None:
+    """Write the consolidated model as a Hugging Face folder; all workers take part, the first one writes."""
+    import ray.train
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer.save_model(folder)
+        if ray.train.get_context().get_world_rank() == 0:
+            # The Trainer pickles its arguments beside the model; nobody needs them, and pickles are not shipped.
+            (Path(folder) / "training_args.bin").unlink(missing_ok=True)
+            records = storage.upload(folder, FOLDERS[name])
+            value = facts | {"training_loss": training_loss(trainer), "files": [asdict(record) for record in records]}
+            storage.write_json(f"{FOLDERS[name]}/{RECORD}", value)
+
+
+def reset_accelerate(trainer: Any) -> None:
+    """Forget the finished training's process-wide state, so that the next model of the fit starts clean."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    trainer.accelerator.free_memory()
+    AcceleratorState._reset_state()
+    GradientState._reset_state()

@@ -1,0 +1,20 @@
+"""One Ray for the whole test session: starting it takes longer than most tests."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """A local Ray with two CPUs."""
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING)
+    yield
+    ray.shutdown()

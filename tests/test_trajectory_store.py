@@ -1,0 +1,357 @@
+"""Trajectories: from anybody's Parquet to one checked value in the order of the ids."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pyarrow import fs
+
+from s2l_ray.artifacts import Artifact, Draft, Key, Storage
+from s2l_ray.errors import ArtifactError, ConfigError, DataError
+from s2l_ray.trajectory_store import (
+    Trajectories,
+    content_identity,
+    fetch_rows,
+    find_artifact,
+    load_trajectories,
+    losses_of,
+    priorities,
+    read_trajectories,
+    trajectories_table,
+)
+
+LOSSES = np.array([[3.0, 2.0], [2.5, 2.25], [4.0, 0.5], [1.0, 1.0]], np.float32)
+
+
+def write(path: Path, **columns: Any) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+    return str(path)
+
+
+def lists(losses: Any = LOSSES, kind: pa.DataType | None = None) -> pa.Array:
+    return pa.array([list(map(float, row)) for row in losses], kind or pa.list_(pa.float64()))
+
+
+def finished_run(tmp_path: Path, num_rows: int = 7) -> Artifact:
+    draft = Draft.open(Storage(str(tmp_path)), Key("trajectories", 1, {"precision": "float32"}, {}))
+    losses = np.arange(num_rows * 2, dtype=np.float32).reshape(-1, 2)
+    ids = [f"id-{row}" for row in range(num_rows)]
+    for part, rows in enumerate((slice(0, 4), slice(4, None))):
+        tokens = np.arange(num_rows)[rows]
+        table = trajectories_table(ids[rows], losses[rows], ["web"] * len(tokens), tokens)
+        draft.write_table(f"part-{part:05d}.parquet", table)
+    return draft.publish({"rows": num_rows})
+
+
+def test_rows_come_in_the_order_of_their_ids_bytewise() -> None:
+    trajectories = Trajectories.of(
+        LOSSES, ["b", "é", "B", "a"], sources=["s1", "s2", "s3", "s4"], num_response_tokens=[1, 2, 3, 4]
+    )
+    assert trajectories.example_ids.to_pylist() == ["B", "a", "b", "é"]
+    assert trajectories.losses_NT.tolist() == [[4.0, 0.5], [1.0, 1.0], [3.0, 2.0], [2.5, 2.25]]
+    assert trajectories.sources.to_pylist() == ["s3", "s4", "s1", "s2"]
+    assert trajectories.num_response_tokens_N.tolist() == [3, 4, 1, 2]
+
+
+def test_ids_are_row_numbers_unless_given() -> None:
+    assert Trajectories.of([[1, 2], [3, 4]]).example_ids.to_pylist() == [0, 1]
+
+
+@pytest.mark.parametrize("form", [list, tuple, lambda x: list(map(tuple, x)), lambda x: pd.Series(list(x)), pd.DataFrame])
+def test_losses_may_be_lists_arrays_or_pandas(form: Any) -> None:
+    assert np.array_equal(Trajectories.of(form(LOSSES)).losses_NT, LOSSES)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e300, None])
+def test_a_loss_that_is_no_number_names_its_example(bad: float | None) -> None:
+    losses = LOSSES.tolist()
+    losses[2][1] = bad
+    with pytest.raises(DataError, match="example_id 'c'"):
+        Trajectories.of(losses, list("abcd"))
+
+
+def test_many_bad_examples_are_named_a_few_and_then_counted() -> None:
+    losses = np.full((100, 3), np.nan)
+    with pytest.raises(DataError, match=r"example_id 0, 1, 2, 3, 4 and 95 more"):
+        Trajectories.of(losses)
+
+
+def test_ragged_losses_name_the_odd_examples() -> None:
+    with pytest.raises(DataError, match=r"Others have 2 values.*\(3, say\) for example_id 'c', 'd'"):
+        Trajectories.of([[1.0, 2.0], [1.0, 2.0], [1.0, 2.0, 3.0], [1.0]], list("abcd"))
+
+
+def test_duplicate_ids_are_named() -> None:
+    with pytest.raises(DataError, match="more than once: 'a', 'b'"):
+        Trajectories.of(LOSSES, ["b", "a", "b", "a"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"example_ids": [1.5, 2.0, 3.0, 4.0]}, "'example_id' is double, expected string or integer"),
+        ({"example_ids": ["a", None, "b", "c"]}, "example_id is missing in 1 rows"),
+        ({"example_ids": ["a", "b"]}, "2 values of example_id for 4 trajectories"),
+        ({"losses": [1.0, 2.0, 3.0, 4.0]}, "'losses' is double, expected lists of floats"),
+        ({"losses": [[], [], [], []]}, "losses"),
+        ({"losses": []}, "no rows|losses"),
+        ({"num_response_tokens": [1.0, 2.0, 3.0, 4.0]}, "'num_response_tokens' is double, expected integers"),
+        ({"num_response_tokens": [1, -2, 3, 4]}, "negative or too large for example_id 1"),
+        ({"sources": [[1], [2], [3], [4]]}, "'source' is list"),
+        ({"sources": ["web"]}, "1 values of source for 4 trajectories"),
+    ],
+)
+def test_what_cannot_be_used_is_named_with_what_was_expected(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        Trajectories.of(**({"losses": LOSSES} | changed))
+
+
+def test_priorities_are_the_first_eight_bytes_of_blake2b() -> None:
+    ids = ["a", "example-17", "é", ""]
+    expected = [int.from_bytes(hashlib.blake2b(f"7:{i}".encode()).digest()[:8], "big") for i in ids]
+    assert priorities(ids, 7).tolist() == expected
+    assert priorities([12, -3], 0).tolist() == [
+        int.from_bytes(hashlib.blake2b(text).digest()[:8], "big") for text in (b"0:12", b"0:-3")
+    ]
+    assert priorities(pa.array(ids), 7).dtype == np.uint64
+
+
+def test_priorities_stay_the_same_for_ever() -> None:
+    assert priorities(["a"], 0).tolist() == [int.from_bytes(hashlib.blake2b(b"0:a").digest()[:8], "big")]
+    assert priorities([str(i) for i in range(70_000)], "random-1")[69_999] == int.from_bytes(
+        hashlib.blake2b(b"random-1:69999").digest()[:8], "big"
+    )
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.list_(pa.float64()),
+        pa.list_(pa.float32()),
+        pa.large_list(pa.float32()),
+        pa.list_(pa.float32(), 2),
+        pa.list_(pa.float64(), 2),
+        pa.list_(pa.float16()),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("id_kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=str)
+def test_every_kind_of_list_and_string_reads_the_same(tmp_path: Path, kind: pa.DataType, id_kind: pa.DataType) -> None:
+    half = [row.astype(np.float16) for row in LOSSES]
+    losses = pa.array(half, kind) if kind == pa.list_(pa.float16()) else lists(kind=kind)
+    uri = write(tmp_path / "t.parquet", losses=losses, example_id=pa.array(list("dcba")).cast(id_kind))
+    found = read_trajectories(uri)
+    assert found.example_ids.equals(pa.array(list("abcd")))
+    assert np.array_equal(found.losses_NT, LOSSES[::-1])
+
+
+@pytest.mark.parametrize("kind", [pa.int8(), pa.int32(), pa.int64(), pa.uint64()], ids=str)
+def test_integer_ids_of_any_width_sort_as_numbers(tmp_path: Path, kind: pa.DataType) -> None:
+    uri = write(tmp_path / "t.parquet", losses=lists(), example_id=pa.array([100, 9, 20, 1], kind))
+    assert read_trajectories(uri).example_ids.equals(pa.array([1, 9, 20, 100], pa.int64()))
+
+
+def test_what_pandas_wrote_reads(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"example_id": [3, 1, 2, 0], "losses": list(LOSSES), "source": pd.Categorical(["x", "y", "x", "y"])})
+    frame.to_parquet(tmp_path / "t.parquet")
+    found = read_trajectories(str(tmp_path / "t.parquet"))
+    assert np.array_equal(found.losses_NT, LOSSES[[3, 1, 2, 0]])
+    assert found.sources.to_pylist() == ["y", "y", "x", "x"]
+
+
+def test_a_file_a_directory_a_glob_and_a_uri_give_the_same(tmp_path: Path) -> None:
+    for part in range(4):
+        write(
+            tmp_path / "parts" / f"day={part % 2}" / f"{part}.parquet", losses=lists(LOSSES[part : part + 1]), example_id=[part]
+        )
+    (tmp_path / "parts" / "_SUCCESS").touch()
+    whole = write(tmp_path / "whole.parquet", losses=lists(), example_id=[0, 1, 2, 3])
+    parts = tmp_path / "parts"
+    uris = [whole, str(parts), f"{parts}/", f"{parts}/**/*.parquet", f"{parts}/day=?/[0-9].par*", f"file://{parts}"]
+    assert len({content_identity(read_trajectories(uri)) for uri in uris}) == 1
+    assert read_trajectories(f"{parts}/day=1/*").example_ids.to_pylist() == [1, 3]
+
+
+def test_object_storage_reads_like_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    try:
+        filesystem = fs.S3FileSystem(endpoint_override=f"{host}:{port}", scheme="http", allow_bucket_creation=True)
+        filesystem.create_dir("trajectory-store")
+        for part in range(3):
+            local = write(tmp_path / f"{part}.parquet", losses=lists(LOSSES[part : part + 1]), example_id=[part])
+            with filesystem.open_output_stream(f"trajectory-store/parts/{part}.parquet") as stream:
+                stream.write(Path(local).read_bytes())
+        found = read_trajectories("s3://trajectory-store/parts")
+        assert content_identity(found) == content_identity(read_trajectories(str(tmp_path)))
+        assert read_trajectories("s3://trajectory-store/*/[12].parquet").example_ids.to_pylist() == [1, 2]
+        assert fetch_rows("s3://trajectory-store/parts", pa.array([2])).to_pydict() == {"example_id": [2]}
+        with pytest.raises(DataError, match="nowhere: no such file or directory"):
+            read_trajectories("s3://trajectory-store/nowhere")
+    finally:
+        server.stop()
+
+
+def test_identity_is_that_of_the_content() -> None:
+    base = {"losses": LOSSES, "example_ids": list("abcd"), "sources": list("xxyy"), "num_response_tokens": [1, 2, 3, 4]}
+    order = [2, 0, 3, 1]
+    shuffled = {name: [values[row] for row in order] for name, values in base.items()}
+    assert content_identity(Trajectories.of(**base)) == content_identity(Trajectories.of(**shuffled))
+    changes: list[dict[str, Any]] = [
+        {"losses": LOSSES + np.float32(2**-20)},
+        {"example_ids": list("abce")},
+        {"sources": list("xxxy")},
+        {"sources": None},
+        {"num_response_tokens": [1, 2, 3, 5]},
+        {"columns": {"day": list("1122")}},
+    ]
+    assert len({content_identity(Trajectories.of(**(base | change))) for change in [{}, *changes]}) == len(changes) + 1
+
+
+def test_a_missing_source_gets_a_name(tmp_path: Path) -> None:
+    uri = write(tmp_path / "t.parquet", losses=lists(), example_id=[0, 1, 2, 3], source=["x", None, "y", None])
+    assert read_trajectories(uri).sources.to_pylist() == ["x", "(none)", "y", "(none)"]
+
+
+def test_a_column_to_stratify_by_is_read_and_an_unknown_one_is_refused_with_the_known(tmp_path: Path) -> None:
+    uri = write(tmp_path / "t.parquet", losses=lists(), example_id=[0, 1, 2, 3], level=[5, 5, 6, 6])
+    assert read_trajectories(uri, stratify_by="level").stratum_column("level").to_pylist() == ["5", "5", "6", "6"]
+    with pytest.raises(ConfigError, match=r"no column 'levle'.*Known: losses, example_id, level"):
+        read_trajectories(uri, stratify_by="levle")
+    with pytest.raises(ConfigError, match=r"clustering.stratify_by: no column 'topic'.*Known: source"):
+        Trajectories.of(LOSSES, sources=list("xxyy")).stratum_column("topic")
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere.parquet: no such file"):
+        read_trajectories(str(tmp_path / "nowhere.parquet"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty: no Parquet files"):
+        read_trajectories(str(tmp_path / "empty"))
+    (tmp_path / "text.parquet").write_text("example_id,losses\n")
+    with pytest.raises(DataError, match=r"text.parquet: cannot be read as Parquet"):
+        read_trajectories(str(tmp_path / "text.parquet"))
+    write(tmp_path / "parts" / "0.parquet", losses=lists(), example_id=[0, 1, 2, 3])
+    damaged = tmp_path / "parts" / "1.parquet"
+    write(damaged, losses=lists(), example_id=[4, 5, 6, 7])
+    damaged.write_bytes(damaged.read_bytes()[:-30])
+    with pytest.raises(DataError, match=r"parts/1.parquet: cannot be read as Parquet"):
+        read_trajectories(str(tmp_path / "parts"))
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"example_id": [0, 1, 2, 3]}, r"'losses' is missing \(columns: example_id\)"),
+        ({"losses": lists()}, "'example_id' is missing"),
+        ({"losses": pa.array([[1], [2], [3], [4]]), "example_id": [0, 1, 2, 3]}, r"'losses' is list<.*int64>"),
+        ({"losses": lists(), "example_id": pa.array([0.0, 1.0, 2.0, 3.0])}, "'example_id' is double"),
+        ({"losses": lists([]), "example_id": pa.array([], pa.int64())}, "no rows"),
+        ({"losses": pa.array([[1.0, 2.0], None]), "example_id": ["a", "b"]}, "losses are missing for example_id 'b'"),
+        ({"losses": pa.array([[1.0, 2.0], [1.0]]), "example_id": ["a", "b"]}, "ragged.*for example_id 'b'"),
+        ({"losses": pa.array([[1.0, 2.0], [1.0, None]]), "example_id": ["a", "b"]}, "missing.*for example_id 'b'"),
+        ({"losses": lists(), "example_id": [0, 1, 1, 3]}, "more than once: 1"),
+    ],
+)
+def test_bad_columns_are_named_with_the_file(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=rf"t.parquet: .*{message}"):
+        read_trajectories(write(tmp_path / "t.parquet", **columns))
+
+
+def test_parts_that_do_not_fit_together_are_named(tmp_path: Path) -> None:
+    write(tmp_path / "0.parquet", losses=lists(), example_id=[0, 1, 2, 3])
+    write(tmp_path / "1.parquet", losses=lists([[1.0, 2.0, 3.0]]), example_id=[4])
+    with pytest.raises(DataError, match=r"1.parquet: losses are ragged.*example_id 4"):
+        read_trajectories(str(tmp_path))
+    write(tmp_path / "1.parquet", losses=lists(), example_id=list("abcd"))
+    with pytest.raises(DataError, match=r"1.parquet: has example_id: string, but .*0.parquet has example_id: int64"):
+        read_trajectories(str(tmp_path))
+    write(tmp_path / "1.parquet", losses=lists(), example_id=[6, 3, 7, 8])
+    with pytest.raises(DataError, match="more than once: 3"):
+        read_trajectories(str(tmp_path))
+
+
+def test_a_runs_own_parts_have_the_contracts_schema_and_read_back(tmp_path: Path) -> None:
+    artifact = finished_run(tmp_path)
+    schema = artifact.read_table("part-00000.parquet").schema
+    assert [(f.name, str(f.type).replace("element", "item")) for f in schema] == [
+        ("example_id", "string"),
+        ("source", "string"),
+        ("losses", "fixed_size_list<item: float>[2]"),
+        ("num_response_tokens", "int32"),
+    ]
+    loaded = load_trajectories(artifact)
+    assert loaded.num_response_tokens_N.tolist() == list(range(7))
+    assert np.array_equal(losses_of(artifact.read_table("part-00001.parquet")), loaded.losses_NT[4:])
+    read = read_trajectories(str(tmp_path / "trajectories"))
+    assert content_identity(read) == content_identity(loaded)
+    assert find_artifact(str(tmp_path / "trajectories")).identity == artifact.identity
+
+
+def test_a_part_without_rows_is_a_part() -> None:
+    table = trajectories_table(pa.array([], pa.string()), np.empty((0, 3), np.float32), pa.array([], pa.string()), [])
+    assert losses_of(table).shape == (0, 3)
+
+
+def test_a_damaged_unfinished_or_wrong_run_directory_is_refused(tmp_path: Path) -> None:
+    artifact = finished_run(tmp_path)
+    part = tmp_path / "trajectories" / "part-00001.parquet"
+    data = bytearray(part.read_bytes())
+    data[100] ^= 1
+    part.write_bytes(data)
+    with pytest.raises(ArtifactError, match=r"part-00001.parquet: damaged"):
+        read_trajectories(artifact.root.uri)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    with pytest.raises(DataError, match=r"looks like a run: give .*/trajectories"):
+        read_trajectories(str(tmp_path / "run"))
+    Draft.open(Storage(str(tmp_path / "other")), Key("trajectories", 1, {}, {}))
+    with pytest.raises(ArtifactError, match="unfinished"):
+        read_trajectories(str(tmp_path / "other" / "trajectories"))
+    manifest = tmp_path / "trajectories" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"stage": "examples"}))
+    with pytest.raises(ArtifactError, match="holds the stage 'examples'"):
+        read_trajectories(artifact.root.uri)
+
+
+def test_fetched_rows_are_the_corpus_columns_in_the_order_asked_for(tmp_path: Path) -> None:
+    meta = pa.array([{"k": row} for row in range(4)])
+    tags = pa.array(["x", None, "y", "x"]).dictionary_encode()
+    write(tmp_path / "a.parquet", text=list("ABCD"), losses=lists(), example_id=list("dbca"), meta=meta, tag=tags)
+    write(tmp_path / "b.parquet", text=list("EFGH"), losses=lists(), example_id=list("hgfe"), meta=meta, tag=tags)
+    rows = fetch_rows(str(tmp_path), pa.array(["a", "b", "f", "g"]))
+    assert rows.to_pydict() == {
+        "text": ["D", "B", "G", "F"],
+        "example_id": ["a", "b", "f", "g"],
+        "meta": [{"k": 3}, {"k": 1}, {"k": 2}, {"k": 1}],
+        "tag": ["x", None, "y", None],
+    }
+    assert fetch_rows(str(tmp_path), pa.array(["g", "a"]))["text"].to_pylist() == ["F", "D"]
+    with pytest.raises(DataError, match="changed while it was read"):
+        fetch_rows(str(tmp_path), pa.array(["a", "zz"]))
+
+
+def test_clustering_and_selection_need_neither_torch_nor_ray() -> None:
+    code = "import sys, s2l_ray.selection; print({'torch', 'ray', 'transformers', 'pandas'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"
