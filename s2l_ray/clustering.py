@@ -14,15 +14,14 @@ import io
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from s2l_ray.artifacts import Artifact, Draft
-from s2l_ray.config import ClusteringConfig, Section, problems
+from s2l_ray.config import ClusteringConfig, checked
 from s2l_ray.errors import ConfigError, S2LError
 from s2l_ray.progress import get_log
 from s2l_ray.trajectory_store import Trajectories, priorities
@@ -32,8 +31,6 @@ try:
 except ModuleNotFoundError as error:
     raise S2LError("faiss is not installed: pip install 's2l_ray[cpu]', or 's2l_ray[gpu]' for CUDA; not both.") from error
 
-# Part of the fingerprint: raise it when the same recipe on the same input gives other groups.
-CLUSTERING_SCHEMA = 1
 BLOCK_ROWS = 65_536
 SAMPLE_ROWS_PER_CLUSTER = 1_024
 ROWS_PER_PART = 1_048_576
@@ -45,7 +42,6 @@ _log = get_log("clustering")
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
-AnySection = TypeVar("AnySection", bound=Section)
 
 
 @dataclass(frozen=True)
@@ -204,16 +200,6 @@ def cluster_trajectories(
         strata=tuple(found),
         is_stratified=strata is not None,
     )
-
-
-def checked(section: type[AnySection], **values: Any) -> AnySection:
-    """A config section from a function's arguments. Raises ConfigError that lists every problem, one a line."""
-    plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
-    stage = section.__name__.removesuffix("Config").lower()
-    try:
-        return section.model_validate(plain)
-    except ValidationError as error:
-        raise ConfigError("\n".join(f"{stage}.{line}" for line in problems(error, section))) from None
 
 
 def _rows_by_stratum(strata: pa.Array | None, num_rows: int) -> list[tuple[str, NDArray[np.int64]]]:

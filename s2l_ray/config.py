@@ -445,7 +445,8 @@ def checked(section: type[AnySection], **values: Any) -> AnySection:
     """A section from a function's or a command's arguments. Raises ConfigError that lists every problem, one a line."""
     name = section.__name__.removesuffix("Config").lower()
     try:
-        return section.model_validate(values)
+        # A numpy number is a number, too.
+        return section.model_validate({key: value.item() if hasattr(value, "item") else value for key, value in values.items()})
     except ValidationError as error:
         raise ConfigError("\n".join(f"{name}.{line}" for line in problems(error, section))) from None
 
@@ -458,12 +459,14 @@ def problems(error: ValidationError, model: type[BaseModel]) -> list[str]:
     """
     complaints: dict[str, list[str]] = {}
     found: dict[str, Any] = {}
+    misspelt: list[str] = []
     for item in error.errors(include_url=False):
         keys = [str(key) for key in item["loc"] if not _is_union_branch(key)]
         place = ".".join(keys) or "config"
         if item["type"] == "extra_forbidden":
             known = _keys_at(model, keys[:-1])
             guess = difflib.get_close_matches(keys[-1], known, n=1)
+            misspelt += [".".join([*keys[:-1], name]) for name in guess]
             hint = f". Did you mean '{guess[0]}'?" if guess else f". Known keys: {', '.join(known)}." if known else "."
             complaint = f"no such key{hint}"
         elif item["type"] == "missing":
@@ -475,6 +478,9 @@ def problems(error: ValidationError, model: type[BaseModel]) -> list[str]:
             found[place] = item["input"]
         if complaint not in complaints.setdefault(place, []):
             complaints[place].append(complaint)
+    for place in misspelt:  # it is not missing, it is there under another name
+        if complaints.get(place) == ["missing."]:
+            del complaints[place]
     deepest = [place for place in complaints if not any(other.startswith(f"{place}.") for other in complaints)]
     return [
         f"{place}: {'; or '.join(complaints[place])}{f', found {found[place]!r}.' if place in found else ''}"

@@ -191,7 +191,7 @@ def _summary(kept: pa.Table, dropped: Counter[str], config: ExamplesConfig) -> d
 
 
 @contextlib.contextmanager
-def _quiet_ray_data() -> Iterator[None]:
+def quiet_ray_data() -> Iterator[None]:
     """Ray Data without its own bars and lines: progress is shown once, by us."""
     import ray.data
 
@@ -252,7 +252,7 @@ def _read_units(units: list[Unit], config: ExamplesConfig, workers: WorkerConfig
 
     indexes: dict[int, UnitIndex] = {}
     num_reused = 0
-    with _quiet_ray_data(), track("examples", len(units), "units read") as progress:
+    with quiet_ray_data(), track("examples", len(units), "units read") as progress:
         dataset = ray.data.range(len(units), override_num_blocks=len(units))
         for result in _results(dataset, _ReadUnit(tuple(units), config, work), workers):
             indexes[result["unit"]] = UnitIndex.of(pq.read_table(io.BytesIO(result["index"])))
@@ -325,7 +325,7 @@ def _write_parts(kept: pa.Table, size: int, original: pa.DataType, workers: Work
     _log.info(f"{num_parts:,} parts of {size:,} rows" + (f", {num_done:,} written by an earlier run" if num_done else ""))
     if not missing:
         return
-    with _quiet_ray_data(), track("examples", num_parts, "parts written") as progress:
+    with quiet_ray_data(), track("examples", num_parts, "parts written") as progress:
         progress.skip(num_done)
         blocks = [pa.concat_tables(parts[first : first + step]).combine_chunks() for first in range(0, len(parts), step)]
         for result in _results(ray.data.from_arrow(blocks), _WriteParts(original, draft.storage, draft.work), workers):

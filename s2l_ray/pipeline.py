@@ -163,6 +163,14 @@ STAGES = (
     Stage("target", ("examples", "proxy", "selection"), _target_recipe, _build_target),
     Stage("evaluation", ("examples", "proxy", "target"), _evaluation_recipe, _build_evaluation),
 )
+
+
+
+def schema_of(name: str) -> int:
+    """The schema number of a stage."""
+    return next(stage.schema for stage in STAGES if stage.name == name)
+
+
 # The eighth word, `report`, is derived from the others and may be rebuilt at any time.
 STAGE_NAMES = (*(stage.name for stage in STAGES), "report")
 
@@ -434,7 +442,7 @@ def select_trajectories(source: str, output: str, clustering: ClusteringConfig, 
     """
     from s2l_ray.clustering import build_clustering, read_clustering
     from s2l_ray.selection import build_selection
-    from s2l_ray.trajectory_store import content_identity, fetch_rows, find_artifact, read_trajectories
+    from s2l_ray.trajectory_store import content_identity, fetch_rows, files_identity, find_artifact, read_trajectories
 
     begun, place = time.monotonic(), Storage(output)
     with _exclusive(place):
@@ -444,10 +452,12 @@ def select_trajectories(source: str, output: str, clustering: ClusteringConfig, 
             "%s examples x %d points from %s", f"{len(trajectories):,}", trajectories.num_points, source
         )
         identity = own.identity if own is not None else content_identity(trajectories)
-        key = Key("clustering", 1, clustering.model_dump(mode="json"), {"trajectories": identity})
+        key = Key("clustering", schema_of("clustering"), clustering.model_dump(mode="json"), {"trajectories": identity})
         groups = _select_stage(place, key, lambda draft: build_clustering(clustering, trajectories, draft))
         inputs = {"trajectories": identity, "clustering": groups.identity}
-        key = Key("selection", 1, selection.model_dump(mode="json"), inputs)
+        if own is None:  # columns that are only passed through are in no identity yet
+            inputs["rows"] = files_identity(source)
+        key = Key("selection", schema_of("selection"), selection.model_dump(mode="json"), inputs)
         subset = _select_stage(
             place,
             key,

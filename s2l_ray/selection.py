@@ -20,14 +20,12 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from s2l_ray.artifacts import Artifact, Draft
-from s2l_ray.clustering import Clustering, checked, cluster_trajectories
-from s2l_ray.config import ClusteringConfig, SelectionConfig
+from s2l_ray.clustering import Clustering, cluster_trajectories
+from s2l_ray.config import ClusteringConfig, SelectionConfig, checked
 from s2l_ray.errors import ConfigError, DataError
 from s2l_ray.progress import get_log
 from s2l_ray.trajectory_store import Trajectories, priorities
 
-# Part of the fingerprint: raise it when the same recipe on the same input gives another subset.
-SELECTION_SCHEMA = 1
 SELECTED = "selected.parquet"
 RANDOM = "random.parquet"
 _log = get_log("selection")

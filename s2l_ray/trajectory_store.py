@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from s2l_ray.artifacts import BUILDING, MANIFEST, Artifact, Storage
+from s2l_ray.artifacts import BUILDING, MANIFEST, Artifact, Storage, digest
 from s2l_ray.errors import ArtifactError, ConfigError, DataError
 from s2l_ray.progress import get_log
 
@@ -213,6 +213,12 @@ def content_identity(trajectories: Trajectories) -> str:
         else:
             content.update(np.ascontiguousarray(column.to_numpy()).data)
     return content.hexdigest()
+
+
+def files_identity(uri: str) -> str:
+    """Names and sizes of the Parquet files behind a place, as 16 hexadecimal digits: cheap, and changes with their rows."""
+    storage, names = _files(uri)
+    return digest([[name, storage.size(name)] for name in names])
 
 
 def load_trajectories(artifact: Artifact) -> Trajectories:

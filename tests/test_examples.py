@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import logging
 import os
 import random
 import subprocess
@@ -671,6 +672,7 @@ def test_a_generated_corpus_needs_no_field_names() -> None:
         ({"chain_sums": {"size": 5}}, r"tasks\.chain_sums: no such task. Did you mean 'chain_sum'\?"),
         ({"chain_sum": {"size": 5, "min_term": 1}}, r"tasks\.chain_sum: parameters cannot be used .*min_term"),
         ({"chain_sum": {"size": 5, "min_terms": -1}}, "min_terms must be positive"),
+        ({"word_ladder": {"size": 5}}, r"tasks\.word_ladder: this task gives other examples in every process"),
     ],
 )
 def test_a_wrong_task_is_named(tasks: dict[str, Any], message: str) -> None:
@@ -820,8 +822,9 @@ def test_nothing_to_learn_from_is_an_error_that_says_why(ray_session: None, tmp_
 
 
 def test_a_corpus_of_near_copies_warns_that_nothing_is_held_out(
-    ray_session: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ray_session: None, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(logging.getLogger("s2l_ray"), "propagate", True)  # off once a command has set up its console
     path = write_lines(tmp_path / "rows.jsonl", [{"prompt": f"{i} + {i}", "response": str(2 * i)} for i in range(30)])
     assert build(tmp_path / "run", path).summary["held_out"] == 0
     assert "no row is held out" in caplog.text
@@ -850,8 +853,6 @@ def test_gsm8k_gives_its_training_rows(ray_session: None, tmp_path: Path) -> Non
 
 
 def test_ray_data_is_as_loud_as_before(ray_session: None) -> None:
-    import logging
-
     import ray.data
 
     before = logging.getLogger("ray.data").level, ray.data.DataContext.get_current().enable_progress_bars

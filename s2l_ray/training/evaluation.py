@@ -34,7 +34,6 @@ from s2l_ray.training.tokens import TokenRows, encode_table, generation_prompt, 
 from s2l_ray.training.units import Unit, UnitWorker, do_units
 from s2l_ray.trajectory_store import priorities
 
-EVALUATION_SCHEMA = 1
 UNTRAINED = "untrained"
 # The part name of a unit that runs the tasks of the lm-evaluation-harness.
 TASKS = "tasks"

@@ -68,14 +68,20 @@ def num_steps(num_rows: int, epochs: float, global_batch: int) -> int:
     return math.floor(num_rows * epochs / global_batch)
 
 
-def data_order(example_ids: list[str], epochs: float, global_batch: int, seed: int) -> np.ndarray:
-    """Row numbers in training order, `num_steps * global_batch` of them: a hash permutation per epoch, laid end to end."""
-    length = num_steps(len(example_ids), epochs, global_batch) * global_batch
+def data_order(example_ids: list[str], lengths: np.ndarray, epochs: float, global_batch: int, seed: int) -> np.ndarray:
+    """Row numbers in training order, `num_steps * global_batch` of them: a hash permutation per epoch, laid end to end.
+
+    Inside a step the longest rows come first, so that micro-batches hold rows of similar length and little padding; the
+    step's gradient is that of its examples in any order.
+    """
+    steps = num_steps(len(example_ids), epochs, global_batch)
     passes = [
         np.argsort(priorities(example_ids, f"{seed}-epoch-{epoch}"), kind="stable")
-        for epoch in range(math.ceil(length / max(1, len(example_ids))))
+        for epoch in range(math.ceil(steps * global_batch / max(1, len(example_ids))))
     ]
-    return np.concatenate(passes)[:length] if passes else np.zeros(0, dtype=np.int64)
+    order = np.concatenate([np.zeros(0, np.int64), *passes])[: steps * global_batch].reshape(steps, global_batch)
+    by_length = np.argsort(-lengths[order], axis=1, kind="stable")
+    return np.take_along_axis(order, by_length, axis=1).ravel()
 
 
 @dataclasses.dataclass(frozen=True)

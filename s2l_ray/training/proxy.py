@@ -26,7 +26,6 @@ from s2l_ray.training.fit import Workers, fit
 from s2l_ray.training.models import load_model, make_model, save_model
 from s2l_ray.training.tokens import load_tokenizer, pool_tokens, row_counts
 
-PROXY_SCHEMA = 1
 TOKENIZER = "tokenizer"
 CHECKPOINT = "checkpoint.json"
 # Rows that a tokenizer is trained on: parts are sorted by a hash of the content, so the first ones are a random sample.
@@ -129,7 +128,7 @@ def train_proxy(job: ProxyJob, events: Any) -> dict[str, Any]:
     def keep(step: int, model: Any) -> None:
         keep_checkpoint(job.storage, step, model, tokenizer)
 
-    order = data_order(ids, config.epochs, config.global_batch_size, config.seed)
+    order = data_order(ids, tokens.lengths, config.epochs, config.global_batch_size, config.seed)
     phase = Phase("proxy", config, order, tokens, kept, steps)
     trainer = fine_tune(phase, model, tokenizer, job.batch_size, events, on_keep=keep)
     return {

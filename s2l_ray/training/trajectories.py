@@ -33,7 +33,6 @@ from s2l_ray.training.tokens import encode_table, learnable, load_tokenizer, row
 from s2l_ray.training.units import Unit, UnitWorker, do_units
 from s2l_ray.trajectory_store import losses_of, trajectories_table
 
-TRAJECTORIES_SCHEMA = 1
 # A unit's counts of dropped and shortened rows, kept in its schema's metadata.
 CHANGED = b"changed"
 # Bytes of float32 weights that one worker keeps in memory at once; more checkpoints are scored in several groups.

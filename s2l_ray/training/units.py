@@ -13,6 +13,7 @@ from typing import Any
 
 from s2l_ray import errors
 from s2l_ray.artifacts import Storage
+from s2l_ray.examples import quiet_ray_data
 from s2l_ray.progress import track
 from s2l_ray.training.fit import Workers, quiet_libraries
 
@@ -88,9 +89,10 @@ def do_units(stage: str, units: Sequence[Unit], worker: type[UnitWorker], job: A
             num_cpus=workers.cpus_per_worker,
             num_gpus=workers.gpus_per_worker or None,
         )
-        for row in done.iter_rows():
-            if row["error"]:
-                raise getattr(errors, row["error"])(row["message"])
-            tokens += row["tokens"]
-            progress.advance()
+        with quiet_ray_data():
+            for row in done.iter_rows():
+                if row["error"]:
+                    raise getattr(errors, row["error"])(row["message"])
+                tokens += row["tokens"]
+                progress.advance()
     return tokens
