@@ -34,7 +34,7 @@ GZIP_BLOCK_BYTES = 16 * 2**20
 # Tasks whose examples differ from process to process, with the same seed: they iterate over sets of strings. Found by
 # generating 30 examples of every task of reasoning-gym 0.1.25 under three values of PYTHONHASHSEED.
 UNREPEATABLE_TASKS = frozenset(
-    "codeio isomorphic_strings knight_swap list_functions polynomial_multiplication ransom_note word_ladder".split()
+    ["codeio", "isomorphic_strings", "knight_swap", "list_functions", "polynomial_multiplication", "ransom_note", "word_ladder"]
 )
 
 # --- files -------------------------------------------------------------------------------------------------------

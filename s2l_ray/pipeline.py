@@ -334,6 +334,8 @@ def connect_ray() -> None:
     if is_ours:
         # Ray Data restarts actors whose arguments are objects, and Ray's core calls that an error every time.
         defaults |= {"RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+        # One machine is not preempted, and its controller need not poll as rarely as that of a cluster.
+        defaults |= {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     import logging

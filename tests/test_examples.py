@@ -856,6 +856,6 @@ def test_ray_data_is_as_loud_as_before(ray_session: None) -> None:
     import ray.data
 
     before = logging.getLogger("ray.data").level, ray.data.DataContext.get_current().enable_progress_bars
-    with examples._quiet_ray_data():
+    with examples.quiet_ray_data():
         assert not ray.data.DataContext.get_current().enable_progress_bars
     assert (logging.getLogger("ray.data").level, ray.data.DataContext.get_current().enable_progress_bars) == before
