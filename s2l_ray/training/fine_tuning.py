@@ -68,20 +68,25 @@ def num_steps(num_rows: int, epochs: float, global_batch: int) -> int:
     return math.floor(num_rows * epochs / global_batch)
 
 
-def data_order(example_ids: list[str], lengths: np.ndarray, epochs: float, global_batch: int, seed: int) -> np.ndarray:
-    """Row numbers in training order, `num_steps * global_batch` of them: a hash permutation per epoch, laid end to end.
-
-    Inside a step the longest rows come first, so that micro-batches hold rows of similar length and little padding; the
-    step's gradient is that of its examples in any order.
-    """
-    steps = num_steps(len(example_ids), epochs, global_batch)
+def data_order(example_ids: list[str], epochs: float, global_batch: int, seed: int) -> np.ndarray:
+    """Row numbers in training order, `num_steps * global_batch` of them: a hash permutation per epoch, laid end to end."""
+    length = num_steps(len(example_ids), epochs, global_batch) * global_batch
     passes = [
         np.argsort(priorities(example_ids, f"{seed}-epoch-{epoch}"), kind="stable")
-        for epoch in range(math.ceil(steps * global_batch / max(1, len(example_ids))))
+        for epoch in range(math.ceil(length / max(1, len(example_ids))))
     ]
-    order = np.concatenate([np.zeros(0, np.int64), *passes])[: steps * global_batch].reshape(steps, global_batch)
-    by_length = np.argsort(-lengths[order], axis=1, kind="stable")
-    return np.take_along_axis(order, by_length, axis=1).ravel()
+    return np.concatenate([np.zeros(0, np.int64), *passes])[:length]
+
+
+def deal(order: np.ndarray, lengths: np.ndarray, plan: BatchPlan) -> np.ndarray:
+    """The rows of every step dealt out to micro-batches of similar length, as even among the workers as can be.
+
+    A step keeps its rows, so its gradient is the same for any deal; but little of a batch is padding, and no worker
+    waits for one with longer rows. Micro-batch a of worker r stands at place a * workers + r, where the Trainer takes it.
+    """
+    order = order.reshape(-1, plan.accumulate * plan.device_batch * plan.num_workers)
+    by_length = np.take_along_axis(order, np.argsort(-lengths[order], axis=1, kind="stable"), axis=1)
+    return by_length.reshape(-1, plan.device_batch, plan.num_workers).transpose(0, 2, 1).ravel()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +140,7 @@ def fine_tune(
 
             return SequentialSampler(rows)
 
-    rows = _Rows(phase)
+    rows = _Rows(phase.tokens, deal(phase.order, phase.tokens.lengths, plan))
     folder = _node_folder(phase)
     trainer = InOrder(
         model=model,
@@ -210,8 +215,8 @@ def _arguments(phase: Phase, plan: BatchPlan, folder: Path, deepspeed: dict[str,
 class _Rows:
     """The training rows in order, as the Trainer's dataset."""
 
-    def __init__(self, phase: Phase) -> None:
-        self._tokens, self._order = phase.tokens, phase.order
+    def __init__(self, tokens: TokenRows, order: np.ndarray) -> None:
+        self._tokens, self._order = tokens, order
 
     def __len__(self) -> int:
         return len(self._order)

@@ -128,7 +128,7 @@ def train_proxy(job: ProxyJob, events: Any) -> dict[str, Any]:
     def keep(step: int, model: Any) -> None:
         keep_checkpoint(job.storage, step, model, tokenizer)
 
-    order = data_order(ids, tokens.lengths, config.epochs, config.global_batch_size, config.seed)
+    order = data_order(ids, config.epochs, config.global_batch_size, config.seed)
     phase = Phase("proxy", config, order, tokens, kept, steps)
     trainer = fine_tune(phase, model, tokenizer, job.batch_size, events, on_keep=keep)
     return {

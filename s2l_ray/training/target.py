@@ -84,7 +84,7 @@ def train_target(job: TargetJob, events: Any) -> dict[str, Any]:
     for name, (ids, tokens, _) in rows.items():
         record = f"{FOLDERS[name]}/{RECORD}"
         if not job.storage.exists(record):
-            order = data_order(ids, tokens.lengths, config.epochs, config.global_batch_size, config.seed)
+            order = data_order(ids, config.epochs, config.global_batch_size, config.seed)
             phase = Phase(name, config, order, tokens, (), sum(steps.values()), before)
             model = make_model(config, tokenizer)
             if is_first and not before:
