@@ -18,7 +18,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -83,14 +83,27 @@ def _build_selection(config: RunConfig, inputs: Inputs, draft: Draft) -> Artifac
     from s2l_ray.selection import build_selection
     from s2l_ray.trajectory_store import load_trajectories
 
+    trajectories = load_trajectories(inputs["trajectories"])
+    if _counts_target_tokens(config):
+        from s2l_ray.training.target import count_response_tokens
+
+        connect_ray()
+        counts_N = count_response_tokens(config, inputs, trajectories.example_ids)
+        trajectories = replace(trajectories, num_response_tokens_N=counts_N)
     return build_selection(
         config.selection,
-        load_trajectories(inputs["trajectories"]),
+        trajectories,
         read_clustering(inputs["clustering"]),
         lambda ids: fetch_rows(inputs["examples"], ids),
         draft,
         random_control=config.evaluation.random_control,
     )
+
+
+def _counts_target_tokens(config: RunConfig) -> bool:
+    """Whether the budget is in tokens of a tokenizer that is not the proxy's, which the trajectories have counted."""
+    is_own = config.target.tokenizer is not None or isinstance(config.target.model, str)
+    return isinstance(config.selection.budget, dict) and is_own
 
 
 def _build_target(config: RunConfig, inputs: Inputs, draft: Draft) -> Artifact:
@@ -108,6 +121,12 @@ def _build_evaluation(config: RunConfig, inputs: Inputs, draft: Draft) -> Artifa
 def _recipe(section: str) -> Callable[[RunConfig], dict[str, Any]]:
     """A recipe that is a section of the config as it stands."""
     return lambda config: getattr(config, section).model_dump(mode="json")
+
+
+def _selection_recipe(config: RunConfig) -> dict[str, Any]:
+    recipe = config.selection.model_dump(mode="json") | {"random_control": config.evaluation.random_control}
+    counted_by = config.target.model_dump(mode="json", include={"model", "revision", "tokenizer", "max_tokens"})
+    return recipe | ({"target": counted_by} if _counts_target_tokens(config) else {})
 
 
 def _target_recipe(config: RunConfig) -> dict[str, Any]:
@@ -155,15 +174,14 @@ STAGES = (
     Stage("clustering", ("trajectories",), _recipe("clustering"), _build_clustering, needs_ray=False),
     Stage(
         "selection",
-        ("examples", "trajectories", "clustering"),
-        lambda config: config.selection.model_dump(mode="json") | {"random_control": config.evaluation.random_control},
+        ("examples", "proxy", "trajectories", "clustering"),
+        _selection_recipe,
         _build_selection,
         needs_ray=False,
     ),
     Stage("target", ("examples", "proxy", "selection"), _target_recipe, _build_target),
     Stage("evaluation", ("examples", "proxy", "target"), _evaluation_recipe, _build_evaluation),
 )
-
 
 
 def schema_of(name: str) -> int:
@@ -199,9 +217,12 @@ def decide(config: RunConfig, run_dir: Storage, reuse: Storage | None = None) ->
     Raises ConfigError or DataError where the corpus cannot be read, ArtifactError where a finished stage is damaged.
     """
     finished: dict[str, Artifact] = {}
-    decisions = []
+    decisions: list[Decision] = []
     for stage in STAGES:
         decision = _decide_stage(stage, config, run_dir, reuse, finished)
+        refused = [d.stage.name for d in decisions if d.action == "refuse" and d.stage.name in stage.inputs]
+        if refused:
+            decision = Decision(stage, "refuse", f"after {refused[0]}")
         if decision.artifact is not None:
             finished[stage.name] = decision.artifact
         decisions.append(decision)
@@ -413,12 +434,13 @@ def _is_commit(revision: str | None) -> bool:
 
 
 def _hub_commit(model: str, revision: str | None) -> str | None:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    import huggingface_hub
 
     try:
-        return str(HfApi().model_info(model, revision=revision, timeout=10).sha)
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError):
+        return str(huggingface_hub.HfApi().model_info(model, revision=revision, timeout=10).sha)
+    except Exception as error:  # noqa: BLE001 - the Hub's client raises its HTTP library's errors, and changes that library
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        log.warning("%s is not pinned to a commit: the Hub does not answer (%s)", model, reason)
         return revision
 
 

@@ -104,8 +104,8 @@ def make_plan(
         # A plan for a corpus that is not here (a Hub dataset, somebody else's bucket) still says what it would cost.
         if config.plan.num_examples is None:
             raise
-        notes.append(f"The corpus cannot be looked at from here: {error}")
-        decisions = [Decision(stage, "build", "the corpus cannot be looked at from here") for stage in STAGES]
+        notes.append(f"WARNING: the corpus cannot be looked at, the config's `plan` section stands in for it: {error}")
+        decisions = [Decision(stage, "build", "the corpus cannot be looked at") for stage in STAGES]
     costs = _costs(config, decisions, accelerator, notes)
     if accelerator is not None:
         notes.append(

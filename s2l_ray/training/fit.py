@@ -7,6 +7,7 @@ with the same run directory finds it too.
 from __future__ import annotations
 
 import dataclasses
+import signal
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -88,9 +89,15 @@ def fit(stage: str, loop: Loop, job: Any, workers: Workers, work: Storage) -> di
         torch_config=TorchConfig(backend="nccl" if workers.gpus_per_worker else "gloo"),
     )
     listener.start()
+    # Ray Train takes SIGINT for itself, keeps it when it is done, and leaves by SystemExit(0) as if all were well.
+    handler = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit()
+    except SystemExit:
+        raise KeyboardInterrupt from None
     finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
         events.put(None)
         listener.join()
         events.shutdown()

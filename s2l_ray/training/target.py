@@ -12,15 +12,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from s2l_ray.artifacts import Artifact, Draft, FileRecord, Storage
 from s2l_ray.config import RunConfig, TargetConfig
 from s2l_ray.errors import DataError
+from s2l_ray.examples import quiet_ray_data, read_pool
 from s2l_ray.progress import get_log
 from s2l_ray.training.fine_tuning import Phase, data_order, fine_tune, num_steps, training_loss
 from s2l_ray.training.fit import Workers, fit
 from s2l_ray.training.models import make_model
 from s2l_ray.training.proxy import TOKENIZER
-from s2l_ray.training.tokens import load_tokenizer, pool_tokens, row_counts
+from s2l_ray.training.tokens import encode_table, load_tokenizer, pool_tokens, row_counts
 
 # Subset -> the folder of the model trained on it, in training order.
 FOLDERS = {"selected": "model", "random": "random_model"}
@@ -67,6 +72,23 @@ def selected_ids(selection: Artifact, file: str) -> list[str]:
     """The ids in a subset's file."""
     name = selection.summary["columns"]["example_id"]
     return [str(value) for value in selection.read_table(file, columns=[name])[name].to_pylist()]
+
+
+def count_response_tokens(config: RunConfig, inputs: Mapping[str, Artifact], example_ids: pa.Array) -> np.ndarray:
+    """Response tokens of each example under the target's tokenizer, int32 (N,), for a budget in tokens."""
+    import ray.data
+
+    def count(batch: dict[str, Any]) -> pa.Table:
+        tokenizer = target_tokenizer(config.target, inputs["proxy"])
+        table = read_pool(inputs["examples"], str(batch["part"][0]))
+        tokens = encode_table(tokenizer, table, config.target.max_tokens)
+        return pa.table({"example_id": table["example_id"], "count": tokens.num_labels})
+
+    with quiet_ray_data():
+        parts = ray.data.from_items([{"part": part} for part in inputs["examples"].parts()])
+        counted = pa.concat_tables(ray.get(parts.map_batches(count, batch_size=1).to_arrow_refs()))
+    rows = pc.index_in(example_ids, counted["example_id"].combine_chunks())
+    return np.asarray(counted["count"].combine_chunks().take(rows).to_numpy())
 
 
 # --- on a worker ---------------------------------------------------------------------------------------------------

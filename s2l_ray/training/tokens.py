@@ -58,7 +58,8 @@ class TokenRows:
     def num_labels(self) -> np.ndarray:
         """Labels per row, int32; a row with none teaches nothing."""
         counts = np.concatenate([[0], np.cumsum(self.is_label)])
-        return (counts[self.starts[1:]] - counts[self.starts[:-1]]).astype(np.int32)
+        num_labels: np.ndarray = (counts[self.starts[1:]] - counts[self.starts[:-1]]).astype(np.int32)
+        return num_labels
 
     def take(self, rows: np.ndarray) -> TokenRows:
         """The given rows, in the given order."""
