@@ -152,12 +152,15 @@ class Storage:
         return records
 
     def local_folder(self, name: str) -> Path:
-        """A local path of a directory; what lies in object storage is fetched once per machine."""
+        """A local path of a directory; what lies in object storage is fetched once per machine, and again if it changed."""
         if self.is_local:
             return Path(self.path(name))
-        target = Path(tempfile.gettempdir()) / "s2l_ray" / digest([self.uri, name])
+        selector = fs.FileSelector(self.path(name), recursive=True, allow_not_found=True)
+        state = [[info.path, info.size, str(info.mtime)] for info in self.filesystem.get_file_info(selector)]
+        target = Path(tempfile.gettempdir()) / "s2l_ray" / digest([self.uri, name, state])
         if not target.exists():
             beside = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}")
+            beside.mkdir(parents=True)
             fs.copy_files(self.path(name), str(beside), source_filesystem=self.filesystem)
             try:
                 beside.rename(target)

@@ -34,7 +34,15 @@ def test_numbers_that_yaml_reads_as_text_simply_work():
 
 @pytest.mark.parametrize(
     ("budget", "meaning"),
-    [(30, 30), ("30", 30), (0.25, 0.25), ("0.25", 0.25), (50.0, 50), ({"tokens": 9}, {"tokens": 9}), ({"tokens": "9"}, {"tokens": 9})],
+    [
+        (30, 30),
+        ("30", 30),
+        (0.25, 0.25),
+        ("0.25", 0.25),
+        (50.0, 50),
+        ({"tokens": 9}, {"tokens": 9}),
+        ({"tokens": "9"}, {"tokens": 9}),
+    ],
 )
 def test_a_budget_is_examples_a_fraction_or_tokens(budget, meaning):
     assert parse_config(changed(selection={"budget": budget})).selection.budget == meaning

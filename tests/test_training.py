@@ -72,7 +72,8 @@ def test_dealing_gives_workers_micro_batches_of_similar_length():
 
 
 @pytest.mark.parametrize(
-    ("workers", "wish", "expected"), [(1, "auto", (32, 4)), (4, 16, (16, 2)), (2, 48, (32, 2)), (128, 8, (1, 1)), (8, 5, (4, 4))]
+    ("workers", "wish", "expected"),
+    [(1, "auto", (32, 4)), (4, 16, (16, 2)), (2, 48, (32, 2)), (128, 8, (1, 1)), (8, 5, (4, 4))],
 )
 def test_a_global_batch_is_spread_exactly(workers, wish, expected):
     plan = BatchPlan.of(128, workers, wish)
