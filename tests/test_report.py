@@ -339,7 +339,6 @@ def test_the_better_of_selected_and_random_is_marked_by_the_metrics_direction() 
         "gsm8k: exact_match": "selected",
         "gsm8k: exact_match_stderr": None,
         "gsm8k: perplexity": "random",
-        "gsm8k: rows": None,
     }
     assert found[0].rows == 12
 

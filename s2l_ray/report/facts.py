@@ -261,12 +261,16 @@ def measures(metrics: Mapping[str, Any], held_out: Mapping[str, int]) -> list[Me
     ]
     rows += [Measure(name, "loss", values("loss_by_source", name), held_out.get(name)) for name in keys("loss_by_source")]
     for task in keys("tasks"):
+        # `rows`: how many were generated and scored, the same for every model.
+        num_rows = next((int(count) for count in values("tasks", task, "rows").values() if count), None)
         for metric in keys("tasks", task):
+            if metric == "rows":
+                continue
             found = values("tasks", task, metric)
             lower = any(word in metric.lower() for word in ("loss", "perplexity", "bits_per_byte"))
-            # A count (how many were generated) and an error bar are not better when larger.
+            # A count and an error bar are not better when larger.
             comparable = "stderr" not in metric.lower() and not all(isinstance(v, int | None) for v in found.values())
-            rows.append(Measure(f"{task}: {metric}", "task", found, None, lower, comparable))
+            rows.append(Measure(f"{task}: {metric}", "task", found, num_rows, lower, comparable))
     return rows
 
 
