@@ -317,7 +317,7 @@ class Artifact:
 
     @property
     def _remedy(self) -> str:
-        return f"Remove {self.root.uri} and run again to rebuild {self.stage} and what follows from it."
+        return f"Remove {self.root.uri} and the stages after it, and run again to rebuild them."
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from s2l_ray.errors import S2LError
+from s2l_ray.errors import S2LError, disk_problem
 from s2l_ray.progress import log_to_console
 
 app = typer.Typer(
@@ -129,8 +129,6 @@ def main() -> None:
         print(f"s2l: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        from s2l_ray.pipeline import disk_problem
-
         problem = disk_problem(error)
         if problem is None:
             raise

@@ -10,6 +10,8 @@ Every message says what, where, what was found, and what to do. The command line
 
 from __future__ import annotations
 
+import errno
+
 
 class S2LError(Exception):
     """Something that the user can mend.
@@ -29,3 +31,16 @@ class DataError(S2LError):
 
 class ArtifactError(S2LError):
     """A stage's directory is missing, stale, unfinished or damaged."""
+
+
+def disk_problem(error: OSError) -> str | None:
+    """What the user must mend where writing failed, None for any other operating-system error."""
+    kinds = {
+        errno.ENOSPC: "the disk is full. Free some space; the same command goes on.",
+        errno.EDQUOT: "the disk quota is used up. Free some space; the same command goes on.",
+        errno.EACCES: "may not be written or read. Check its permissions.",
+        errno.EROFS: "is on a read-only filesystem. Give another directory.",
+        errno.ENOTDIR: "has a file where a directory is needed. Give another directory.",
+    }
+    reason = kinds.get(error.errno or 0)
+    return None if reason is None else f"{error.filename or 'writing'}: {reason}"

@@ -8,16 +8,10 @@ reused; one that was begun is continued; one that belongs to another recipe is r
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
-import getpass
 import io
 import json
-import os
-import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +20,6 @@ import pyarrow.parquet as pq
 from s2l_ray.artifacts import (
     BUILDING,
     MANIFEST,
-    SCHEMA,
     WORK,
     Artifact,
     Draft,
@@ -34,16 +27,15 @@ from s2l_ray.artifacts import (
     Storage,
     absolute_uri,
     adopt,
-    provenance,
     refusal,
 )
 from s2l_ray.config import ClusteringConfig, RunConfig, SelectionConfig
 from s2l_ray.errors import ArtifactError, ConfigError
 from s2l_ray.progress import duration, get_log
+from s2l_ray.session import connect_ray, exclusive, resolve_revisions, write_run
 
 Inputs = Mapping[str, Artifact]
 Build = Callable[[RunConfig, Inputs, Draft], Artifact]
-RUN = "run.json"
 SELECTED = "selected.parquet"
 ANOTHER_RUN = "Give another --run-dir (with --reuse RUN_DIR it takes from this one every stage that still matches)"
 log = get_log("run")
@@ -286,12 +278,12 @@ def run(
     if until is not None and until not in STAGE_NAMES:
         raise ConfigError(f"--until {until}: no such stage. Stages: {', '.join(STAGE_NAMES)}.")
     log.info("%s in %s", config.name, place.uri)
-    with _exclusive(place):
+    with exclusive(place):
         config = resolve_revisions(config, place)
         for decision in decide(config, place, other):
             if decision.action == "refuse":
                 raise ArtifactError(decision.reason)
-        _write_run(config, place)
+        write_run(config, place)
         artifacts: dict[str, Artifact] = {}
         seconds: dict[str, float] = {}
         for stage in STAGES:
@@ -343,107 +335,6 @@ def _log_breakdown(seconds: Mapping[str, float], total: float) -> None:
     log.info("%-13s %9s", "total", duration(total))
 
 
-def connect_ray() -> None:
-    """Connect to the Ray of RAY_ADDRESS (a submitted job has it), or start one on this machine; once per process.
-
-    Ray is left running for its caller: a library must not shut down what others use.
-    """
-    is_ours = "RAY_ADDRESS" not in os.environ
-    # Worker processes of a Ray started here inherit these. What stages have to say reaches the driver by itself, so the
-    # workers' own output stays in Ray's log files; RAY_LOG_TO_DRIVER=1 shows it.
-    defaults = {"RAY_LOG_TO_DRIVER": "0", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-    if is_ours:
-        # Ray Data restarts actors whose arguments are objects, and Ray's core calls that an error every time.
-        defaults |= {"RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-        # One machine is not preempted, and its controller need not poll as rarely as that of a cluster.
-        defaults |= {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-    import logging
-
-    import ray
-
-    if ray.is_initialized():
-        return
-    begun = time.monotonic()
-    try:
-        ray.init(include_dashboard=False if is_ours else None, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError) as error:
-        address = os.environ.get("RAY_ADDRESS", "a new one on this machine")
-        raise ConfigError(f"Ray ({address}): cannot be reached ({error}). Check RAY_ADDRESS, or unset it.") from error
-    found = {name: int(amount) for name, amount in ray.cluster_resources().items() if name in ("CPU", "GPU")}
-    log.info(
-        "Ray: %s (%s)", ", ".join(f"{amount} {name}" for name, amount in found.items()), duration(time.monotonic() - begun)
-    )
-
-
-@contextlib.contextmanager
-def _exclusive(place: Storage) -> Iterator[None]:
-    """Hold the run directory: a second run on it is refused with who holds it. The lock of a dead process is free."""
-    if not place.is_local:
-        yield
-        return
-    path = place.child(WORK).path("lock")
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held for the whole run
-    except OSError as error:
-        raise ArtifactError(f"{place.uri}: cannot be written ({error.strerror}). Give another --run-dir.") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise ArtifactError(f"{place.uri}: another run holds it ({file.read().strip()}). Wait for it or end it.") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} of {getpass.getuser()} on {socket.gethostname()}\n")
-        file.flush()
-        yield
-
-
-def _write_run(config: RunConfig, place: Storage) -> None:
-    """Write run.json: the resolved config, and who made it with what. Not rewritten while it says the same."""
-    values = config.model_dump(mode="json")
-    old = place.read_json(RUN)
-    if old is not None and {name: old.get(name) for name in values} == values:
-        return
-    who = {"user": getpass.getuser(), "host": socket.gethostname()}
-    place.write_json(RUN, {"schema": SCHEMA, **values, "provenance": provenance() | who})
-
-
-def resolve_revisions(config: RunConfig, place: Storage) -> RunConfig:
-    """The config with Hub models pinned to commits: what an earlier run of this directory pinned, else today's.
-
-    Where the Hub cannot be reached the revision stays as it is; loading the model says what is wrong.
-    """
-    old = place.read_json(RUN) or {}
-    for name in ("proxy", "target"):
-        section = getattr(config, name)
-        model = section.model
-        if not isinstance(model, str) or "://" in model or os.path.exists(model) or _is_commit(section.revision):
-            continue
-        before = old.get(name, {})
-        revision = before.get("revision") if before.get("model") == model else None
-        revision = revision if _is_commit(revision) else _hub_commit(model, section.revision)
-        config = config.model_copy(update={name: section.model_copy(update={"revision": revision})})
-    return config
-
-
-def _is_commit(revision: str | None) -> bool:
-    return revision is not None and len(revision) == 40 and all(c in "0123456789abcdef" for c in revision)
-
-
-def _hub_commit(model: str, revision: str | None) -> str | None:
-    import huggingface_hub
-
-    try:
-        return str(huggingface_hub.HfApi().model_info(model, revision=revision, timeout=10).sha)
-    except Exception as error:  # noqa: BLE001 - the Hub's client raises its HTTP library's errors, and changes that library
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        log.warning("%s is not pinned to a commit: the Hub does not answer (%s)", model, reason)
-        return revision
-
-
 # --- alone ---------------------------------------------------------------------------------------------------------
 
 
@@ -469,7 +360,7 @@ def select_trajectories(source: str, output: str, clustering: ClusteringConfig, 
     from s2l_ray.trajectory_store import content_identity, fetch_rows, files_identity, find_artifact, read_trajectories
 
     begun, place = time.monotonic(), Storage(output)
-    with _exclusive(place):
+    with exclusive(place):
         own = find_artifact(source)
         trajectories = read_trajectories(source, stratify_by=clustering.stratify_by)
         get_log("trajectories").info(
@@ -523,16 +414,3 @@ def export_subset(run_dir: str, file_format: str, output: str, subset: str = "se
         data = "".join(f"{line}\n" for line in lines).encode()
     Storage(folder).write(name, data)
     return int(selection.summary["rows"])
-
-
-def disk_problem(error: OSError) -> str | None:
-    """What the user must mend where writing failed, None for any other operating-system error."""
-    kinds = {
-        errno.ENOSPC: "the disk is full. Free some space; the same command goes on.",
-        errno.EDQUOT: "the disk quota is used up. Free some space; the same command goes on.",
-        errno.EACCES: "may not be written or read. Check its permissions.",
-        errno.EROFS: "is on a read-only filesystem. Give another directory.",
-        errno.ENOTDIR: "has a file where a directory is needed. Give another directory.",
-    }
-    reason = kinds.get(error.errno or 0)
-    return None if reason is None else f"{error.filename or 'writing'}: {reason}"

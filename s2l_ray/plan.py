@@ -13,8 +13,9 @@ from typing import Any
 from s2l_ray.artifacts import BUILDING, WORK, Artifact, Storage
 from s2l_ray.config import RunConfig, ScratchModel, TrainedTokenizer, TrainingConfig
 from s2l_ray.errors import ConfigError, DataError
-from s2l_ray.pipeline import STAGES, Decision, decide, resolve_revisions
+from s2l_ray.pipeline import STAGES, Decision, decide
 from s2l_ray.progress import duration
+from s2l_ray.session import resolve_revisions
 
 # Dense peak rates in operations per second (makers' data sheets): bfloat16 (float16 on T4, V100), float32.
 ACCELERATORS = {

@@ -12,7 +12,6 @@ import logging
 import math
 import random
 import shutil
-import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from s2l_ray.pipeline import STAGES, decide, export_subset, run, select_trajecto
 
 STAGE_NAMES = ["examples", "proxy", "trajectories", "clustering", "selection", "target", "evaluation"]
 SCRIPT = "<script>alert('corpus')</script>"
-NUM_ROWS, NUM_CLUSTERS, BUDGET, MAX_TOKENS = 264, 6, 0.25, 96
+NUM_ROWS, NUM_CLUSTERS, BUDGET, SEED, MAX_TOKENS = 264, 6, 0.25, 5, 96
 
 
 # --- the planted corpus and its run --------------------------------------------------------------------------------
@@ -93,8 +92,8 @@ def config_values(corpus: Path) -> dict[str, Any]:
             "include_untrained": True,
             **training,
         },
-        "clustering": {"num_clusters": NUM_CLUSTERS, "seed": 3},
-        "selection": {"budget": BUDGET, "seed": 5},
+        "clustering": {"num_clusters": NUM_CLUSTERS, "seed": SEED},
+        "selection": {"budget": BUDGET, "seed": SEED},
         "target": {"model": scratch(2, 32), "epochs": 2, **training},
         "evaluation": {
             "random_control": True,
@@ -102,7 +101,7 @@ def config_values(corpus: Path) -> dict[str, Any]:
             "max_generations": 2,
             "max_new_tokens": 8,
         },
-        "machines": {stage: one for stage in ("examples", "proxy", "trajectories", "target", "evaluation")},
+        "machines": dict.fromkeys(("examples", "proxy", "trajectories", "target", "evaluation"), one),
     }
 
 
@@ -121,6 +120,15 @@ class Finished:
 
     def json(self, name: str) -> Any:
         return json.loads((self.place / name).read_text())
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny matrices: more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -308,9 +316,9 @@ def test_quotas_are_the_water_filling_of_the_group_sizes_and_weights_their_ratio
 def test_the_selection_is_the_first_of_the_one_order_and_the_control_the_lowest_priorities(finished):
     groups = groups_of(finished.place)
     selected = pq.read_table(finished.place / "selection" / "selected.parquet")["example_id"].to_pylist()
-    assert set(selected) == set(literal_order(groups, 5)[: len(selected)])
+    assert set(selected) == set(literal_order(groups, SEED)[: len(selected)])
     control = pq.read_table(finished.place / "selection" / "random.parquet")["example_id"].to_pylist()
-    assert set(control) == set(sorted(groups, key=lambda i: literal_priority("random-5", i))[: len(control)])
+    assert set(control) == set(sorted(groups, key=lambda i: literal_priority(f"random-{SEED}", i))[: len(control)])
 
 
 def test_every_example_is_in_the_group_of_the_nearest_centroid(finished):
@@ -450,14 +458,11 @@ def test_select_in_python_gives_exactly_what_the_pipeline_gave(finished):
     losses_NT = np.array(table["losses"].to_pylist(), np.float32)[order]
     ids = [table["example_id"][int(row)].as_py() for row in order]
     options = {"num_clusters": NUM_CLUSTERS, "num_restarts": 3}
-    # Grouping and drawing have one seed here, and two in this run's config.
-    config = finished.config(clustering={"seed": 5})
-    selection = s2l_ray.select(losses_NT, example_ids=ids, budget=BUDGET, seed=5, **options)
-    assert config.clustering.seed == config.selection.seed == 5
-    grouped = s2l_ray.cluster(losses_NT, example_ids=ids, seed=3, **options)
-    theirs = dict(zip(grouped.example_ids.to_pylist(), grouped.cluster_ids_N.tolist(), strict=True))
-    assert theirs == groups_of(finished.place)
-    assert len(selection) == math.floor(BUDGET * len(table))
+    selection = s2l_ray.select(losses_NT, example_ids=ids, budget=BUDGET, seed=SEED, **options)
+    ours = pq.read_table(finished.place / "selection" / "selected.parquet")
+    assert selection.example_ids.to_pylist() == ours["example_id"].to_pylist()
+    assert selection.cluster_ids_M.tolist() == ours["cluster_id"].to_pylist()
+    assert selection.weights_M.tolist() == ours["_weight"].to_pylist()
 
 
 # --- another run that takes what matches ---------------------------------------------------------------------------
@@ -481,7 +486,7 @@ def test_another_k_and_budget_costs_neither_proxy_nor_scoring(finished, tmp_path
     groups = groups_of(tmp_path)
     assert set(groups.values()) == set(range(4))
     selected = pq.read_table(tmp_path / "selection" / "selected.parquet")["example_id"].to_pylist()
-    assert set(selected) == set(literal_order(groups, 5)[:20])
+    assert set(selected) == set(literal_order(groups, SEED)[:20])
     assert published(finished.place) == before
     # And it is an ordinary run from then on, without --reuse.
     assert {d.action for d in decide(config, Storage(str(tmp_path)))} == {"reuse", "build"}
@@ -510,27 +515,24 @@ def test_a_budget_in_tokens_is_the_longest_prefix_that_fits(finished, tmp_path):
     table = table_of(finished.place / "trajectories")
     tokens = dict(zip(table["example_id"].to_pylist(), table["num_response_tokens"].to_pylist(), strict=True))
     found = set(pq.read_table(tmp_path / "selection" / "selected.parquet")["example_id"].to_pylist())
-    assert found == longest_prefix(literal_order(groups_of(finished.place), 5), tokens, 500)
+    assert found == longest_prefix(literal_order(groups_of(finished.place), SEED), tokens, 500)
     assert 0 < len(found) < len(table)
 
 
 def test_a_budget_in_tokens_counts_with_the_targets_own_tokenizer_and_limit(finished, tmp_path):
-    limit = 40
     model = finished.place / "target" / "model"
-    config = finished.config(
-        selection={"budget": {"tokens": 300}}, target={"model": str(model), "max_tokens": limit}, evaluation={}
-    )
-    run(config, str(tmp_path), reuse=str(finished.place), until="selection")
     tokenizer = AutoTokenizer.from_pretrained(model)
-
-    def count(row: dict[str, Any]) -> int:
-        prompt, response = (len(tokenizer(row[name], add_special_tokens=False)["input_ids"]) for name in ("prompt", "response"))
-        return max(0, min(limit, prompt + response + 1) - prompt)
-
-    tokens = {row["id"]: count(row) for row in corpus_rows()}
-    assert max(tokens.values()) < max(table_of(finished.place / "trajectories")["num_response_tokens"].to_pylist())
+    lengths = {
+        row["id"]: [len(tokenizer(row[name], add_special_tokens=False)["input_ids"]) for name in ("prompt", "response")]
+        for row in corpus_rows()
+    }
+    limit = max(prompt + response + 1 for prompt, response in lengths.values()) - 4
+    tokens = {i: min(limit, prompt + response + 1) - prompt for i, (prompt, response) in lengths.items()}
+    assert any(tokens[i] < response + 1 for i, (_, response) in lengths.items()), "the limit cuts some"
+    config = finished.config(selection={"budget": {"tokens": 300}}, target={"model": str(model), "max_tokens": limit})
+    run(config, str(tmp_path), reuse=str(finished.place), until="selection")
     found = set(pq.read_table(tmp_path / "selection" / "selected.parquet")["example_id"].to_pylist())
-    assert found == longest_prefix(literal_order(groups_of(finished.place), 5), tokens, 300)
+    assert found == longest_prefix(literal_order(groups_of(finished.place), SEED), tokens, 300)
 
 
 def copy_stages(source: Path, target: Path, *names: str) -> Path:
@@ -561,7 +563,7 @@ def test_two_scoring_workers_give_the_bytes_of_one(finished, tmp_path):
 def copied(finished: Finished, tmp_path: Path) -> Iterator[Path]:
     """A copy of the run that a test may damage."""
     shutil.copytree(finished.place, tmp_path / "copied", ignore=shutil.ignore_patterns("report"))
-    yield tmp_path / "copied"
+    return tmp_path / "copied"
 
 
 def flip_a_byte(path: Path) -> None:
