@@ -10,9 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
-import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +22,6 @@ from s2l_ray.training.losses import pad
 from s2l_ray.training.models import accepts_logits_to_keep
 from s2l_ray.training.tokens import TokenRows
 from s2l_ray.trajectory_store import priorities
-
-# Names the phase that a resume point belongs to.
-PHASE = "phase.txt"
-# A resume point is kept where this share of the steps is done, unless the last one is younger than this.
-RESUME_FRACTION = 1 / 50
-RESUME_SECONDS = 30.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +119,8 @@ def fine_tune(
     import ray.train
     from transformers import PrinterCallback, Trainer
 
+    from s2l_ray.training.recorder import Recorder, resume_point
+
     context = ray.train.get_context()
     plan = BatchPlan.of(phase.config.global_batch_size, context.get_world_size(), batch_size)
     if context.get_world_rank() == 0:
@@ -149,10 +143,10 @@ def fine_tune(
         processing_class=tokenizer,
         data_collator=_Collator(accepts_logits_to_keep(model)),
         compute_loss_func=_token_mean_loss,
-        callbacks=[_callback(phase, folder, events, on_keep)],
+        callbacks=[Recorder(phase, folder, events, on_keep)],
     )
     trainer.remove_callback(PrinterCallback)
-    with _resume_point(phase) as checkpoint:
+    with resume_point(phase.name) as checkpoint:
         trainer.train(resume_from_checkpoint=checkpoint)
     return trainer
 
@@ -252,69 +246,6 @@ def _token_mean_loss(outputs: Any, labels_BL: Any, num_items_in_batch: Any = Non
         labels = shifted[shifted != -100]
     total = functional.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
     return total / (num_items_in_batch if num_items_in_batch is not None else (labels != -100).sum())
-
-
-def _callback(phase: Phase, folder: Path, events: Any, on_keep: Callable[[int, Any], None] | None) -> Any:
-    """The Trainer's callback for a phase."""
-    import ray.train
-    import torch.distributed
-    from ray.train import Checkpoint
-    from transformers import TrainerCallback
-
-    context = ray.train.get_context()
-    is_first = context.get_world_rank() == 0
-
-    class Recorder(TrainerCallback):  # type: ignore[misc]
-        """Keeps the recipe's checkpoints and resume points, and tells the driver how far the training is."""
-
-        def __init__(self) -> None:
-            self.told = self.resumable = time.monotonic()
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:  # noqa: ARG002
-            if is_first and on_keep and state.global_step == 0 and 0 in phase.keep_at:
-                on_keep(0, model)
-
-        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:  # noqa: ARG002
-            step = state.global_step
-            if is_first and on_keep and step in phase.keep_at:
-                on_keep(step, model)
-            control.should_save = step % max(1, round(state.max_steps * RESUME_FRACTION)) == 0 and self.is_due()
-            if is_first and (time.monotonic() - self.told > 1 or step == state.max_steps):
-                self.told = time.monotonic()
-                losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-                events.put((phase.steps_before + step, phase.fit_steps, f"loss {losses[-1]:.4f}" if losses else ""))
-
-        def is_due(self) -> bool:
-            """Whether the last resume point is old enough, by the first worker's clock: all must agree."""
-            due = [time.monotonic() - self.resumable > RESUME_SECONDS]
-            torch.distributed.broadcast_object_list(due, src=0)
-            return due[0]
-
-        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-            self.resumable = time.monotonic()
-            # The workers of a node share a folder: one of them reports it, once all have written.
-            torch.distributed.barrier()
-            checkpoint = None
-            if context.get_local_rank() == 0:
-                saved = folder / f"checkpoint-{state.global_step}"
-                (saved / PHASE).write_text(phase.name)
-                checkpoint = Checkpoint.from_directory(saved)
-            ray.train.report({"step": state.global_step}, checkpoint=checkpoint)
-
-    return Recorder()
-
-
-@contextmanager
-def _resume_point(phase: Phase) -> Iterator[str | None]:
-    """The folder of the last registered checkpoint of this phase, None to start from the beginning."""
-    import ray.train
-
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        yield None
-        return
-    with checkpoint.as_directory() as folder:
-        yield folder if (Path(folder) / PHASE).read_text() == phase.name else None
 
 
 def training_loss(trainer: Any) -> list[list[float]]:

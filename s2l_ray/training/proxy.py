@@ -121,9 +121,8 @@ def train_proxy(job: ProxyJob, events: Any) -> dict[str, Any]:
     model = make_model(config, tokenizer)
     num_parameters = int(model.num_parameters())
     if is_first:
-        events.put(
-            f"{num_parameters / 1e6:.2f}M parameters, {len(ids):,} examples, {len(tokens.ids):,} tokens, {steps:,} steps"
-        )
+        sizes = f"{num_parameters:,} parameters, {len(ids):,} examples, {len(tokens.ids):,} tokens, {steps:,} steps"
+        events.put(sizes)
 
     def keep(step: int, model: Any) -> None:
         keep_checkpoint(job.storage, step, model, tokenizer)
