@@ -326,7 +326,7 @@ def _write_parts(kept: pa.Table, size: int, original: pa.DataType, workers: Work
     if not missing:
         return
     with quiet_ray_data(), track("examples", num_parts, "parts written") as progress:
-        progress.skip(num_done)
+        progress.at(num_done)
         blocks = [pa.concat_tables(parts[first : first + step]).combine_chunks() for first in range(0, len(parts), step)]
         for result in _results(ray.data.from_arrow(blocks), _WriteParts(original, draft.storage, draft.work), workers):
             draft.add(*(FileRecord(**record) for record in result["records"]))

@@ -49,15 +49,12 @@ class Progress:
 
     def __init__(self, stage: str, total: float, unit: str, bar: Any = None) -> None:
         self.log, self.total, self.unit = get_log(stage), total, unit
-        self.done = self._skipped = 0.0
+        self.done = 0.0
         self._bar = bar
-        self._started = self._last_line = time.monotonic()
+        self._last_line = time.monotonic()
+        # The first report is where the clock for the ETA starts: what comes before is start-up, or an earlier run's work.
+        self._first: tuple[float, float] | None = None
         self._task = bar.add_task(f"{stage:<13}", total=total, note="") if bar is not None else None
-
-    def skip(self, amount: float) -> None:
-        """Count what an earlier run has done: it is finished, but says nothing about the speed of this one."""
-        self._skipped += amount
-        self.advance(amount)
 
     def advance(self, amount: float = 1, note: str = "") -> None:
         """Count finished units; `note` stands behind the bar or the line."""
@@ -67,6 +64,7 @@ class Progress:
         """Say how many units are finished in all, and how many there are where that was not known before."""
         self.total = self.total if total is None else total
         self.done = min(done, self.total)
+        self._first = self._first or (time.monotonic(), self.done)
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, total=self.total, note=note)
             return
@@ -76,8 +74,9 @@ class Progress:
             self.log.info(self._line(now, note))
 
     def _line(self, now: float, note: str) -> str:
-        fresh = self.done - self._skipped
-        eta = (self.total - self.done) * (now - self._started) / fresh if fresh > 0 else None
+        begun, done_before = self._first or (now, self.done)
+        fresh = self.done - done_before
+        eta = (self.total - self.done) * (now - begun) / fresh if fresh > 0 else None
         share = self.done / self.total if self.total else 1.0
         parts = [f"{self.unit} {self.done:,.0f}/{self.total:,.0f} ({share:.1%})", note]
         return "  ".join([p for p in parts if p] + ([f"eta {duration(eta)}"] if eta is not None else []))

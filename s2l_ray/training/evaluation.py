@@ -289,6 +289,6 @@ def run_tasks(model: Any, tokenizer: Any, tasks: list[str]) -> dict[str, dict[st
     except OSError as error:
         raise DataError(f"evaluation.tasks={tasks}: the task's data cannot be read ({error})") from error
     return {
-        task: {name.partition(",")[0]: value for name, value in found.items() if isinstance(value, float)}
+        task: {name.partition(",")[0]: float(value) for name, value in found.items() if isinstance(value, float)}
         for task, found in results.items()
     }

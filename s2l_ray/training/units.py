@@ -77,7 +77,7 @@ def do_units(stage: str, units: Sequence[Unit], worker: type[UnitWorker], job: A
     missing = [unit for unit in units if not work.exists(unit.path)]
     tokens = 0
     with track(stage, len(units), "unit") as progress:
-        progress.skip(len(units) - len(missing))
+        progress.at(len(units) - len(missing))
         if not missing:
             return 0
         rows = ray.data.from_items([asdict(unit) for unit in missing], override_num_blocks=len(missing))

@@ -1,0 +1,412 @@
+"""Interrupted at any line and run again: what was finished stays, and the result is that of a run left in peace.
+
+One run is stopped four times, each time by other means and in another place, and then ends; the tests look at what was
+there after every stop. Also here: training with DeepSpeed ZeRO on two workers is plain training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import yaml
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, get_scheduler
+
+from s2l_ray.artifacts import Artifact, Draft, Key, Storage
+from s2l_ray.config import TargetConfig, TrainedTokenizer
+from s2l_ray.training.fine_tuning import data_order, num_steps
+from s2l_ray.training.fit import Workers, fit
+from s2l_ray.training.models import make_model
+from s2l_ray.training.proxy import TOKENIZER, train_tokenizer
+from s2l_ray.training.target import TargetJob, train_target
+from s2l_ray.training.tokens import TokenRows, load_tokenizer, pool_tokens
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+NUM_ROWS = 640
+STEPS_KEPT = 5
+# `s2l` in a process of its own, whose workers keep a resume point as often as there is one to keep, not every 30 s.
+DRIVER = """
+import logging, ray
+def keep_resume_points_often():
+    from s2l_ray.training import fine_tuning
+    fine_tuning.RESUME_SECONDS = 0.0
+ray.init(num_cpus=2, include_dashboard=False, logging_level=logging.ERROR,
+         runtime_env={"worker_process_setup_hook": keep_resume_points_often})
+from s2l_ray.cli import main
+main()
+"""
+
+
+# --- a run in a process of its own ---------------------------------------------------------------------------------
+
+
+def write_config(folder: Path) -> Path:
+    generator = random.Random(0)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["".join(generator.choices(letters, k=8)) for _ in range(NUM_ROWS)]
+    rows = [{"prompt": f"Say {word} twice: ", "response": f"{word} {word}", "source": word[0]} for word in words]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one = {"num_workers": 1, "cpus_per_worker": 1}
+    model = {"scratch": {"layers": 2, "hidden": 64, "heads": 2, "max_positions": 128}}
+    training = {"model": model, "epochs": 2, "global_batch_size": 16, "learning_rate": 1.0e-3, "max_tokens": 64}
+    values = {
+        "name": "interrupted",
+        "examples": {"dataset": str(folder / "corpus.jsonl"), "source_field": "source", "rows_per_part": 32},
+        "proxy": {
+            **training,
+            "tokenizer": {"train": "bpe", "vocab_size": 300},
+            "num_checkpoints": STEPS_KEPT,
+            "include_untrained": True,
+        },
+        "clustering": {"num_clusters": 8},
+        "selection": {"budget": 0.2},
+        "target": training,
+        # One example per forward pass makes a unit slow enough to be interrupted.
+        "machines": {"examples": one, "proxy": one, "trajectories": {**one, "tokens_per_batch": 1}, "target": one},
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+class Started:
+    """An `s2l run` in a session of its own, with its output in a file."""
+
+    def __init__(self, log: Path, *arguments: object) -> None:
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        command = [sys.executable, "-c", DRIVER, *map(str, arguments)]
+        self._log = log
+        with log.open("w") as file:
+            self._process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=environment
+            )
+        self.pid = self._process.pid
+
+    @property
+    def output(self) -> str:
+        return self._log.read_text()
+
+    def wait_until(self, condition: Callable[[], object], what: str, seconds: float = 240) -> None:
+        """Return as soon as the condition holds. Fails where the process ends before."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self._process.poll() is None, f"ended before {what}:\n{self.output}"
+            assert time.monotonic() < deadline, f"no {what} in {seconds} s:\n{self.output}"
+            time.sleep(0.005)
+
+    def kill(self) -> None:
+        """SIGKILL the driver, its Ray and all workers: nobody has time to tidy up."""
+        self._end(signal.SIGKILL)
+        self._process.wait()
+
+    def _end(self, number: int) -> None:
+        while members := [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if self._is_ours(pid)]:
+            for pid in members:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            self._process.poll()
+            time.sleep(0.05)
+
+    def _is_ours(self, pid: int) -> bool:
+        """Whether a living process belongs to the session that this one began."""
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+            return state != "Z" and os.getsid(pid) == self.pid
+        except (ProcessLookupError, FileNotFoundError):
+            return False
+
+    def interrupt(self) -> int:
+        """Ctrl-C, which a terminal sends to the whole group; the exit code."""
+        os.killpg(self.pid, signal.SIGINT)
+        code = self._process.wait(120)
+        self._end(signal.SIGKILL)
+        return code
+
+    def finish(self, seconds: float = 400) -> int:
+        code = self._process.wait(seconds)
+        self._end(signal.SIGKILL)
+        return code
+
+
+def times(*folders: Path) -> dict[str, int]:
+    """When each file below was last written, by path."""
+    return {str(path): path.stat().st_mtime_ns for folder in folders for path in folder.rglob("*") if path.is_file()}
+
+
+def steps_kept(run: Path) -> list[int]:
+    return sorted(int(p.parent.name.removeprefix("step-")) for p in (run / "proxy").glob("step-*/checkpoint.json"))
+
+
+def resume_step(run: Path) -> int:
+    """The step of the last resume point that Ray Train has registered, -1 for none."""
+    snapshots = list((run / ".work/proxy/ray").rglob("checkpoint_manager_snapshot.json"))
+    with contextlib.suppress(FileNotFoundError):
+        return max([-1, *(int(s) for path in snapshots for s in re.findall(r'"step\\*": (\d+)', path.read_text()))])
+    return -1
+
+
+def units(run: Path) -> list[Path]:
+    return sorted((run / ".work/trajectories").rglob("part-*.parquet"))
+
+
+@dataclass
+class Story:
+    """The interrupted run, and what was seen on the way."""
+
+    config: Path
+    run: Path
+    refused: subprocess.CompletedProcess[str] | None = None
+    holder: int = 0
+    seen: dict[str, dict[str, int]] = field(default_factory=dict)
+    """After each stop: the times of the files that were finished then."""
+
+    exit_code: int = -1
+    interrupted: str = ""
+    output: str = ""
+
+    @property
+    def arguments(self) -> list[object]:
+        return ["run", self.config, "--run-dir", self.run, "--until", "selection"]
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
+    folder = tmp_path_factory.mktemp("interrupted")
+    story = Story(write_config(folder), folder / "run")
+    run = story.run
+
+    def stop(name: str, started: Started, *folders: Path) -> None:
+        started.kill()
+        story.seen[name] = times(*folders)
+
+    # 1. SIGKILL in the middle of the proxy's training, with a checkpoint of the recipe and a resume point after it.
+    started = Started(folder / "1.log", *story.arguments)
+    started.wait_until((run / "proxy" / "building.json").exists, "proxy")
+    story.holder = started.pid
+    second = [Path(sys.executable).with_name("s2l"), *story.arguments]
+    story.refused = subprocess.run([str(word) for word in second], capture_output=True, text=True, check=False)
+    started.wait_until(lambda: len(steps_kept(run)) >= 2 and resume_step(run) >= steps_kept(run)[1], "resume point")
+    kept = [run / "proxy" / f"step-{step:06d}" for step in steps_kept(run) if step <= resume_step(run)]
+    stop("proxy", started, run / "examples", *kept)
+
+    # 2. Ctrl-C later in the same training.
+    before = len(steps_kept(run))
+    started = Started(folder / "2.log", *story.arguments)
+    started.wait_until(lambda: len(steps_kept(run)) > before, "next checkpoint")
+    story.exit_code = started.interrupt()
+    story.interrupted = started.output
+
+    # 3. SIGKILL as soon as a stage is finished, before the next has anything.
+    started = Started(folder / "3.log", *story.arguments)
+    started.wait_until((run / "proxy" / "manifest.json").exists, "finished proxy")
+    stop("between", started, run / "examples", run / "proxy")
+
+    # 4. SIGKILL in the middle of scoring.
+    started = Started(folder / "4.log", *story.arguments)
+    started.wait_until(lambda: len(units(run)) >= 3, "units")
+    stop("trajectories", started, run / "examples", run / "proxy", run / ".work/trajectories")
+
+    # 5. To the end, with an eye on the units, since finished stages throw their scratch directory away.
+    story.seen["last"] = {}
+    started = Started(folder / "5.log", *story.arguments)
+
+    def is_finished() -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            story.seen["last"] |= times(run / ".work/trajectories")
+        return (run / "trajectories" / "manifest.json").exists()
+
+    started.wait_until(is_finished, "trajectories")
+    assert started.finish() == 0, started.output
+    story.output = started.output
+    return story
+
+
+@pytest.fixture(scope="module")
+def undisturbed(story: Story, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run from the same proxy that nobody interrupts."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    for name in ("examples", "proxy"):
+        shutil.copytree(story.run / name, folder / "run" / name)
+    started = Started(folder / "log", "run", story.config, "--run-dir", folder / "run", "--until", "selection")
+    assert started.finish() == 0, started.output
+    return folder / "run"
+
+
+# --- what a user gets ----------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_on_a_directory_is_refused_with_who_holds_it(story):
+    assert story.refused is not None
+    assert story.refused.returncode == 2
+    holder = f"process {story.holder} of {getpass.getuser()} on "
+    assert f"s2l: {story.run}: another run holds it ({holder}" in story.refused.stderr
+    assert "Traceback" not in story.refused.stderr
+
+
+def test_killed_training_goes_on_from_its_resume_point_and_keeps_its_checkpoints(story):
+    kept = {path for path in story.seen["proxy"] if "/step-" in path}
+    assert kept, "at least the untrained model and one checkpoint"
+    for path in kept:  # a training begun anew would have written them again
+        assert Path(path).stat().st_mtime_ns == story.seen["proxy"][path], path
+
+
+def test_finished_stages_are_not_touched_after_a_kill(story):
+    for stop in ("proxy", "between", "trajectories"):
+        for path, changed in story.seen[stop].items():
+            if "/.work/" not in path:
+                assert Path(path).stat().st_mtime_ns == changed, path
+    assert "examples      reused" in story.output
+    assert "proxy         reused" in story.output
+
+
+def test_an_interrupted_command_ends_with_130_and_says_that_the_same_one_goes_on(story):
+    assert story.exit_code == 130, story.interrupted
+    assert story.interrupted.rstrip().endswith("s2l: interrupted. The same command goes on where this one stopped.")
+    assert "Traceback" not in story.interrupted
+
+
+def test_killed_scoring_resumes_without_scoring_a_part_twice(story):
+    finished = {path: changed for path, changed in story.seen["trajectories"].items() if path.endswith(".parquet")}
+    num_units = len(list((story.run / "examples").glob("part-*.parquet")))
+    assert 3 <= len(finished) < num_units, "killed in the middle"
+    assert {path: story.seen["last"].get(path) for path in finished} == finished
+    assert "trajectories  resume" in story.output
+
+
+def test_an_interrupted_run_gives_the_bytes_of_one_left_in_peace(story, undisturbed):
+    names = ["trajectories", "clustering", "selection"]
+    ours = {str(p.relative_to(story.run)) for name in names for p in (story.run / name).rglob("*") if p.is_file()}
+    theirs = {str(p.relative_to(undisturbed)) for name in names for p in (undisturbed / name).rglob("*") if p.is_file()}
+    assert ours == theirs
+    assert "selection/selected.parquet" in ours
+    for name in ours - {f"{name}/manifest.json" for name in names}:
+        assert (story.run / name).read_bytes() == (undisturbed / name).read_bytes(), name
+    for name in names:
+        one, other = (json.loads((run / name / "manifest.json").read_text()) for run in (story.run, undisturbed))
+        assert {key: one[key] for key in ("fingerprint", "recipe", "inputs", "files")} == {
+            key: other[key] for key in ("fingerprint", "recipe", "inputs", "files")
+        }
+
+
+def test_an_interrupted_training_gives_the_weights_of_one_left_in_peace(story, tmp_path):
+    started = Started(tmp_path / "log", "run", story.config, "--run-dir", tmp_path / "run", "--until", "proxy")
+    assert started.finish() == 0, started.output
+    assert steps_kept(tmp_path / "run") == steps_kept(story.run)
+    for step in steps_kept(story.run):
+        name = f"proxy/step-{step:06d}/model.safetensors"
+        assert (tmp_path / "run" / name).read_bytes() == (story.run / name).read_bytes(), name
+
+
+# --- ZeRO ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A corpus and a tokenizer as the target's training gets them."""
+
+    examples: Artifact
+    proxy: Artifact
+    ids: list[str]
+
+    @property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.proxy.folder(TOKENIZER))
+
+
+ZERO = TargetConfig(
+    model={"scratch": {"layers": 2, "hidden": 32, "heads": 2, "max_positions": 128}},  # type: ignore[arg-type]
+    epochs=2,
+    global_batch_size=8,
+    learning_rate=1.0e-3,
+    warmup_fraction=0.1,
+    max_tokens=64,
+)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    run = Storage(str(tmp_path_factory.mktemp("bench")))
+    generator = random.Random(1)
+    # Responses of very different length: a mean over batches and not over tokens would show.
+    responses = ["ab " * generator.randint(1, 12) for _ in range(48)]
+    examples = Draft.open(run, Key("examples", 1, {}, {}))
+    ids = [f"row-{i:02d}" for i in range(48)]
+    columns = {"prompt": [f"count {i}: " for i in range(48)], "response": responses, "split": ["pool"] * 48}
+    examples.write_table("part-00000.parquet", pa.table({"example_id": ids, "source": ["s"] * 48, **columns}))
+    made = examples.publish({"rows": 48})
+    proxy = Draft.open(run, Key("proxy", 1, {}, {}))
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(TrainedTokenizer(vocab_size=300), made).save_pretrained(folder)
+    proxy.add(*proxy.storage.upload(folder, TOKENIZER))
+    return Bench(made, proxy.publish({}), ids[:40])
+
+
+def sum_of_losses(model: Any, tokens: TokenRows, row: int) -> tuple[torch.Tensor, int]:
+    """The cross-entropy of a row's labels, alone in its batch, and how many labels there are."""
+    ids, is_label = (torch.from_numpy(array) for array in tokens[row])
+    logits = model(input_ids=ids.long()[None]).logits[0, :-1]
+    labels = ids.long()[1:].masked_fill(~is_label[1:], -100)
+    return functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum"), int(is_label.sum())
+
+
+def plain_training(bench: Bench) -> tuple[list[float], Any]:
+    """The same recipe as a loop in plain torch on one process: the losses of the steps, and the model."""
+    ids, tokens, _ = pool_tokens(bench.examples, bench.tokenizer, ZERO.max_tokens, keep=set(bench.ids))
+    order = data_order(ids, ZERO.epochs, ZERO.global_batch_size, ZERO.seed)
+    steps = num_steps(len(ids), ZERO.epochs, ZERO.global_batch_size)
+    model = make_model(ZERO, bench.tokenizer).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=ZERO.learning_rate, weight_decay=ZERO.weight_decay)
+    schedule = get_scheduler(ZERO.lr_schedule, optimizer, round(ZERO.warmup_fraction * steps), steps)
+    losses = []
+    for step in range(steps):
+        pairs = [sum_of_losses(model, tokens, int(row)) for row in order.reshape(steps, -1)[step]]
+        loss = sum(total for total, _ in pairs) / sum(count for _, count in pairs)
+        loss.backward()  # type: ignore[union-attr]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    return losses, model.eval()
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_training_on_two_workers_equals_plain_torch_training(bench, ray_session, tmp_path, stage):
+    config = ZERO.model_copy(update={"zero_stage": stage})
+    storage = Storage(str(tmp_path / "target"))
+    job = TargetJob(config, bench.examples, bench.proxy, storage, {"selected": bench.ids}, 2)
+    result = fit("target", train_target, job, Workers(2, 1, 0.0), Storage(str(tmp_path / "work")))
+    expected, plain = plain_training(bench)
+    steps, losses = zip(*result["training_loss"]["selected"], strict=True)
+    assert list(steps) == list(range(1, len(expected) + 1))
+    np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-5)
+    assert losses[-1] < losses[0] - 0.1, "it learns"
+
+    folder = tmp_path / "target" / "model"
+    assert not [p for p in folder.rglob("*") if p.suffix in {".bin", ".pt", ".pkl"}]
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids, tokens, _ = pool_tokens(bench.examples, bench.tokenizer, config.max_tokens)
+    assert len(ids) == 48, "rows outside the subset, too"
+    with torch.no_grad():
+        ours, theirs = ([float(sum_of_losses(m, tokens, row)[0]) for row in range(48)] for m in (model, plain))
+    counts = tokens.num_labels
+    np.testing.assert_allclose(np.array(ours) / counts, np.array(theirs) / counts, rtol=0, atol=1e-5)
