@@ -64,6 +64,13 @@ class Storage:
 
     uri: str
 
+    def __post_init__(self) -> None:
+        if "://" in self.uri and "@" in self.uri.partition("://")[2].partition("/")[0]:
+            place = self.uri.partition("@")[2]
+            raise ConfigError(f"...@{place}: credentials in a URI would end up in logs. Put them into the environment.")
+        # A worker has another working directory than the command: a relative path is made absolute where it is given.
+        object.__setattr__(self, "uri", absolute_uri(self.uri))
+
     @property
     def is_local(self) -> bool:
         """Whether the directory is on a filesystem with paths (a local or shared one)."""
@@ -169,8 +176,10 @@ class Storage:
         return target
 
     def delete(self, name: str = "") -> None:
-        """Remove a directory with all that is in it, if it is there."""
-        if self.exists(name):
+        """Remove a file, or a directory with all that is in it, if it is there."""
+        if name and self.size(name) is not None:
+            self.filesystem.delete_file(self.path(name))
+        elif self.exists(name):
             self.filesystem.delete_dir(self.path(name))
 
 
@@ -317,7 +326,7 @@ class Artifact:
 
     @property
     def _remedy(self) -> str:
-        return f"Remove {self.root.uri} and the stages after it, and run again to rebuild them."
+        return f"Remove {self.storage.uri} and the stages after it, and run again to rebuild them."
 
 
 @dataclass
@@ -344,10 +353,10 @@ class Draft:
         if building is not None and building["fingerprint"] != key.fingerprint:
             if building.get("recipe") != key.recipe:
                 raise ArtifactError(refusal(storage, key, building, "Give another directory"))
-            storage.delete()
-            work.delete()
             building = None
         if building is None:
+            # What lies here without a name belongs to nobody: it must not be taken for parts of this recipe.
+            storage.delete()
             work.delete()
             value = {"fingerprint": key.fingerprint, "recipe": key.recipe, "inputs": key.inputs}
             storage.write_json(BUILDING, value)
@@ -395,7 +404,7 @@ class Draft:
 
 def adopt(run: Storage, other: Artifact) -> Artifact:
     """Take a finished stage of another run by reference: only the manifest is copied, with where the files are."""
-    manifest = other.manifest | {"reference": absolute_uri(other.root.uri)}
+    manifest = other.manifest | {"reference": other.root.uri}
     artifact = replace(other, storage=run.child(other.stage), manifest=manifest)
     artifact.storage.write_json(MANIFEST, manifest)
     return artifact

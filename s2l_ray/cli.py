@@ -134,6 +134,8 @@ def main() -> None:
             raise
         print(f"s2l: {problem}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("s2l: interrupted. The same command goes on where this one stopped.", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:  # Typer takes the KeyboardInterrupt and ends with this, without a word
+            print("s2l: interrupted. The same command goes on where this one stopped.", file=sys.stderr)
+            sys.exit(1)
+        raise

@@ -8,6 +8,7 @@ are in no fingerprint.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import string
 from pathlib import Path
@@ -210,7 +211,7 @@ class TrainingConfig(Section):
     """Longest example in tokens; the rest is cut off on the right (paper: 512)."""
 
     precision: Precision = "float32"
-    """Arithmetic of the training; weights and optimizer stay in float32."""
+    """Arithmetic of the training. The optimizer works in float32; DeepSpeed keeps and saves bfloat16 weights beside it."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
@@ -240,6 +241,9 @@ class TrajectoriesConfig(Section):
 
     precision: Precision = "float32"
     """Arithmetic of the forward pass; the cross-entropy is always float32."""
+
+    tokens_per_batch: Positive = 4096
+    """Padded tokens per forward pass. Part of the recipe: the shape of a matrix product decides a loss's last bit."""
 
 
 class ClusteringConfig(Section):
@@ -285,8 +289,13 @@ class SelectionConfig(Section):
                 budget = float(budget) if any(mark in budget for mark in ".eE") else int(budget)
             except ValueError:
                 raise ValueError(f"'{budget}' is not a number. Examples: 3000, 0.1 or {{tokens: 100000}}") from None
+        if isinstance(budget, dict) and isinstance(budget.get("tokens"), str):
+            with contextlib.suppress(ValueError):
+                budget = budget | {"tokens": float(budget["tokens"])}
         if isinstance(budget, bool):
             raise ValueError("a budget is a number of examples, a fraction below 1 or {tokens: n}")
+        if isinstance(budget, float) and budget == 1:
+            raise ValueError("1.0 is neither a fraction below 1 nor, with its point, a count. Write 1 for one example")
         if isinstance(budget, float) and budget >= 1:
             if not budget.is_integer():
                 raise ValueError(f"{budget} is neither a whole number of examples nor a fraction below 1")
@@ -356,9 +365,6 @@ class WorkerConfig(Section):
     device_batch_size: Positive | Literal["auto"] = "auto"
     """Examples per forward pass in training; auto: the largest that divides the worker's share, at most 32."""
 
-    tokens_per_batch: Positive = 4096
-    """Padded tokens per forward pass in scoring."""
-
 
 class MachinesConfig(Section):
     """One `WorkerConfig` per stage that works in parallel."""
@@ -397,6 +403,22 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     machines: MachinesConfig = MachinesConfig()
     plan: PlanConfig = PlanConfig()
+
+    @model_validator(mode="after")
+    def _sections_fit_together(self) -> RunConfig:
+        for name in ("proxy", "target"):
+            batch, workers = getattr(self, name).global_batch_size, getattr(self.machines, name).num_workers
+            if isinstance(workers, int) and batch % workers:
+                raise ValueError(f"machines.{name}.num_workers={workers} does not divide {name}.global_batch_size={batch}")
+        if self.clustering.stratify_by not in (None, "source"):
+            raise ValueError(
+                f"clustering.stratify_by='{self.clustering.stratify_by}': a run knows strata by 'source'. Set "
+                "examples.source_field to that column, or use `s2l select`"
+            )
+        budget, batch = self.selection.budget, self.target.global_batch_size
+        if isinstance(budget, int) and budget < batch:
+            raise ValueError(f"selection.budget={budget} is less than one batch of target.global_batch_size={batch}")
+        return self
 
     @model_validator(mode="after")
     def _proxy_has_a_tokenizer(self) -> RunConfig:

@@ -33,6 +33,15 @@ class ArtifactError(S2LError):
     """A stage's directory is missing, stale, unfinished or damaged."""
 
 
+def cause_of(error: BaseException | None) -> S2LError | None:
+    """What the user must mend behind an error that Ray wrapped on its way from a worker, None if it is something else."""
+    while error is not None:
+        if isinstance(error, S2LError):
+            return error
+        error = getattr(error, "cause", None) or error.__cause__
+    return None
+
+
 def disk_problem(error: OSError) -> str | None:
     """What the user must mend where writing failed, None for any other operating-system error."""
     kinds = {
@@ -40,7 +49,11 @@ def disk_problem(error: OSError) -> str | None:
         errno.EDQUOT: "the disk quota is used up. Free some space; the same command goes on.",
         errno.EACCES: "may not be written or read. Check its permissions.",
         errno.EROFS: "is on a read-only filesystem. Give another directory.",
+        errno.EISDIR: "is a directory where a file is needed. Give the path of a file.",
         errno.ENOTDIR: "has a file where a directory is needed. Give another directory.",
+        errno.EEXIST: "is a file where a directory is needed. Give another directory.",
     }
+    if error.errno is None and "AWS Error" in str(error):
+        return f"object storage: {str(error).splitlines()[0]} Check the bucket, its region and your credentials."
     reason = kinds.get(error.errno or 0)
     return None if reason is None else f"{error.filename or 'writing'}: {reason}"

@@ -29,7 +29,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from s2l_ray import errors
-from s2l_ray.artifacts import Artifact, Draft, FileRecord, Storage, table_bytes
+from s2l_ray.artifacts import Artifact, Draft, FileRecord, Storage, digest, table_bytes
 from s2l_ray.config import ExamplesConfig, ReasoningGymDataset, WorkerConfig
 from s2l_ray.corpus import Unit, cut_corpus
 from s2l_ray.corpus import corpus_identity as corpus_identity  # noqa: PLC0414  it goes with examples_recipe
@@ -139,14 +139,16 @@ def build_examples(config: ExamplesConfig, workers: WorkerConfig, draft: Draft) 
     Raises DataError where the corpus is missing or empty, or a row contradicts the config; nothing then looks finished.
     """
     units = cut_corpus(config)
-    indexes = _read_units(units, config, workers, draft.work)
+    # Units are numbered by the cut: one that an earlier run made from another cut (a file renamed, say) is no such unit.
+    work = draft.work.child(digest(repr(units)))
+    indexes = _read_units(units, config, workers, work)
     dropped = sum((index.dropped for index in indexes), Counter[str]())
     rows = pa.concat_tables(_with_addresses(index.rows, unit) for unit, index in enumerate(indexes))
     kept = keep_first(rows)
     dropped[DUPLICATE] += rows.num_rows - kept.num_rows
     summary = _summary(kept, +dropped, config)
     columns = join_columns((_name(unit), index.columns) for unit, index in zip(units, indexes, strict=True))
-    _write_parts(kept, summary["rows_per_part"], columns.type, workers, draft)
+    _write_parts(kept, summary["rows_per_part"], columns.type, work, workers, draft)
     return draft.publish(summary)
 
 
@@ -312,7 +314,7 @@ def _with_original(table: pa.Table, original: pa.DataType) -> pa.Table:
 # --- pass 2: units to parts --------------------------------------------------------------------------------------
 
 
-def _write_parts(kept: pa.Table, size: int, original: pa.DataType, workers: WorkerConfig, draft: Draft) -> None:
+def _write_parts(kept: pa.Table, size: int, original: pa.DataType, work: Storage, workers: WorkerConfig, draft: Draft) -> None:
     """Have every part gathered from the units and written; parts that an earlier run wrote stay."""
     import ray.data
 
@@ -328,7 +330,7 @@ def _write_parts(kept: pa.Table, size: int, original: pa.DataType, workers: Work
     with quiet_ray_data(), track("examples", num_parts, "parts written") as progress:
         progress.at(num_done)
         blocks = [pa.concat_tables(parts[first : first + step]).combine_chunks() for first in range(0, len(parts), step)]
-        for result in _results(ray.data.from_arrow(blocks), _WriteParts(original, draft.storage, draft.work), workers):
+        for result in _results(ray.data.from_arrow(blocks), _WriteParts(original, draft.storage, work), workers):
             draft.add(*(FileRecord(**record) for record in result["records"]))
             progress.advance(len(result["records"]))
 

@@ -279,7 +279,7 @@ def run(
         raise ConfigError(f"--until {until}: no such stage. Stages: {', '.join(STAGE_NAMES)}.")
     log.info("%s in %s", config.name, place.uri)
     with exclusive(place):
-        config = resolve_revisions(config, place)
+        config = resolve_revisions(config, place, other)
         for decision in decide(config, place, other):
             if decision.action == "refuse":
                 raise ArtifactError(decision.reason)

@@ -12,7 +12,7 @@ from typing import Any
 
 from s2l_ray.artifacts import BUILDING, WORK, Artifact, Storage
 from s2l_ray.config import RunConfig, ScratchModel, TrainedTokenizer, TrainingConfig
-from s2l_ray.errors import ConfigError, DataError
+from s2l_ray.errors import ArtifactError, ConfigError, DataError
 from s2l_ray.pipeline import STAGES, Decision, decide
 from s2l_ray.progress import duration
 from s2l_ray.session import resolve_revisions
@@ -98,9 +98,12 @@ def make_plan(
     price = config.plan.price_per_hour if price_per_hour is None else price_per_hour
     if accelerator is not None and accelerator not in ACCELERATORS:
         raise ConfigError(f"accelerator '{accelerator}': not known. Known: {', '.join(ACCELERATORS)}.")
+    other = Storage(reuse) if reuse else None
+    if other is not None and not other.exists():
+        raise ArtifactError(f"--reuse {reuse}: there is no such run.")
     notes: list[str] = []
     try:
-        decisions = decide(resolve_revisions(config, place), place, Storage(reuse) if reuse else None)
+        decisions = decide(resolve_revisions(config, place, other), place, other)
     except DataError as error:
         # A plan for a corpus that is not here (a Hub dataset, somebody else's bucket) still says what it would cost.
         if config.plan.num_examples is None:

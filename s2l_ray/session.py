@@ -10,9 +10,11 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from s2l_ray.artifacts import SCHEMA, WORK, Storage, provenance
 from s2l_ray.config import RunConfig
+from s2l_ray.corpus import hub_id
 from s2l_ray.errors import ArtifactError, ConfigError
 from s2l_ray.progress import duration, get_log
 
@@ -28,6 +30,8 @@ def connect_ray() -> None:
     # Worker processes of a Ray started here inherit these. What stages have to say reaches the driver by itself, so the
     # workers' own output stays in Ray's log files; RAY_LOG_TO_DRIVER=1 shows it.
     defaults = {"RAY_LOG_TO_DRIVER": "0", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+    # Relative paths of models and tokenizers mean the same in a training worker as on the command line.
+    defaults["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     if is_ours:
         # Ray Data restarts actors whose arguments are objects, and Ray's core calls that an error every time.
         defaults |= {"RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
@@ -51,6 +55,14 @@ def connect_ray() -> None:
     )
 
 
+def user() -> str:
+    """Who runs this; the number of a user without a name, as containers have them."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
+
+
 @contextlib.contextmanager
 def exclusive(place: Storage) -> Iterator[None]:
     """Hold the run directory: a second run on it is refused with who holds it. The lock of a dead process is free."""
@@ -70,7 +82,7 @@ def exclusive(place: Storage) -> Iterator[None]:
             file.seek(0)
             raise ArtifactError(f"{place.uri}: another run holds it ({file.read().strip()}). Wait for it or end it.") from None
         file.truncate(0)
-        file.write(f"process {os.getpid()} of {getpass.getuser()} on {socket.gethostname()}\n")
+        file.write(f"process {os.getpid()} of {user()} on {socket.gethostname()}\n")
         file.flush()
         yield
 
@@ -81,38 +93,50 @@ def write_run(config: RunConfig, place: Storage) -> None:
     old = place.read_json(RUN)
     if old is not None and {name: old.get(name) for name in values} == values:
         return
-    who = {"user": getpass.getuser(), "host": socket.gethostname()}
+    who = {"user": user(), "host": socket.gethostname()}
     place.write_json(RUN, {"schema": SCHEMA, **values, "provenance": provenance() | who})
 
 
-def resolve_revisions(config: RunConfig, place: Storage) -> RunConfig:
-    """The config with Hub models pinned to commits: what an earlier run of this directory pinned, else today's.
+def resolve_revisions(config: RunConfig, place: Storage, reuse: Storage | None = None) -> RunConfig:
+    """The config with Hub names pinned to commits: what this run or the reused one pinned before, else today's.
 
-    Where the Hub cannot be reached the revision stays as it is; loading the model says what is wrong.
+    Where the Hub cannot be reached a revision stays as it is; loading what it names says what is wrong.
     """
-    old = place.read_json(RUN) or {}
-    for name in ("proxy", "target"):
-        section = getattr(config, name)
-        model = section.model
-        if not isinstance(model, str) or "://" in model or os.path.exists(model) or _is_commit(section.revision):
+    before = place.read_json(RUN) or (reuse.read_json(RUN) if reuse is not None else None) or {}
+    named = {
+        "examples": hub_id(config.examples.dataset),
+        "proxy": hub_model(config.proxy.model),
+        "target": hub_model(config.target.model),
+    }
+    for section, name in named.items():
+        values = getattr(config, section)
+        if name is None or _is_commit(values.revision):
             continue
-        before = old.get(name, {})
-        revision = before.get("revision") if before.get("model") == model else None
-        revision = revision if _is_commit(revision) else _hub_commit(model, section.revision)
-        config = config.model_copy(update={name: section.model_copy(update={"revision": revision})})
+        kind, field = ("dataset", "dataset") if section == "examples" else ("model", "model")
+        old = before.get(section, {})
+        pinned = old.get("revision") if old.get(field) == name else None
+        revision = pinned if _is_commit(pinned) else _hub_commit(kind, name, values.revision)
+        config = config.model_copy(update={section: values.model_copy(update={"revision": revision})})
     return config
+
+
+def hub_model(model: Any) -> str | None:
+    """A model's Hub id, None for a path, a URI or a model from scratch."""
+    return model if isinstance(model, str) and "://" not in model and not os.path.exists(model) else None
 
 
 def _is_commit(revision: str | None) -> bool:
     return revision is not None and len(revision) == 40 and all(c in "0123456789abcdef" for c in revision)
 
 
-def _hub_commit(model: str, revision: str | None) -> str | None:
+def _hub_commit(kind: str, name: str, revision: str | None) -> str | None:
     import huggingface_hub
 
+    api = huggingface_hub.HfApi()
     try:
-        return str(huggingface_hub.HfApi().model_info(model, revision=revision, timeout=10).sha)
+        info = (api.dataset_info if kind == "dataset" else api.model_info)(name, revision=revision, timeout=10)
     except Exception as error:  # noqa: BLE001 - the Hub's client raises its HTTP library's errors, and changes that library
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        get_log("run").warning("%s is not pinned to a commit: the Hub does not answer (%s)", model, reason)
+        get_log("run").warning("%s is not pinned to a commit: the Hub does not answer (%s)", name, reason)
         return revision
+    return str(info.sha)

@@ -246,6 +246,8 @@ def find_artifact(uri: str) -> Artifact | None:
     if re.search(r"[*?\[]", uri) or uri.endswith(".parquet"):
         return None
     storage = Storage(uri)
+    if storage.size("") is not None:
+        return None
     manifest = storage.read_json(MANIFEST)
     if isinstance(manifest, dict) and str(manifest.get("schema")).startswith("s2l_ray/"):
         artifact = Artifact.read(storage)

@@ -47,9 +47,9 @@ STEPS_KEPT = 5
 DRIVER = """
 import logging, ray
 def keep_resume_points_often():
-    from s2l_ray.training import fine_tuning
-    fine_tuning.RESUME_SECONDS = 0.0
-ray.init(num_cpus=2, include_dashboard=False, logging_level=logging.ERROR,
+    from s2l_ray.training import recorder
+    recorder.RESUME_SECONDS = 0.0
+ray.init(num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False,
          runtime_env={"worker_process_setup_hook": keep_resume_points_often})
 from s2l_ray.cli import main
 main()
@@ -160,7 +160,7 @@ def resume_step(run: Path) -> int:
     """The step of the last resume point that Ray Train has registered, -1 for none."""
     snapshots = list((run / ".work/proxy/ray").rglob("checkpoint_manager_snapshot.json"))
     with contextlib.suppress(FileNotFoundError):
-        return max([-1, *(int(s) for path in snapshots for s in re.findall(r'"step\\*": (\d+)', path.read_text()))])
+        return max([-1, *(int(s) for path in snapshots for s in re.findall(r'"step": *(\d+)', path.read_text()))])
     return -1
 
 
@@ -380,12 +380,12 @@ def plain_training(bench: Bench) -> tuple[list[float], Any]:
     for step in range(steps):
         pairs = [sum_of_losses(model, tokens, int(row)) for row in order.reshape(steps, -1)[step]]
         loss = sum(total for total, _ in pairs) / sum(count for _, count in pairs)
-        loss.backward()  # type: ignore[union-attr]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses, model.eval()
 
 

@@ -11,14 +11,16 @@ import functools
 import io
 import json
 import re
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from s2l_ray.artifacts import Artifact, Draft, table_bytes
@@ -28,9 +30,9 @@ from s2l_ray.examples import read_held_out
 from s2l_ray.progress import get_log
 from s2l_ray.training.fit import Workers
 from s2l_ray.training.losses import losses_of_models
-from s2l_ray.training.models import load_model, make_model
+from s2l_ray.training.models import load_model, make_model, positions
 from s2l_ray.training.target import FOLDERS, target_tokenizer
-from s2l_ray.training.tokens import TokenRows, encode_table, generation_prompt, learnable
+from s2l_ray.training.tokens import TokenRows, encode_table, generation_prompt, learnable, row_counts
 from s2l_ray.training.units import Unit, UnitWorker, do_units
 from s2l_ray.trajectory_store import priorities
 
@@ -38,6 +40,9 @@ UNTRAINED = "untrained"
 # The part name of a unit that runs the tasks of the lm-evaluation-harness.
 TASKS = "tasks"
 GENERATION_BATCH = 32
+TOKENS_PER_BATCH = 4096
+# What a unit says of its held-out rows: dropped and shortened ones, in its schema's metadata.
+CHANGED = b"changed"
 
 
 @dataclass(frozen=True)
@@ -63,22 +68,30 @@ def build_evaluation(config: RunConfig, inputs: Mapping[str, Artifact], draft: D
     job = EvaluationJob(config, inputs, choose_generated(config, examples, parts))
     units = [Unit(model, part) for model in models for part in [*parts, *([TASKS] if config.evaluation.tasks else [])]]
     do_units("evaluation", units, Evaluator, job, draft.work, workers)
-    rows = {m: [r for part in parts for r in _read_unit(draft, Unit(m, part)).to_pylist()] for m in models}
+    tables = {model: [_read_unit(draft, Unit(model, part)) for part in parts] for model in models}
+    rows = {model: [row for table in tables[model] for row in _rows(table)] for model in models}
     metrics = {model: summarize(rows[model], config.evaluation) for model in models}
     for model in models if config.evaluation.tasks else []:
         metrics[model]["tasks"] |= json.loads(draft.work.read(Unit(model, TASKS).path))
     draft.write("metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
     lines = [json.dumps(prediction(model, row), ensure_ascii=False) for model in models for row in rows[model] if row["scores"]]
     draft.write("predictions.jsonl", "".join(f"{line}\n" for line in lines).encode())
-    counts: dict[str, int] = defaultdict(int)
-    for row in rows[UNTRAINED]:
-        counts[row["source"]] += 1
+    changed = sum((Counter(json.loads(table.schema.metadata[CHANGED])) for table in tables[UNTRAINED]), Counter[str]())
+    counts = Counter(row["source"] for row in rows[UNTRAINED])
     summary = {"rows": len(rows[UNTRAINED]), "sources": dict(sorted(counts.items())), "predictions": len(lines)}
-    return draft.publish(summary, asdict(workers))
+    return draft.publish(summary | row_counts(changed), asdict(workers))
 
 
 def _read_unit(draft: Draft, unit: Unit) -> pa.Table:
     return pq.read_table(io.BytesIO(draft.work.read(unit.path)))
+
+
+def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
+    """A unit's rows; texts only of those that were scored, of which there are few."""
+    has_scores = table["scores"].is_valid()
+    yield from table.filter(has_scores).to_pylist()
+    for row in table.filter(pc.invert(has_scores)).select(["source", "loss", "num_response_tokens"]).to_pylist():
+        yield row | {"scores": None}
 
 
 def choose_generated(config: RunConfig, examples: Artifact, parts: list[str]) -> frozenset[str]:
@@ -209,14 +222,14 @@ class Evaluator(UnitWorker):
         folder = self.job.inputs["target"].folder(FOLDERS[group])
         return [load_model(folder, self._tokenizer, trust_remote_code=target.trust_remote_code)]
 
-    def work_on(self, part: str, models: list[Any]) -> tuple[bytes, int]:
+    def work_on(self, part: str, models: list[Any]) -> bytes:
         if part == TASKS:
-            return json.dumps(run_tasks(models[0], self._tokenizer, self.job.config.evaluation.tasks)).encode(), 0
+            return json.dumps(run_tasks(models[0], self._tokenizer, self.job.config.evaluation.tasks)).encode()
         config: RunConfig = self.job.config
         table, limit = read_held_out(self.job.inputs["examples"], part), config.target.max_tokens
-        tokens, kept, _ = learnable(encode_table(self._tokenizer, table, limit), limit, self._tokenizer.eos_token_id)
+        tokens, kept, changed = learnable(encode_table(self._tokenizer, table, limit), limit, self._tokenizer.eos_token_id)
         table = table.take(pa.array(kept))
-        losses = next(losses_of_models(models, tokens, config.machines.evaluation.tokens_per_batch, config.target.precision))
+        losses = next(losses_of_models(models, tokens, TOKENS_PER_BATCH, config.target.precision))
         rows = table.to_pylist()
         predictions, scores = self._answer(models[0], rows, tokens)
         columns = {
@@ -229,7 +242,8 @@ class Evaluator(UnitWorker):
             "prediction": pa.array(predictions, pa.string()),
             "scores": pa.array(scores, pa.string()),
         }
-        return table_bytes(pa.table(columns)), len(tokens.ids)
+        scored = pa.table(columns).replace_schema_metadata({CHANGED: json.dumps(changed)})
+        return table_bytes(scored)
 
     def _answer(self, model: Any, rows: list[dict[str, Any]], tokens: TokenRows) -> tuple[list[str | None], list[str | None]]:
         """Generated responses and their scores as JSON, None where a row has none."""
@@ -258,11 +272,12 @@ def generate(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_token
         padding = [longest - len(prompts[i]) for i in rows]
         ids = torch.tensor([[tokenizer.pad_token_id] * pad + prompts[i] for i, pad in zip(rows, padding, strict=True)])
         mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding])
+        room = max(1, (positions(model) or sys.maxsize) - longest)
         with torch.inference_mode():
             made = model.generate(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=min(max_new_tokens, room),
                 do_sample=False,
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,

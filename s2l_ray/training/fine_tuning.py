@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from s2l_ray.config import TrainingConfig
-from s2l_ray.errors import ConfigError
+from s2l_ray.errors import ConfigError, DataError
 from s2l_ray.training.losses import pad
 from s2l_ray.training.models import accepts_logits_to_keep
 from s2l_ray.training.tokens import TokenRows
@@ -58,6 +59,15 @@ class BatchPlan:
 def num_steps(num_rows: int, epochs: float, global_batch: int) -> int:
     """Optimizer steps: the examples of all epochs in whole batches."""
     return math.floor(num_rows * epochs / global_batch)
+
+
+def check_steps(steps: int, section: str) -> None:
+    """Raise DataError where the examples of all epochs do not fill one batch."""
+    if steps < 1:
+        raise DataError(
+            f"{section}: {section}.epochs passes over the examples do not fill one batch of {section}.global_batch_size. "
+            "Train more epochs, use a smaller batch or more examples."
+        )
 
 
 def data_order(example_ids: list[str], epochs: float, global_batch: int, seed: int) -> np.ndarray:
@@ -146,8 +156,9 @@ def fine_tune(
         callbacks=[Recorder(phase, folder, events, on_keep)],
     )
     trainer.remove_callback(PrinterCallback)
-    with resume_point(phase.name) as checkpoint:
+    with resume_point(phase.name, context.get_world_size() if deepspeed else None) as checkpoint:
         trainer.train(resume_from_checkpoint=checkpoint)
+    shutil.rmtree(folder, ignore_errors=True)  # each node's own; all its workers are past the last step
     return trainer
 
 
@@ -163,10 +174,11 @@ def _node_folder(phase: Phase) -> Path:
 
 
 def _arguments(phase: Phase, plan: BatchPlan, folder: Path, deepspeed: dict[str, Any] | None) -> Any:
-    import torch
+    import ray.train.torch
     from transformers import TrainingArguments
 
     config = phase.config
+    on_gpu = ray.train.torch.get_device().type == "cuda"
     steps = len(phase.order) // config.global_batch_size
     if deepspeed is not None:
         deepspeed = deepspeed | {
@@ -190,7 +202,7 @@ def _arguments(phase: Phase, plan: BatchPlan, folder: Path, deepspeed: dict[str,
         optim="adamw_torch",
         bf16=config.precision == "bfloat16",
         gradient_checkpointing=config.gradient_checkpointing,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=not on_gpu,
         deepspeed=deepspeed,
         seed=config.seed,
         logging_steps=max(1, steps // 200),
@@ -200,7 +212,7 @@ def _arguments(phase: Phase, plan: BatchPlan, folder: Path, deepspeed: dict[str,
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,
         dataloader_drop_last=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=on_gpu,
         disable_tqdm=True,
         report_to="none",
     )

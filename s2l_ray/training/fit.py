@@ -31,8 +31,11 @@ class Workers:
     gpus_per_worker: float
 
     @classmethod
-    def resolve(cls, config: WorkerConfig, *, one_per_cpu: bool) -> Workers:
-        """Numbers for `auto` from what the connected Ray has: one worker per GPU; without GPUs one per CPU or one for all."""
+    def resolve(cls, config: WorkerConfig, *, one_per_cpu: bool, divides: int = 0) -> Workers:
+        """Numbers for `auto` from what the connected Ray has: one worker per GPU; without GPUs one per CPU or one for all.
+
+        A number that is not given exactly becomes the largest within reach that divides `divides` (a global batch).
+        """
         import ray
 
         resources = ray.cluster_resources()
@@ -40,19 +43,24 @@ class Workers:
         gpus_per_worker = (1.0 if gpus else 0.0) if config.gpus_per_worker == "auto" else float(config.gpus_per_worker)
         if isinstance(config.num_workers, int):
             num_workers = config.num_workers
-        elif gpus_per_worker > 0:
-            num_workers = max(1, int(gpus / gpus_per_worker))
         else:
-            per = 1 if config.cpus_per_worker == "auto" else config.cpus_per_worker
-            num_workers = max(1, cpus // per) if one_per_cpu else 1
-        if isinstance(config.num_workers, list):
-            low, high = config.num_workers
-            num_workers = min(max(num_workers, low), high)
+            if gpus_per_worker > 0:
+                most = max(1, int(gpus / gpus_per_worker))
+            else:
+                most = max(1, cpus // (1 if config.cpus_per_worker == "auto" else config.cpus_per_worker)) if one_per_cpu else 1
+            low, high = config.num_workers if isinstance(config.num_workers, list) else (1, most)
+            reach = range(min(max(most, low), high), low - 1, -1)
+            num_workers = next((number for number in reach if divides % number == 0), low)
         if config.cpus_per_worker != "auto":
             cpus_per_worker = config.cpus_per_worker
         else:
             cpus_per_worker = 1 if one_per_cpu else max(1, cpus // num_workers)
         return cls(num_workers, cpus_per_worker, gpus_per_worker)
+
+    @property
+    def device(self) -> str:
+        """Where the workers compute: on a GPU only if they were given one."""
+        return "cuda" if self.gpus_per_worker else "cpu"
 
 
 # --- on the driver -------------------------------------------------------------------------------------------------
@@ -88,6 +96,7 @@ def fit(stage: str, loop: Loop, job: Any, workers: Workers, work: Storage) -> di
         ),
         torch_config=TorchConfig(backend="nccl" if workers.gpus_per_worker else "gloo"),
     )
+    work.delete(OUTCOME)
     listener.start()
     # Ray Train takes SIGINT for itself, keeps it when it is done, and leaves by SystemExit(0) as if all were well.
     handler = signal.getsignal(signal.SIGINT)
@@ -102,6 +111,7 @@ def fit(stage: str, loop: Loop, job: Any, workers: Workers, work: Storage) -> di
         listener.join()
         events.shutdown()
     outcome = work.read_json(OUTCOME)
+    assert outcome is not None, "the first worker left no outcome"
     if "error" in outcome:
         kinds = {kind.__name__: kind for kind in S2LError.__subclasses__()}
         raise kinds.get(outcome["error"], S2LError)(outcome["message"])
@@ -131,13 +141,18 @@ def _guarded(train_loop_config: dict[str, Any]) -> None:
 
     quiet_libraries()
     torch.set_num_threads(train_loop_config["threads"])
+    work, context = train_loop_config["work"], ray.train.get_context()
+    if work.exists(OUTCOME):  # a worker met the user's mistake and took the group down
+        return
     try:
         result = train_loop_config["loop"](train_loop_config["job"], train_loop_config["events"])
-        outcome: dict[str, Any] = {"result": result}
     except S2LError as error:
-        outcome = {"error": type(error).__name__, "message": str(error)}
-    if ray.train.get_context().get_world_rank() == 0:
-        train_loop_config["work"].write_json(OUTCOME, outcome)
+        work.write_json(OUTCOME, {"error": type(error).__name__, "message": str(error)})
+        if context.get_world_size() > 1:
+            raise  # the others may be waiting for this worker
+        return
+    if context.get_world_rank() == 0:
+        work.write_json(OUTCOME, {"result": result})
 
 
 def quiet_libraries() -> None:

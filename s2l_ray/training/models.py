@@ -115,6 +115,19 @@ def num_parameters(config: TrainingConfig, vocab_size: int | None) -> int | None
         return None
 
 
+def positions(model: Any) -> int | None:
+    """The longest sequence that a model was made for, None where it does not say."""
+    found = getattr(model.config, "max_position_embeddings", None)
+    return None if found is None else int(found)
+
+
+def check_positions(model: Any, max_tokens: int, section: str) -> None:
+    """Raise ConfigError where `max_tokens` is more than the model has positions."""
+    most = positions(model)
+    if most is not None and max_tokens > most:
+        raise ConfigError(f"{section}.max_tokens={max_tokens}: the model has {most} positions. Set it to {most} or less.")
+
+
 def accepts_logits_to_keep(model: Any) -> bool:
     """Whether the model's forward can restrict its logits to given positions (most of transformers' models)."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters

@@ -18,12 +18,12 @@ import numpy as np
 
 from s2l_ray.artifacts import Artifact, Draft, FileRecord, Storage
 from s2l_ray.config import ProxyConfig, RunConfig, TrainedTokenizer
-from s2l_ray.errors import ArtifactError, ConfigError, DataError
+from s2l_ray.errors import ArtifactError, ConfigError, DataError, S2LError, cause_of
 from s2l_ray.examples import read_pool
 from s2l_ray.progress import get_log
-from s2l_ray.training.fine_tuning import Phase, data_order, fine_tune, num_steps, training_loss
+from s2l_ray.training.fine_tuning import Phase, check_steps, data_order, fine_tune, num_steps, training_loss
 from s2l_ray.training.fit import Workers, fit
-from s2l_ray.training.models import load_model, make_model, save_model
+from s2l_ray.training.models import check_positions, load_model, make_model, save_model
 from s2l_ray.training.tokens import load_tokenizer, pool_tokens, row_counts
 
 TOKENIZER = "tokenizer"
@@ -67,7 +67,7 @@ class ProxyJob:
 
 def build_proxy(config: RunConfig, inputs: Mapping[str, Artifact], draft: Draft) -> Artifact:
     """Train the proxy (or take the checkpoints that the config names) and publish its checkpoints."""
-    workers = Workers.resolve(config.machines.proxy, one_per_cpu=False)
+    workers = Workers.resolve(config.machines.proxy, one_per_cpu=False, divides=config.proxy.global_batch_size)
     job = ProxyJob(config.proxy, inputs["examples"], draft.storage, config.machines.proxy.device_batch_size)
     if config.proxy.checkpoints:
         result = _run_once(take_checkpoints, job, workers)
@@ -98,7 +98,7 @@ def _run_once(function: Any, job: ProxyJob, workers: Workers) -> Any:
     try:
         return ray.get(task.remote(job))
     except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
+        raise cause_of(error) or error from None
 
 
 # --- on a worker ---------------------------------------------------------------------------------------------------
@@ -117,8 +117,10 @@ def train_proxy(job: ProxyJob, events: Any) -> dict[str, Any]:
             "Use a smaller batch or a larger corpus."
         )
     steps = num_steps(len(ids), config.epochs, config.global_batch_size)
+    check_steps(steps, "proxy")
     kept = checkpoint_steps(config, steps)
     model = make_model(config, tokenizer)
+    check_positions(model, config.max_tokens, "proxy")
     num_parameters = int(model.num_parameters())
     if is_first:
         sizes = f"{num_parameters:,} parameters, {len(ids):,} examples, {len(tokens.ids):,} tokens, {steps:,} steps"
@@ -161,7 +163,7 @@ def shared_tokenizer(job: ProxyJob, is_first: bool) -> Any:
             with tempfile.TemporaryDirectory() as folder:
                 _find_tokenizer(job).save_pretrained(folder)
                 job.storage.upload(folder, TOKENIZER)
-        except ConfigError as error:
+        except S2LError as error:  # raised on every worker, or the others would wait for this one
             problem = [error]
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(problem, src=0)
@@ -236,6 +238,7 @@ def take_checkpoints(job: ProxyJob) -> dict[str, Any]:
     for step, location in zip(steps, config.checkpoints, strict=True):
         place, revision = split_revision(location)
         model = load_model(place, tokenizer, revision=revision, trust_remote_code=config.trust_remote_code)
+        check_positions(model, config.max_tokens, "proxy")
         num_parameters = int(model.num_parameters())
         keep_checkpoint(job.storage, step, model, tokenizer)
     return {"steps": steps, "checkpoints": config.checkpoints, "num_parameters": num_parameters, "vocab_size": len(tokenizer)}

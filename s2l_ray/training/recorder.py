@@ -17,10 +17,12 @@ import ray.train
 import torch.distributed
 from transformers import TrainerCallback
 
+from s2l_ray.progress import get_log
+
 if TYPE_CHECKING:
     from s2l_ray.training.fine_tuning import Phase
 
-# Names the phase that a resume point belongs to.
+# Names the phase that a resume point belongs to, and how many workers it has the shards of.
 PHASE = "phase.txt"
 # A resume point may be kept where so large a share of the steps is done, if the last one is older than this.
 RESUME_FRACTION = 1 / 50
@@ -60,7 +62,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         checkpoint = None
         if self._is_first_of_node:
             saved = self._folder / f"checkpoint-{state.global_step}"
-            (saved / PHASE).write_text(self._phase.name)
+            (saved / PHASE).write_text(f"{self._phase.name} {ray.train.get_context().get_world_size()}")
             checkpoint = ray.train.Checkpoint.from_directory(saved)
         ray.train.report({"step": state.global_step}, checkpoint=checkpoint)
 
@@ -79,11 +81,18 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
 
 
 @contextmanager
-def resume_point(phase: str) -> Iterator[str | None]:
-    """The folder of the last registered checkpoint of this phase, None to start from the beginning."""
+def resume_point(phase: str, shards: int | None) -> Iterator[str | None]:
+    """The folder of the last registered checkpoint of this phase, None to start from the beginning.
+
+    Optimizer states that ZeRO sharded over another number of workers (`shards`) cannot be loaded: the phase starts again.
+    """
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         yield None
         return
     with checkpoint.as_directory() as folder:
-        yield folder if (Path(folder) / PHASE).read_text() == phase else None
+        name, _, workers = (Path(folder) / PHASE).read_text().partition(" ")
+        fits = shards is None or int(workers) == shards
+        if name == phase and not fits:
+            get_log("target").warning("%s starts again: its resume point is of %s workers, now %d", phase, workers, shards)
+        yield folder if name == phase and fits else None

@@ -18,12 +18,12 @@ import pyarrow.compute as pc
 
 from s2l_ray.artifacts import Artifact, Draft, FileRecord, Storage
 from s2l_ray.config import RunConfig, TargetConfig
-from s2l_ray.errors import DataError
+from s2l_ray.errors import DataError, cause_of
 from s2l_ray.examples import quiet_ray_data, read_pool
 from s2l_ray.progress import get_log
-from s2l_ray.training.fine_tuning import Phase, data_order, fine_tune, num_steps, training_loss
+from s2l_ray.training.fine_tuning import Phase, check_steps, data_order, fine_tune, num_steps, training_loss
 from s2l_ray.training.fit import Workers, fit
-from s2l_ray.training.models import make_model
+from s2l_ray.training.models import check_positions, make_model
 from s2l_ray.training.proxy import TOKENIZER
 from s2l_ray.training.tokens import encode_table, load_tokenizer, pool_tokens, row_counts
 
@@ -49,7 +49,7 @@ class TargetJob:
 def build_target(config: RunConfig, inputs: Mapping[str, Artifact], draft: Draft) -> Artifact:
     """Fine-tune the target on the subset (and on the random control) and publish Hugging Face folders."""
     target, machines = config.target, config.machines.target
-    workers = Workers.resolve(machines, one_per_cpu=False)
+    workers = Workers.resolve(machines, one_per_cpu=False, divides=target.global_batch_size)
     files = {"selected": "selected.parquet"} | ({"random": "random.parquet"} if config.evaluation.random_control else {})
     subsets = {name: selected_ids(inputs["selection"], file) for name, file in files.items()}
     smallest = min(len(ids) for ids in subsets.values())
@@ -86,7 +86,10 @@ def count_response_tokens(config: RunConfig, inputs: Mapping[str, Artifact], exa
 
     with quiet_ray_data():
         parts = ray.data.from_items([{"part": part} for part in inputs["examples"].parts()])
-        counted = pa.concat_tables(ray.get(parts.map_batches(count, batch_size=1).to_arrow_refs()))
+        try:
+            counted = pa.concat_tables(ray.get(parts.map_batches(count, batch_size=1).to_arrow_refs()))
+        except ray.exceptions.RayError as error:
+            raise cause_of(error) or error from None
     rows = pc.index_in(example_ids, counted["example_id"].combine_chunks())
     return np.asarray(counted["count"].combine_chunks().take(rows).to_numpy())
 
@@ -101,26 +104,30 @@ def train_target(job: TargetJob, events: Any) -> dict[str, Any]:
     config, is_first = job.config, ray.train.get_context().get_world_rank() == 0
     tokenizer = target_tokenizer(config, job.proxy)
     rows = {name: pool_tokens(job.examples, tokenizer, config.max_tokens, keep=set(ids)) for name, ids in job.subsets.items()}
-    steps = {name: num_steps(len(ids), config.epochs, config.global_batch_size) for name, (ids, _, _) in rows.items()}
+    # The control has as many steps, whatever few rows either lost to its length.
+    steps = min(num_steps(len(ids), config.epochs, config.global_batch_size) for ids, _, _ in rows.values())
+    check_steps(steps, "target")
     before = 0
     for name, (ids, tokens, _) in rows.items():
         record = f"{FOLDERS[name]}/{RECORD}"
         if not job.storage.exists(record):
-            order = data_order(ids, config.epochs, config.global_batch_size, config.seed)
-            phase = Phase(name, config, order, tokens, (), sum(steps.values()), before)
+            order = data_order(ids, config.epochs, config.global_batch_size, config.seed)[: steps * config.global_batch_size]
+            phase = Phase(name, config, order, tokens, (), steps * len(rows), before)
             model = make_model(config, tokenizer)
+            check_positions(model, config.max_tokens, "target")
+            num_parameters = int(model.num_parameters())  # ZeRO 3 leaves a worker with its share
             if is_first and not before:
-                events.put(f"{model.num_parameters():,} parameters, {len(ids):,} examples, {steps[name]:,} steps per model")
+                events.put(f"{num_parameters:,} parameters, {len(ids):,} examples, {steps:,} steps per model")
             trainer = fine_tune(phase, model, tokenizer, job.batch_size, events, deepspeed=zero(config.zero_stage))
-            save_target(trainer, job.storage, name, {"num_parameters": int(model.num_parameters())})
+            save_target(trainer, job.storage, name, {"num_parameters": num_parameters})
             reset_accelerate(trainer)
             del trainer, model
-        before += steps[name]
+        before += steps
     done = {name: job.storage.read_json(f"{FOLDERS[name]}/{RECORD}") for name in rows} if is_first else {}
     return {
         "rows": len(rows["selected"][0]),
         **row_counts(rows["selected"][2]),
-        "total_steps": steps["selected"],
+        "total_steps": steps,
         "num_parameters": next((record["num_parameters"] for record in done.values()), 0),
         "training_loss": {name: record["training_loss"] for name, record in done.items()},
         "tokens": {name: int(tokens.lengths.sum()) for name, (_, tokens, _) in rows.items()},
@@ -149,6 +156,7 @@ def save_target(trainer: Any, storage: Storage, name: str, facts: dict[str, Any]
     import ray.train
 
     with tempfile.TemporaryDirectory() as folder:
+        trainer.model.config.use_cache = True  # the Trainer turns it off for training; the saved model generates
         trainer.save_model(folder)
         if ray.train.get_context().get_world_rank() == 0:
             # The Trainer pickles its arguments beside the model; nobody needs them, and pickles are not shipped.

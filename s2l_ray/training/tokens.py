@@ -195,10 +195,11 @@ def pool_tokens(
     ids: list[str] = []
     parts: list[TokenRows] = []
     counts: Counter[str] = Counter()
+    wanted = None if keep is None else pa.array(sorted(keep))
     for part in examples.parts():
         table = read_pool(examples, part)
-        if keep is not None:
-            table = table.filter(pc.is_in(table["example_id"], pa.array(sorted(keep))))
+        if wanted is not None:
+            table = table.filter(pc.is_in(table["example_id"], wanted))
         tokens, kept, changed = learnable(encode_table(tokenizer, table, max_tokens), max_tokens, tokenizer.eos_token_id)
         ids += table["example_id"].take(pa.array(kept)).to_pylist()
         parts.append(tokens)

@@ -33,8 +33,8 @@ from s2l_ray.training.tokens import encode_table, learnable, load_tokenizer, row
 from s2l_ray.training.units import Unit, UnitWorker, do_units
 from s2l_ray.trajectory_store import losses_of, trajectories_table
 
-# A unit's counts of dropped and shortened rows, kept in its schema's metadata.
-CHANGED = b"changed"
+# A unit's counts of tokens and of dropped and shortened rows, kept in its schema's metadata.
+COUNTS = b"counts"
 # Bytes of float32 weights that one worker keeps in memory at once; more checkpoints are scored in several groups.
 GROUP_BYTES = 4 * 2**30
 
@@ -68,15 +68,15 @@ def build_trajectories(config: RunConfig, inputs: Mapping[str, Artifact], draft:
     )
     units = [Unit(group, part) for group in groups for part in examples.parts()]
     job = ScoringJob(config, examples, proxy, groups)
-    tokens = do_units("trajectories", units, Scorer, job, draft.work, workers)
+    do_units("trajectories", units, Scorer, job, draft.work, workers)
     summary = join_units(examples.parts(), list(groups), draft)
-    summary |= {"num_checkpoints": len(steps), "steps": steps, "tokens": tokens}
+    summary |= {"num_checkpoints": len(steps), "steps": steps}
     return draft.publish(summary, asdict(workers))
 
 
 def join_units(parts: list[str], groups: list[str], draft: Draft) -> dict[str, Any]:
     """Join the units' columns into the artifact's parts; the summary's counts and mean losses."""
-    rows, changed, totals_T = 0, Counter[str](), np.zeros(1)
+    rows, counts, totals_T = 0, Counter[str](), np.zeros(1)
     for part in parts:
         units = [pq.read_table(io.BytesIO(draft.work.read(Unit(group, part).path))) for group in groups]
         losses_NT = np.concatenate([losses_of(unit) for unit in units], axis=1)
@@ -84,12 +84,13 @@ def join_units(parts: list[str], groups: list[str], draft: Draft) -> dict[str, A
         if not draft.has(part):
             columns = (first["example_id"], losses_NT, first["source"], first["num_response_tokens"])
             draft.write_table(part, trajectories_table(*columns))
-        changed.update(json.loads(first.schema.metadata[CHANGED]))
+        counts.update(json.loads(first.schema.metadata[COUNTS]))
         rows += len(first)
         totals_T = totals_T + losses_NT.sum(0, dtype=np.float64)
     if not rows:
         raise DataError("no example has a response token left within proxy.max_tokens. Raise it.")
-    return {"rows": rows, **row_counts(changed), "mean_losses": (totals_T / rows).round(6).tolist()}
+    tokens = counts.pop("tokens")
+    return {"rows": rows, **row_counts(counts), "tokens": tokens, "mean_losses": (totals_T / rows).round(6).tolist()}
 
 
 # --- on a worker ---------------------------------------------------------------------------------------------------
@@ -108,16 +109,17 @@ class Scorer(UnitWorker):
         self._steps = self.job.groups[group]
         return [load_model(folder, self._tokenizer, trust_remote_code=trust) for folder in folders]
 
-    def work_on(self, part: str, models: list[Any]) -> tuple[bytes, int]:
+    def work_on(self, part: str, models: list[Any]) -> bytes:
         config: RunConfig = self.job.config
         table, limit = read_pool(self.job.examples, part), config.proxy.max_tokens
         tokens, kept, changed = learnable(encode_table(self._tokenizer, table, limit), limit, self._tokenizer.eos_token_id)
-        per_batch, precision = config.machines.trajectories.tokens_per_batch, config.trajectories.precision
+        per_batch, precision = config.trajectories.tokens_per_batch, config.trajectories.precision
         losses_NT = np.stack(list(losses_of_models(models, tokens, per_batch, precision)), axis=1)
         table = table.take(pa.array(kept))
         check_finite(losses_NT, table["example_id"], self._steps)
         scored = trajectories_table(table["example_id"], losses_NT, table["source"], tokens.num_labels)
-        return table_bytes(scored.replace_schema_metadata({CHANGED: json.dumps(changed)})), len(tokens.ids) * len(models)
+        counts = changed | {"tokens": len(tokens.ids)}
+        return table_bytes(scored.replace_schema_metadata({COUNTS: json.dumps(counts)}))
 
 
 def check_finite(losses_NT: np.ndarray, ids: pa.ChunkedArray, steps: list[int]) -> None:

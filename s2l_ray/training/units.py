@@ -34,13 +34,13 @@ class Unit:
 class UnitWorker(ABC):
     """A worker of the pool. It keeps the models of one group in memory, so units come group by group."""
 
-    def __init__(self, job: Any, work: Storage, threads: int) -> None:
+    def __init__(self, job: Any, work: Storage, workers: Workers) -> None:
         import torch
 
         quiet_libraries()
-        torch.set_num_threads(threads)
+        torch.set_num_threads(workers.cpus_per_worker)
         self.job, self._work = job, work
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = workers.device
         self._group: str | None = None
         self._models: list[Any] = []
 
@@ -49,8 +49,8 @@ class UnitWorker(ABC):
         """The models of a group."""
 
     @abstractmethod
-    def work_on(self, part: str, models: list[Any]) -> tuple[bytes, int]:
-        """A unit's file and how many tokens went through a model for it."""
+    def work_on(self, part: str, models: list[Any]) -> bytes:
+        """A unit's file."""
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Do one unit, given as a batch of one row. What the user must mend comes back as a row, not as a crash."""
@@ -59,15 +59,15 @@ class UnitWorker(ABC):
             if unit.group != self._group:
                 self._models = []  # free the memory before more is taken
                 self._models, self._group = [model.to(self.device).eval() for model in self.load(unit.group)], unit.group
-            data, tokens = self.work_on(unit.part, self._models)
+            data = self.work_on(unit.part, self._models)
         except errors.S2LError as error:
-            return {"tokens": [0], "error": [type(error).__name__], "message": [str(error)]}
+            return {"error": [type(error).__name__], "message": [str(error)]}
         self._work.write(unit.path, data)
-        return {"tokens": [tokens], "error": [""], "message": [""]}
+        return {"error": [""], "message": [""]}
 
 
-def do_units(stage: str, units: Sequence[Unit], worker: type[UnitWorker], job: Any, work: Storage, workers: Workers) -> int:
-    """Do the units that have no file yet; the tokens that went through models for them.
+def do_units(stage: str, units: Sequence[Unit], worker: type[UnitWorker], job: Any, work: Storage, workers: Workers) -> None:
+    """Do the units that have no file yet.
 
     Raises the S2LError that a worker met.
     """
@@ -75,15 +75,14 @@ def do_units(stage: str, units: Sequence[Unit], worker: type[UnitWorker], job: A
     from ray.data import ActorPoolStrategy
 
     missing = [unit for unit in units if not work.exists(unit.path)]
-    tokens = 0
     with track(stage, len(units), "unit") as progress:
         progress.at(len(units) - len(missing))
         if not missing:
-            return 0
+            return
         rows = ray.data.from_items([asdict(unit) for unit in missing], override_num_blocks=len(missing))
         done = rows.map_batches(
             worker,
-            fn_constructor_args=(job, work, workers.cpus_per_worker),
+            fn_constructor_args=(job, work, workers),
             batch_size=1,
             compute=ActorPoolStrategy(size=min(workers.num_workers, len(missing))),
             num_cpus=workers.cpus_per_worker,
@@ -93,6 +92,4 @@ def do_units(stage: str, units: Sequence[Unit], worker: type[UnitWorker], job: A
             for row in done.iter_rows():
                 if row["error"]:
                     raise getattr(errors, row["error"])(row["message"])
-                tokens += row["tokens"]
                 progress.advance()
-    return tokens
