@@ -415,9 +415,6 @@ class RunConfig(Section):
                 f"clustering.stratify_by='{self.clustering.stratify_by}': a run knows strata by 'source'. Set "
                 "examples.source_field to that column, or use `s2l select`"
             )
-        budget, batch = self.selection.budget, self.target.global_batch_size
-        if isinstance(budget, int) and budget < batch:
-            raise ValueError(f"selection.budget={budget} is less than one batch of target.global_batch_size={batch}")
         return self
 
     @model_validator(mode="after")

@@ -527,7 +527,7 @@ def test_an_interrupted_command_says_that_the_same_one_goes_on(s2l, tmp_path, mo
     write_rows(tmp_path, good_rows(5))
     monkeypatch.setattr("s2l_ray.pipeline.run", interrupt)
     result = s2l("run", write_config(tmp_path), "--run-dir", tmp_path / "run")
-    assert result.code == 130
+    assert result.code == 1
     assert "The same command goes on where this one stopped." in result.err
 
 

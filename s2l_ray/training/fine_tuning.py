@@ -144,6 +144,11 @@ def fine_tune(
 
             return SequentialSampler(rows)
 
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            # The Trainer's own leaves out, silently, weights that are saved under another name: GPT-NeoX's output layer.
+            saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
+            (model or self.model).load_state_dict(saved.state_dict())
+
     rows = _Rows(phase.tokens, deal(phase.order, phase.tokens.lengths, plan))
     folder = _node_folder(phase)
     trainer = InOrder(
