@@ -768,7 +768,8 @@ def test_an_interrupted_build_goes_on_to_the_same_bytes(
         torn = draft_of(tmp_path / "torn", config)
         with pytest.raises(KeyboardInterrupt):
             build_examples(config, WorkerConfig(), torn)
-    stage, work = tmp_path / "torn/examples", tmp_path / "torn/.work/examples"
+    stage = tmp_path / "torn/examples"
+    [work] = (tmp_path / "torn/.work/examples").iterdir()
     assert not (stage / MANIFEST).exists()
     for number in (2, 5):  # as if these had never been made
         (stage / f"part-{number:05d}.parquet").unlink()
@@ -790,6 +791,27 @@ def test_an_interrupted_build_goes_on_to_the_same_bytes(
     assert seen.keys() - before.keys() == {"part-00002.parquet", "part-00005.parquet", "unit-00001.parquet"}
     assert hashes_of(resumed) == hashes_of(whole)
     assert not work.exists()
+
+
+def test_a_file_renamed_between_interruption_and_resume_loses_no_row(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another name is another cut of the same corpus: units of the old one must not stand in for those of the new."""
+    monkeypatch.setattr("s2l_ray.corpus.SMALLEST_UNIT_BYTES", 8000)
+    paths = [write_lines(tmp_path / f"data/{n}.jsonl", questions(200 * (n + 1))[200 * n :]) for n in range(2)]
+    config = config_of(tmp_path / "data", source_field="source")
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("s2l_ray.examples._write_parts", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build_examples(config, WorkerConfig(), draft_of(tmp_path / "run", config))
+    paths[0].rename(tmp_path / "data/9.jsonl")
+    made = build_examples(config, WorkerConfig(), draft_of(tmp_path / "run", config))
+    assert made.summary["rows"] == 400
+    assert made.summary["dropped"] == {}
 
 
 def test_a_problem_in_a_worker_reaches_the_user_as_it_is(

@@ -279,8 +279,8 @@ def test_finished_stages_are_not_touched_after_a_kill(story):
     assert "proxy         reused" in story.output
 
 
-def test_an_interrupted_command_ends_with_130_and_says_that_the_same_one_goes_on(story):
-    assert story.exit_code == 130, story.interrupted
+def test_an_interrupted_command_fails_and_says_that_the_same_one_goes_on(story):
+    assert story.exit_code == 1, story.interrupted
     assert story.interrupted.rstrip().endswith("s2l: interrupted. The same command goes on where this one stopped.")
     assert "Traceback" not in story.interrupted
 
