@@ -7,7 +7,7 @@ The estimate is for the output positions computed everywhere, so it is an upper 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from s2l_ray.artifacts import BUILDING, WORK, Artifact, Storage
@@ -64,15 +64,17 @@ class Plan:
         """The plan as a table for people."""
         header = f"{'stage':<13} {'action':<7} {'operations':>11} {'stored':>9} {'hours':>8} {'price':>9}  reason"
         lines = [f"{self.name} in {self.place}", "", header]
+        is_priced = any(cost.seconds is not None for cost in self.costs.values())
+        nothing = Cost(0.0, 0.0, 0.0 if is_priced else None)
         total = {"operations": 0.0, "stored_bytes": 0.0, "seconds": 0.0}
         for decision in self.decisions:
-            cost = self.costs[decision.stage.name] if decision.action in ("build", "resume") else Cost(0.0, 0.0, 0.0)
+            cost = self.costs[decision.stage.name] if decision.action in ("build", "resume") else nothing
             for name in total:
                 total[name] += getattr(cost, name) or 0.0
             first, *rest = decision.reason.splitlines()
             lines.append(f"{decision.stage.name:<13} {decision.action:<7} {self._figures(cost)}  {first}")
             lines += [f"{'':<13} {line}" for line in rest]
-        lines.append(f"{'total':<13} {'':<7} {self._figures(Cost(**total))}")
+        lines.append(f"{'total':<13} {'':<7} {self._figures(Cost(**total) if is_priced else replace(Cost(**total), seconds=None))}")
         return "\n".join([*lines, "", *self.notes]).rstrip()
 
     def _figures(self, cost: Cost) -> str:
