@@ -7,7 +7,7 @@ The estimate is for the output positions computed everywhere, so it is an upper 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from s2l_ray.artifacts import BUILDING, WORK, Artifact, Storage
@@ -74,7 +74,8 @@ class Plan:
             first, *rest = decision.reason.splitlines()
             lines.append(f"{decision.stage.name:<13} {decision.action:<7} {self._figures(cost)}  {first}")
             lines += [f"{'':<13} {line}" for line in rest]
-        lines.append(f"{'total':<13} {'':<7} {self._figures(Cost(**total) if is_priced else replace(Cost(**total), seconds=None))}")
+        sums = Cost(total["operations"], total["stored_bytes"], total["seconds"] if is_priced else None)
+        lines.append(f"{'total':<13} {'':<7} {self._figures(sums)}")
         return "\n".join([*lines, "", *self.notes]).rstrip()
 
     def _figures(self, cost: Cost) -> str:
