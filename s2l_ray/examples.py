@@ -38,8 +38,6 @@ from s2l_ray.fields import DUPLICATE, HELD_OUT, POOL, normalise
 from s2l_ray.progress import get_log, track
 from s2l_ray.rows import Columns, Records, join_columns
 
-EXAMPLES_SCHEMA = 1
-
 SMALLEST_PART, MOST_PARTS = 512, 1024
 # Rows of a unit that are read together. A run of parts needs a few from every unit: smaller groups waste less.
 UNIT_ROW_GROUP = 1024

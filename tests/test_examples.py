@@ -31,7 +31,6 @@ from s2l_ray.config import ExamplesConfig, WorkerConfig
 from s2l_ray.corpus import HASH_CACHE, corpus_identity, cut_corpus, find_files, hub_id, sample_corpus
 from s2l_ray.errors import ArtifactError, ConfigError, DataError, S2LError
 from s2l_ray.examples import (
-    EXAMPLES_SCHEMA,
     UnitIndex,
     build_examples,
     examples_recipe,
@@ -44,6 +43,7 @@ from s2l_ray.examples import (
 )
 from s2l_ray.fields import Texts, masked, split_of
 from s2l_ray.pieces import CorpusFile, Lines, owned_lines
+from s2l_ray.pipeline import schema_of
 from s2l_ray.rows import join_columns
 
 SHARED_DATA = Path(os.environ.get("S2L_SHARED_DATA", Path(__file__).parents[1] / "../shared/data")).resolve()
@@ -89,7 +89,7 @@ def dropped_of(dataset: Any, **fields: Any) -> dict[str, int]:
 
 
 def draft_of(run_dir: Path, config: ExamplesConfig) -> Draft:
-    key = Key("examples", EXAMPLES_SCHEMA, examples_recipe(config, corpus_identity(config)), {})
+    key = Key("examples", schema_of("examples"), examples_recipe(config, corpus_identity(config)), {})
     return Draft.open(Storage(str(run_dir)), key)
 
 
