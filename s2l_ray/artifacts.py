@@ -12,6 +12,7 @@ another number of workers gives other weights.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import hashlib
@@ -21,6 +22,7 @@ import os
 import shutil
 import tempfile
 import uuid
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,8 @@ SCHEMA = "s2l_ray/1"
 MANIFEST = "manifest.json"
 BUILDING = "building.json"
 WORK = ".work"
+_PARQUET, _ROW_GROUP = {"compression": "zstd"}, 65_536
+_COPY_BYTES = 16 * 2**20
 # Stages whose bytes depend on more than their recipe: later stages count the files and not the fingerprint.
 TRAINED_STAGES = frozenset({"proxy", "trajectories", "target"})
 # Libraries that decide a result or its bytes.
@@ -115,23 +119,33 @@ class Storage:
         Locally: written beside, flushed to disk, renamed. On object storage the bytes are complete before the upload
         starts, since pyarrow publishes a truncated object when a writer raises half-way (apache/arrow#40502).
         """
-        path = self.path(name)
         if not self.is_local:
-            with self.filesystem.open_output_stream(path) as stream:
+            with self.filesystem.open_output_stream(self.path(name)) as stream:
                 stream.write(data)
             return
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        beside = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+        with self.beside(name) as path:
+            path.write_bytes(data)
+
+    @contextlib.contextmanager
+    def beside(self, name: str) -> Iterator[Path]:
+        """A local path to write to; at the end of the block what is there becomes the file, whole or not at all."""
+        if self.is_local:
+            target = Path(self.path(name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+        else:
+            path = Path(tempfile.gettempdir()) / f"s2l_ray-{uuid.uuid4().hex}.tmp"
         try:
-            with open(beside, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-        except BaseException:
-            if os.path.exists(beside):
-                os.remove(beside)
-            raise
+            yield path
+            if self.is_local:
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+                path.replace(target)
+            else:
+                with path.open("rb") as file, self.filesystem.open_output_stream(self.path(name)) as stream:
+                    shutil.copyfileobj(file, stream, _COPY_BYTES)
+        finally:
+            path.unlink(missing_ok=True)
 
     def read_json(self, name: str) -> Any:
         """A JSON file's value, None if there is no such file. Raises ArtifactError if it is damaged."""
@@ -153,9 +167,9 @@ class Storage:
         records = []
         for path in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
             target = f"{name}/{path.relative_to(folder).as_posix()}"
-            data = path.read_bytes()
-            self.write(target, data)
-            records.append(FileRecord.of(target, data))
+            with self.beside(target) as copy:
+                shutil.copyfile(path, copy)
+            records.append(FileRecord.of_file(target, path))
         return records
 
     def local_folder(self, name: str) -> Path:
@@ -195,6 +209,12 @@ class FileRecord:
     def of(cls, path: str, data: bytes) -> FileRecord:
         """The record of a file with these bytes."""
         return cls(path, len(data), hashlib.sha256(data).hexdigest())
+
+    @classmethod
+    def of_file(cls, path: str, local: Path) -> FileRecord:
+        """The record of a local file, read piece by piece: a model may be larger than memory."""
+        with local.open("rb") as file:
+            return cls(path, local.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 @dataclass(frozen=True)
@@ -320,7 +340,7 @@ class Artifact:
         for path, record in self.manifest["files"].items():
             if path.startswith(f"{name}/"):
                 file = local / path.removeprefix(f"{name}/")
-                if not file.is_file() or FileRecord.of(path, file.read_bytes()).sha256 != record["sha256"]:
+                if not file.is_file() or FileRecord.of_file(path, file).sha256 != record["sha256"]:
                     raise ArtifactError(f"{self.root.uri}/{path}: damaged or missing. {self._remedy}")
         return local
 
@@ -381,6 +401,19 @@ class Draft:
         """Write a table as Parquet, whole or not at all, and take it into the manifest."""
         self.write(path, table_bytes(table))
 
+    def write_tables(self, path: str, tables: Iterable[pa.Table]) -> None:
+        """Write tables of one schema, of which there is one at least, as one Parquet file, whole or not at all."""
+        with self.storage.beside(path) as local:
+            writer: pq.ParquetWriter | None = None
+            try:
+                for table in tables:
+                    writer = writer or pq.ParquetWriter(str(local), table.schema, **_PARQUET)
+                    writer.write_table(table, row_group_size=_ROW_GROUP)
+            finally:
+                if writer is not None:
+                    writer.close()
+            self.add(FileRecord.of_file(path, local))
+
     def publish(self, summary: dict[str, Any], machines: dict[str, Any] | None = None) -> Artifact:
         """Write the manifest: from here on the stage is finished. Its scratch directory goes away."""
         seconds = (datetime.datetime.now(datetime.UTC) - self.created).total_seconds()
@@ -420,8 +453,27 @@ def refusal(storage: Storage, key: Key, found: dict[str, Any], remedy: str) -> s
 def table_bytes(table: pa.Table) -> bytes:
     """A table as a Parquet file, the same bytes for the same table and library version."""
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", row_group_size=65_536)
+    pq.write_table(table, sink, row_group_size=_ROW_GROUP, **_PARQUET)
     return sink.getvalue()
+
+
+@contextlib.contextmanager
+def scratch_folder(place: Storage) -> Iterator[Path]:
+    """A local folder for what does not fit into memory: beside the results, or for object storage on this machine.
+
+    It is empty at the start, whatever a killed run left there, and gone at the end.
+    """
+    if not place.is_local:
+        with tempfile.TemporaryDirectory(prefix="s2l_ray-") as folder:
+            yield Path(folder)
+        return
+    folder_here = Path(place.child(WORK).path("scratch"))
+    shutil.rmtree(folder_here, ignore_errors=True)
+    folder_here.mkdir(parents=True)
+    try:
+        yield folder_here
+    finally:
+        shutil.rmtree(folder_here, ignore_errors=True)
 
 
 def absolute_uri(uri: str) -> str:

@@ -72,30 +72,55 @@ def status(run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run
 @app.command()
 def select(
     trajectories: Annotated[str, typer.Argument(metavar="TRAJECTORIES", help="Parquet: a file, directory, glob or URI.")],
-    budget: Annotated[str, typer.Option(help="Examples (3000), a fraction (0.1) or response tokens (tokens:100000).")],
+    budget: Annotated[
+        list[str],
+        typer.Option(help="Examples (3000), a fraction (0.1) or response tokens (tokens:100000). Several: nested subsets."),
+    ],
     output: Annotated[str, typer.Option(metavar="DIR", help="Gets clustering/ and selection/.")],
     num_clusters: Annotated[int, typer.Option(help="K, in each stratum if there are strata.")] = 100,
     stratify_by: Annotated[str | None, typer.Option(metavar="COLUMN", help="Group within the values of this column.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the grouping and of the draws.")] = 0,
+    features: Annotated[
+        Literal["raw", "reduction", "shape", "whitened"], typer.Option(help="What k-means sees of the losses.")
+    ] = "raw",
     num_iterations: Annotated[int, typer.Option(help="Lloyd iterations at most.")] = 20,
     num_restarts: Annotated[int, typer.Option(help="Initialisations tried.")] = 3,
+    tolerance: Annotated[float, typer.Option(help="End where centroids move less; 0: where no row changes its group.")] = 0.0,
+    training_rows: Annotated[int | None, typer.Option(help="Train on so many rows only, and assign the others.")] = None,
     defer_groups_up_to: Annotated[int, typer.Option(help="Serve groups of at most this size last.")] = 0,
+    min_per_source: Annotated[int, typer.Option(help="So many examples of each source at least.")] = 0,
+    engine: Annotated[
+        Literal["auto", "memory", "disk", "ray", "gpu"], typer.Option(help="Where k-means keeps the trajectories.")
+    ] = "auto",
+    memory_gb: Annotated[float, typer.Option(help="With --engine auto: losses up to this size stay in memory.")] = 0.5,
+    num_workers: Annotated[int, typer.Option(help="With --engine ray: actors.")] = 2,
 ) -> None:
     """Clustering and selection alone, on anybody's trajectories (columns `example_id` and `losses`)."""
-    from s2l_ray.config import ClusteringConfig, SelectionConfig, checked
+    from s2l_ray.config import ClusteringConfig, GroupingConfig, SelectionConfig, checked
     from s2l_ray.pipeline import select_trajectories
 
     clustering = checked(
         ClusteringConfig,
         num_clusters=num_clusters,
+        features=features,
         num_iterations=num_iterations,
         num_restarts=num_restarts,
+        tolerance=tolerance,
+        training_rows=training_rows,
         stratify_by=stratify_by,
         seed=seed,
     )
-    amount = {"tokens": budget.removeprefix("tokens:")} if budget.startswith("tokens:") else budget
-    selection = checked(SelectionConfig, budget=amount, seed=seed, defer_groups_up_to=defer_groups_up_to)
-    select_trajectories(trajectories, output, clustering, selection)
+    first, *more = [{"tokens": one.removeprefix("tokens:")} if one.startswith("tokens:") else one for one in budget]
+    selection = checked(
+        SelectionConfig,
+        budget=first,
+        more_budgets=more,
+        seed=seed,
+        defer_groups_up_to=defer_groups_up_to,
+        min_per_source=min_per_source,
+    )
+    machines = checked(GroupingConfig, engine=engine, memory_gb=memory_gb, num_workers=num_workers)
+    select_trajectories(trajectories, output, clustering, selection, machines)
 
 
 @app.command()

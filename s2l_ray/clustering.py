@@ -1,8 +1,8 @@
-"""Trajectories -> groups: k-means on the raw losses, the same bytes everywhere.
+"""Trajectories -> groups: k-means on the losses, in memory or out of it, the same bytes everywhere.
 
-How the bytes stay the same for any order of the input and any number of threads: rows are in ascending order of
-`example_id`; faiss assigns blocks of fixed size, each on one thread; losses are rounded to 2**-20, so that sums in
-float64 are exact and their order does not matter; everything else is elementwise or in row order.
+How the bytes stay the same for any order of the input and any number of threads or workers: rows are in ascending order of
+`example_id`; blocks of fixed size are searched by one thread each; features lie on a grid, so that sums in float64 are
+exact and their order does not matter; everything else is elementwise or in row order.
 
 How the groups stay good (METHOD, "k-means facts"): k-means++ and restarts on the 1,024 K rows of lowest priority, the
 winner then gets full Lloyd iterations over all rows, and a group that loses its last row is seeded again.
@@ -11,33 +11,34 @@ winner then gets full Lloyd iterations over all rows, and a group that loses its
 from __future__ import annotations
 
 import io
-import os
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from s2l_ray import quality
 from s2l_ray.artifacts import Artifact, Draft
-from s2l_ray.config import ClusteringConfig, checked
-from s2l_ray.errors import ConfigError, S2LError
-from s2l_ray.progress import get_log
-from s2l_ray.trajectory_store import Trajectories, priorities
+from s2l_ray.config import ClusteringConfig, GroupingConfig, checked
+from s2l_ray.engines import Engine
+from s2l_ray.errors import ConfigError
+from s2l_ray.features import Features, Spectrum, on_grid
+from s2l_ray.kmeans import BLOCK_ROWS, Column, Fit, LocalRows, MemoryColumn, Rows, group_sums, lloyd, plus_plus, single_threads
+from s2l_ray.progress import duration, get_log
+from s2l_ray.sorting import in_order
+from s2l_ray.trajectory_store import Trajectories, TrajectoryStore, losses_matrix, priorities, priority_cut
 
-try:
-    import faiss
-except ModuleNotFoundError as error:
-    raise S2LError("faiss is not installed: pip install 's2l_ray[cpu]', or 's2l_ray[gpu]' for CUDA; not both.") from error
-
-BLOCK_ROWS = 65_536
 SAMPLE_ROWS_PER_CLUSTER = 1_024
+# Principal components, whitening and the stability of the subset are measured on so many rows of lowest priority.
+READOUT_ROWS = 65_536
 ROWS_PER_PART = 1_048_576
-# Rounds of seeding empty groups again. Each mends all of them unless rows differ by less than float32 can tell.
-MAX_REPAIRS = 10
 ALL_ROWS = "all rows"
-_GRID = np.float32(2**20)
+CENTROIDS, FEATURE_CENTROIDS, RESTARTS = "centroids.npy", "feature_centroids.npy", "restarts.parquet"
 _log = get_log("clustering")
 
 Floats = NDArray[np.float32]
@@ -57,37 +58,43 @@ class Stratum:
     capped_by: str | None = None
     """Why there are fewer groups than asked for; None where there are as many."""
 
+    num_iterations: int = 0
+    """Lloyd iterations over all its rows (over the training rows, where there are fewer)."""
+
+    ended_by: str = "converged"
+    """What ended them: `converged`, `tolerance` or `num_iterations`."""
+
 
 @dataclass(frozen=True, eq=False)
-class Clustering:
-    """N rows in K groups, rows in ascending order of ids.
+class Groups:
+    """K groups of N rows, without the rows.
 
     Cluster ids are canonical: strata in the order of their names, within a stratum ascending by the centroid's mean loss.
     """
 
-    example_ids: pa.Array
-    cluster_ids_N: Ints
-    distances_N: Floats
-    """Euclidean distance of each row to its centroid, in nats."""
-
     centroids_KT: Floats
+    """Mean losses of each group, in nats: its centroid, where k-means saw the losses themselves."""
+
+    sizes_K: NDArray[np.int64]
+    """Rows in each group, none of them empty."""
+
     inertia: float
-    """Sum of the squared distances."""
+    """Sum of the squared distances to the centroids, in the units of the features."""
 
     explained_variance: float
-    """Share of the total squared distance to the overall mean that the groups explain; 1 where rows do not differ."""
+    """Share of the features' total squared distance to their mean that the groups explain; 1 where rows do not differ."""
 
     num_iterations: int
     """Lloyd iterations over all rows (the most that a stratum took)."""
 
     strata: tuple[Stratum, ...]
     is_stratified: bool
+    readout: dict[str, Any] = field(default_factory=dict)
+    """How good the groups are; see `_readout`."""
 
     def __post_init__(self) -> None:
-        assert len(self.example_ids) == len(self.cluster_ids_N) == len(self.distances_N)
-        assert len(self.sizes_K) == self.num_clusters
         assert self.sizes_K.min() > 0
-        assert sum(stratum.num_clusters for stratum in self.strata) == self.num_clusters
+        assert len(self.sizes_K) == self.num_clusters == sum(stratum.num_clusters for stratum in self.strata)
 
     @property
     def num_clusters(self) -> int:
@@ -95,9 +102,9 @@ class Clustering:
         return len(self.centroids_KT)
 
     @property
-    def sizes_K(self) -> NDArray[np.int64]:
-        """Rows in each group, none of them empty."""
-        return np.bincount(self.cluster_ids_N, minlength=self.num_clusters)
+    def num_rows(self) -> int:
+        """N."""
+        return int(self.sizes_K.sum())
 
     @property
     def strata_K(self) -> NDArray[np.int64] | None:
@@ -110,26 +117,27 @@ class Clustering:
         """What the manifest and the report say."""
         capped = {s.name: {"num_clusters": s.num_clusters, "because": s.capped_by} for s in self.strata if s.capped_by}
         return {
-            "rows": len(self.example_ids),
+            "rows": self.num_rows,
             "num_clusters": self.num_clusters,
             "sizes": self.sizes_K.tolist(),
             "inertia": self.inertia,
             "explained_variance": self.explained_variance,
             "num_iterations": self.num_iterations,
+            "ended_by": sorted({stratum.ended_by for stratum in self.strata}),
             "capped": capped,
             "strata": {stratum.name: asdict(stratum) for stratum in self.strata} if self.is_stratified else {},
+            "readout": self.readout,
         }
 
 
 @dataclass(frozen=True, eq=False)
-class Fit:
-    """The outcome of k-means on some rows: labels, centroids, inertia, and the iterations it took."""
+class Clustering(Groups):
+    """K groups and which row is in which; rows in ascending order of ids."""
 
-    labels_N: Ints
-    centroids_KT: Floats
-    inertia: float
-    num_iterations: int
-    capped_by: str | None = None
+    example_ids: pa.Array = field(kw_only=True)
+    cluster_ids_N: Ints = field(kw_only=True)
+    distances_N: Floats = field(kw_only=True)
+    """Euclidean distance of each row to its centroid, in the units of the features: nats where they are the losses."""
 
 
 def cluster(
@@ -138,6 +146,9 @@ def cluster(
     num_clusters: int = 100,
     num_iterations: int = 20,
     num_restarts: int = 3,
+    features: str = "raw",
+    tolerance: float = 0.0,
+    training_rows: int | None = None,
     strata: Any = None,
     example_ids: Any = None,
     seed: int = 0,
@@ -147,7 +158,8 @@ def cluster(
 
     `losses_NT` is anything of shape (N, T); ids are row numbers unless given, and the result is in ascending order of
     ids: any order of the rows gives the same group for each id. With `strata` (one value per row) there are
-    `num_clusters` groups in each. `num_threads` (all processors unless given) decides no result.
+    `num_clusters` groups in each. `num_threads` (all processors unless given) decides no result. The others are as in
+    the section `clustering` of a config.
 
     Raises DataError naming the ids of ragged, missing or non-finite losses, ConfigError for more groups than rows.
     """
@@ -156,295 +168,531 @@ def cluster(
         num_clusters=num_clusters,
         num_iterations=num_iterations,
         num_restarts=num_restarts,
+        features=features,
+        tolerance=tolerance,
+        training_rows=training_rows,
+        stratify_by=None if strata is None else "source",
         seed=seed,
     )
-    trajectories = Trajectories.of(losses_NT, example_ids, sources=strata)
-    return cluster_trajectories(trajectories, config, trajectories.sources, num_threads)
+    store = TrajectoryStore.of(Trajectories.of(losses_NT, example_ids, sources=strata))
+    with single_threads(num_threads) as pool:
+        return in_memory(store, group(store, config, Engine("memory", pool)))
 
 
-def cluster_trajectories(
-    trajectories: Trajectories, config: ClusteringConfig, strata: pa.Array | None = None, num_threads: int | None = None
-) -> Clustering:
-    """The groups of trajectories, within each value of `strata` (shape (N,), strings) where it is given."""
-    num_rows = len(trajectories)
-    if config.num_clusters > num_rows:
-        raise ConfigError(
-            f"clustering.num_clusters: {config.num_clusters:,} groups of {num_rows:,} examples. "
-            f"Set clustering.num_clusters to {num_rows:,} or less, or bring more examples."
-        )
-    cluster_ids_N = np.empty(num_rows, np.int32)
-    centroids: list[Floats] = []
-    found: list[Stratum] = []
-    num_iterations = 0
-    with _single_threads(num_threads) as pool:
-        for name, rows_M in _rows_by_stratum(strata, num_rows):
-            fit = _fit_stratum(trajectories, rows_M, config, name, pool)
-            first = sum(map(len, centroids))
-            cluster_ids_N[rows_M] = fit.labels_N + first
-            found.append(Stratum(name, len(rows_M), first, len(fit.centroids_KT), fit.capped_by))
-            centroids.append(fit.centroids_KT)
-            num_iterations = max(num_iterations, fit.num_iterations)
-        centroids_KT = np.concatenate(centroids)
-        squares_N = _squared_distances(trajectories.losses_NT, cluster_ids_N, centroids_KT, pool)
-        mean_1T = trajectories.losses_NT.mean(axis=0, dtype=np.float64, keepdims=True)
-        total = float(_squared_distances(trajectories.losses_NT, np.zeros_like(cluster_ids_N), mean_1T, pool).sum())
-    inertia = float(squares_N.sum())
+def in_memory(store: TrajectoryStore, grouping: Grouping) -> Clustering:
+    """The groups with the group of every row as arrays."""
+    parts = [(block["example_id"].combine_chunks(), labels, far) for block, labels, far in grouping.assignments(store)]
+    ids, labels, distances = zip(*parts, strict=True)
     return Clustering(
-        example_ids=trajectories.example_ids,
-        cluster_ids_N=cluster_ids_N,
-        distances_N=np.sqrt(squares_N).astype(np.float32),
-        centroids_KT=centroids_KT,
-        inertia=inertia,
-        explained_variance=1.0 - inertia / total if total else 1.0,
-        num_iterations=num_iterations,
-        strata=tuple(found),
-        is_stratified=strata is not None,
+        **vars(grouping.groups()),
+        example_ids=pa.concat_arrays(ids),
+        cluster_ids_N=np.concatenate(labels),
+        distances_N=np.concatenate(distances),
     )
 
 
-def _rows_by_stratum(strata: pa.Array | None, num_rows: int) -> list[tuple[str, NDArray[np.int64]]]:
-    """Each stratum's name and rows, ascending, in the order of the names."""
-    if strata is None:
-        return [(ALL_ROWS, np.arange(num_rows))]
-    encoded = strata.dictionary_encode()
-    codes_N = encoded.indices.to_numpy()
-    order_N = np.argsort(codes_N, kind="stable")
-    groups = np.split(order_N, np.cumsum(np.bincount(codes_N))[:-1])
-    return sorted(zip(encoded.dictionary.to_pylist(), groups, strict=True), key=lambda item: item[0].encode())
+# --- the core ------------------------------------------------------------------------------------------------------
 
 
-def _fit_stratum(
-    trajectories: Trajectories, rows_M: NDArray[np.int64], config: ClusteringConfig, name: str, pool: ThreadPoolExecutor
-) -> Fit:
-    """The groups of a stratum with canonical labels, as many as asked for or as its rows allow."""
-    features_MT, center_T = _features(trajectories.losses_NT[rows_M])
-    num_sampled = min(len(rows_M), SAMPLE_ROWS_PER_CLUSTER * config.num_clusters)
-    if num_sampled < len(rows_M):
-        # Stable: among equal priorities the smaller id comes first.
-        lowest = np.argsort(priorities(trajectories.example_ids.take(pa.array(rows_M)), config.seed), kind="stable")
-        sample_ST = features_MT[np.sort(lowest[:num_sampled])]
-    else:
-        sample_ST = features_MT
-    _log.info(
-        "%s: %s rows of %d points, K=%d, %d restarts on %s",
-        *(name, f"{len(rows_M):,}", trajectories.num_points, config.num_clusters, config.num_restarts),
-        "all rows" if sample_ST is features_MT else f"the {num_sampled:,} rows of lowest priority",
-    )
-    fit = _fit_few(features_MT, sample_ST, config.num_clusters)
-    if fit is None:
-        fit = _best_restart(sample_ST, config, name, pool)
-        if sample_ST is not features_MT:
-            fit = lloyd(features_MT, fit.centroids_KT, config.num_iterations, pool)
-        fit = _without_empties(fit)
-    if fit.capped_by is not None:
-        _log.warning("%s: %d groups instead of %d: %s", name, len(fit.centroids_KT), config.num_clusters, fit.capped_by)
-    centroids_KT = (fit.centroids_KT.astype(np.float64) + center_T).astype(np.float32)
-    return _canonical(fit, centroids_KT)
+def group(store: TrajectoryStore, config: ClusteringConfig, engine: Engine) -> Grouping:
+    """The groups of the rows of a store, within each value of `config.stratify_by` where that is given."""
+    if config.num_clusters > len(store):
+        raise ConfigError(
+            f"clustering.num_clusters: {config.num_clusters:,} groups of {len(store):,} examples. "
+            f"Set clustering.num_clusters to {len(store):,} or less, or bring more examples."
+        )
+    by = config.stratify_by
+    names = [ALL_ROWS] if by is None else store.names_of(by)
+    counts = [len(store)] if by is None else store.counts_of(by).tolist()
+    features, spectrum = _features(store, config, engine.pool)
+    strata = [_Stratum(name, rows, config, features.num_features, engine) for name, rows in zip(names, counts, strict=True)]
+    totals = _fill(store, strata, features, config, engine.pool)
+    for stratum in strata:
+        stratum.fit(config, engine)
+    return Grouping(config, strata, features, spectrum, totals)
 
 
-def _features(losses_NT: Floats) -> tuple[Floats, Floats]:
-    """Losses on a grid of 2**-20 nats around their center, and the center.
-
-    On the grid sums in float64 are exact. faiss gets squared distances as |x|^2 - 2xc + |c|^2: 10 nats away from zero it
-    gave 47 of 100,000 rows another centroid than the nearest, around the center none.
-    """
-    features_NT = np.rint(losses_NT * _GRID)
-    features_NT /= _GRID
-    center_T = (np.rint(features_NT.mean(axis=0, dtype=np.float64) * _GRID) / _GRID).astype(np.float32)
-    features_NT -= center_T
-    features_NT += 0.0  # minus zero becomes zero: equal rows have equal bytes
-    return features_NT, center_T
+def _lowest(priorities_M: NDArray[np.uint64], wanted: int) -> NDArray[np.int64]:
+    """The rows of lowest priority, ascending; of equal priorities the first."""
+    return np.sort(np.argsort(priorities_M, kind="stable")[:wanted])
 
 
-def _fit_few(features_NT: Floats, sample_ST: Floats, num_clusters: int) -> Fit | None:
-    """Each distinct trajectory as its own group, where there are no more of them than groups; else None."""
-    if len(_distinct(sample_ST).dictionary) > num_clusters:
-        return None
-    encoded = _distinct(features_NT)
-    num_distinct = len(encoded.dictionary)
-    if num_distinct > num_clusters:
-        return None
-    labels_N = encoded.indices.to_numpy()
-    centroids_KT = features_NT[np.unique(labels_N, return_index=True)[1]]
-    if num_distinct == num_clusters:
-        return Fit(labels_N, centroids_KT, 0.0, 0)
-    if num_distinct == len(features_NT):
-        capped_by = f"there are only {num_distinct:,} rows"
-    elif num_distinct == 1:
-        capped_by = f"all {len(features_NT):,} trajectories are equal"
-    else:
-        capped_by = f"only {num_distinct:,} distinct trajectories among {len(features_NT):,} rows"
-    return Fit(labels_N, centroids_KT, 0.0, 0, capped_by)
+def _features(store: TrajectoryStore, config: ClusteringConfig, pool: ThreadPoolExecutor) -> tuple[Features, Spectrum]:
+    """What k-means will see of the losses, and the trajectories' principal components: one pass over the rows."""
+    cut = np.uint64(priority_cut(READOUT_ROWS, len(store)))
+    is_sampled = len(store) > READOUT_ROWS
+
+    def one_block(block: pa.Table) -> tuple[NDArray[np.float64], Floats, NDArray[np.uint64]]:
+        losses_MT = on_grid(losses_matrix(block))
+        order_M = store.priorities(block, config.seed) if is_sampled else np.zeros(len(block), np.uint64)
+        chosen = order_M <= cut
+        return losses_MT.sum(axis=0, dtype=np.float64), losses_MT[chosen], order_M[chosen]
+
+    sums, losses, order = zip(*in_order(pool, one_block, store.blocks("example_id", "losses", "priority")), strict=True)
+    sample_ST = np.concatenate(losses)[_lowest(np.concatenate(order), READOUT_ROWS)]
+    spectrum = Spectrum.of(sample_ST)
+    return Features.of(config.features, np.sum(sums, axis=0) / len(store), spectrum), spectrum
 
 
-def _distinct(features_NT: Floats) -> Any:
+class _Stratum:
+    """The rows of a stratum while groups are made of them."""
+
+    def __init__(self, name: str, num_rows: int, config: ClusteringConfig, width: int, engine: Engine) -> None:
+        self.name, self.num_rows, self.width = name, num_rows, width
+        self.num_training = min(num_rows, config.training_rows or num_rows)
+        self.num_sampled = min(self.num_training, SAMPLE_ROWS_PER_CLUSTER * config.num_clusters)
+        # Rows that are drawn apart: those trained on where that is not all of them, else the sample.
+        self.num_drawn = self.num_training if self.num_training < num_rows else self.num_sampled
+        self.is_drawn = self.num_drawn < num_rows
+        self.cut = np.uint64(priority_cut(self.num_drawn, num_rows))
+        self.features = engine.new_column(num_rows, width, np.float32)
+        self.filled = 0
+        self.drawn: list[tuple[NDArray[np.int64], NDArray[np.uint64]]] = []
+        """Numbers and priorities of the rows below `cut`."""
+        self.read_out: list[tuple[NDArray[np.int64], pa.Array]] = []
+        """Numbers and ids of the rows on which the stability of the subset is measured."""
+        self.rows: Rows
+        self.result: Fit
+        self.capped_by: str | None = None
+        self.sampled: NDArray[np.int64] = np.arange(0)
+        """Numbers of the rows in the sample, ascending."""
+        self.restarts_RS: Ints = np.zeros((0, 0), np.int32)
+        """Their groups in each restart."""
+
+    def add(self, features_MF: Floats, order_M: NDArray[np.uint64], ids: pa.Array, read_out: np.uint64) -> None:
+        """Take the next rows in order of ids; those of a priority up to `read_out` are kept in mind."""
+        self.features.write(self.filled, features_MF)
+        if self.is_drawn:
+            chosen = np.flatnonzero(order_M <= self.cut)
+            self.drawn.append((chosen + self.filled, order_M[chosen]))
+        seen = np.flatnonzero(order_M <= read_out)
+        self.read_out.append((seen + self.filled, ids.take(pa.array(seen))))
+        self.filled += len(features_MF)
+
+    def fit(self, config: ClusteringConfig, engine: Engine) -> None:
+        """Make the groups: `result`, and `rows` that know which row is in which."""
+        sample_SF, training = self._sample()
+        local = LocalRows(self.features, self.width, engine.pool, engine.new_column)
+        few = self._few(local, sample_SF, config.num_clusters)
+        if few is not None:
+            self.rows, self.result = local, few
+            return self._report(config)
+        del local
+        started_KF = self._best_restart(sample_SF, config, engine.pool)
+        tolerance = config.tolerance * float(sample_SF.var(axis=0, dtype=np.float64).mean())
+        # A sample that is all there is has had its iterations already, but `rows` must learn the outcome.
+        num_iterations = config.num_iterations if self.num_training > self.num_sampled else 0
+        if training is None:
+            self.rows = engine.rows(self.features, self.width)
+            fit = lloyd(self.rows, started_KF.centroids_KF, num_iterations, tolerance)
+        else:
+            trained = engine.rows(self._column_of(training, engine), self.width)
+            fit = lloyd(trained, started_KF.centroids_KF, num_iterations, tolerance) if num_iterations else started_KF
+            self.rows = engine.rows(self.features, self.width)
+            everywhere = lloyd(self.rows, fit.centroids_KF, 0)
+            fit = Fit(everywhere.centroids_KF, everywhere.sizes_K, everywhere.inertia, fit.num_iterations, fit.ended_by)
+        if not num_iterations:
+            fit = Fit(fit.centroids_KF, fit.sizes_K, fit.inertia, started_KF.num_iterations, started_KF.ended_by)
+        num_empty = int((fit.sizes_K == 0).sum())
+        if num_empty:
+            self.capped_by = f"{num_empty} groups stayed empty, the trajectories differ too little"
+        self.result = fit
+        return self._report(config)
+
+    def _sample(self) -> tuple[Floats, NDArray[np.int64] | None]:
+        """The rows for the restarts and, where they are not all there are, the numbers of those to train on."""
+        if not self.drawn:
+            self.sampled = np.arange(self.num_rows)
+            return self._take(self.sampled), None
+        numbers, order = (np.concatenate(found) for found in zip(*self.drawn, strict=True))
+        self.drawn.clear()
+        self.sampled = numbers[_lowest(order, self.num_sampled)]
+        training = numbers[_lowest(order, self.num_training)] if self.num_training < self.num_rows else None
+        return self._take(self.sampled), training
+
+    def _take(self, numbers: NDArray[np.int64]) -> Floats:
+        """Some rows by number, ascending, read block by block."""
+        pieces = [np.empty((0, self.width), np.float32)]
+        for start in range(0, self.num_rows, BLOCK_ROWS):
+            first, last = np.searchsorted(numbers, [start, start + BLOCK_ROWS])
+            if first < last:
+                block = self.features.read(start, start + BLOCK_ROWS).reshape(-1, self.width)
+                pieces.append(block[numbers[first:last] - start])
+        return np.concatenate(pieces)
+
+    def _column_of(self, numbers: NDArray[np.int64], engine: Engine) -> Column:
+        """A column of some rows."""
+        column = engine.new_column(len(numbers), self.width, np.float32)
+        for start in range(0, len(numbers), BLOCK_ROWS):
+            column.write(start, self._take(numbers[start : start + BLOCK_ROWS]))
+        return column
+
+    def _few(self, rows: LocalRows, sample_SF: Floats, num_clusters: int) -> Fit | None:
+        """Each distinct trajectory as its own group, where there are no more of them than groups; else None."""
+        if len(_distinct(sample_SF).dictionary) > num_clusters:
+            return None
+        found: dict[bytes, int] = {}
+        blocks: list[tuple[int, pa.Array]] = []
+        for start, features in rows.blocks():
+            encoded = _distinct(features)
+            for key in encoded.dictionary.to_pylist():
+                found.setdefault(key, len(found))
+            if len(found) > num_clusters:
+                return None
+            blocks.append((start, encoded))
+        for start, encoded in blocks:
+            codes = np.array([found[key] for key in encoded.dictionary.to_pylist()], np.int32)
+            rows.place(start, codes[encoded.indices.to_numpy()])
+        centroids_KF = np.frombuffer(b"".join(found), np.float32).reshape(len(found), -1)
+        sizes_K = rows.sizes(len(found))
+        if len(found) < num_clusters:
+            if len(found) == self.num_rows:
+                self.capped_by = f"there are only {self.num_rows:,} rows"
+            elif len(found) == 1:
+                self.capped_by = f"all {self.num_rows:,} trajectories are equal"
+            else:
+                self.capped_by = f"only {len(found):,} distinct trajectories among {self.num_rows:,} rows"
+        return Fit(centroids_KF, sizes_K, rows.finish(centroids_KF), 0, "converged")
+
+    def _best_restart(self, sample_SF: Floats, config: ClusteringConfig, pool: ThreadPoolExecutor) -> Fit:
+        """The fit of lowest inertia on the sample; of equal ones the first."""
+        fits: list[Fit] = []
+        labels = []
+        names = [f"{self.name}/restart-{restart}" for restart in range(config.num_restarts)]
+        tolerance = config.tolerance * float(sample_SF.var(axis=0, dtype=np.float64).mean())
+        for seed in priorities(names, config.seed) & 0x7FFFFFFF:
+            start_KF = pool.submit(plus_plus, sample_SF, config.num_clusters, int(seed)).result()
+            rows = LocalRows(MemoryColumn(sample_SF), self.width, pool)
+            fits.append(lloyd(rows, start_KF, config.num_iterations, tolerance))
+            labels.append(np.concatenate([block for block, _ in rows.results()]))
+        self.restarts_RS = np.stack(labels)
+        return min(fits, key=lambda fit: fit.inertia)
+
+    def _report(self, config: ClusteringConfig) -> None:
+        num_clusters = int((self.result.sizes_K > 0).sum())
+        _log.info(
+            "%s: %s rows, %d groups, %d iterations (%s), %d restarts on %s",
+            *(self.name, f"{self.num_rows:,}", num_clusters, self.result.num_iterations, self.result.ended_by),
+            *(config.num_restarts, f"{self.num_sampled:,} rows" if self.num_sampled < self.num_rows else "all rows"),
+        )
+        if self.capped_by is not None:
+            _log.warning("%s: %d groups instead of %d: %s", self.name, num_clusters, config.num_clusters, self.capped_by)
+
+
+@dataclass
+class _Totals:
+    """Sums over all rows of the features."""
+
+    squares: float
+    sums_F: NDArray[np.float64]
+    sums_by_source: NDArray[np.float64] | None
+    sizes_by_source: NDArray[np.int64] | None
+
+
+def _fill(
+    store: TrajectoryStore,
+    strata: list[_Stratum],
+    features: Features,
+    config: ClusteringConfig,
+    pool: ThreadPoolExecutor,
+) -> _Totals:
+    """Give every stratum the features of its rows: a second pass."""
+    needs_order = any(stratum.is_drawn for stratum in strata) or len(store) > READOUT_ROWS
+    num_sources = len(store.names_of("source")) if "source" in store.names else 0
+    read_out = np.uint64(priority_cut(READOUT_ROWS, len(store)))
+
+    def one_block(block: pa.Table) -> tuple[Any, ...]:
+        features_MF = features(losses_matrix(block))
+        order_M = store.priorities(block, config.seed) if needs_order else np.zeros(len(block), np.uint64)
+        codes_M = store.codes(block, config.stratify_by) if config.stratify_by is not None else None
+        squares = float((features_MF.astype(np.float64) ** 2).sum())
+        sums_SF = sizes_S = None
+        if num_sources:
+            sources_M = store.codes(block, "source")
+            sums_SF, sizes_S = group_sums(sources_M, features_MF, num_sources), np.bincount(sources_M, minlength=num_sources)
+        sums_F = features_MF.sum(axis=0, dtype=np.float64)
+        return block["example_id"].combine_chunks(), features_MF, order_M, codes_M, squares, sums_F, sums_SF, sizes_S
+
+    totals = _Totals(0.0, np.zeros(features.num_features), None, None)
+    columns = ("example_id", "losses", "priority", "source", *([config.stratify_by] if config.stratify_by else []))
+    for ids, features_MF, order_M, codes_M, squares, sums_F, sums_SF, sizes_S in in_order(
+        pool, one_block, store.blocks(*dict.fromkeys(columns))
+    ):
+        totals.squares += squares
+        totals.sums_F = totals.sums_F + sums_F
+        if sums_SF is not None:
+            totals.sums_by_source = sums_SF if totals.sums_by_source is None else totals.sums_by_source + sums_SF
+            totals.sizes_by_source = sizes_S if totals.sizes_by_source is None else totals.sizes_by_source + sizes_S
+        if codes_M is None:
+            strata[0].add(features_MF, order_M, ids, read_out)
+            continue
+        for code in np.unique(codes_M):
+            rows = np.flatnonzero(codes_M == code)
+            strata[code].add(features_MF[rows], order_M[rows], ids.take(pa.array(rows)), read_out)
+    return totals
+
+
+def _distinct(features_NF: Floats) -> Any:
     """Rows as a dictionary-encoded column of their bytes: hashing takes a tenth of the time of np.unique."""
-    num_rows, num_points = features_NT.shape
-    buffers = [None, pa.py_buffer(np.ascontiguousarray(features_NT))]
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(4 * num_points), num_rows, buffers).dictionary_encode()
+    num_rows, width = features_NF.shape
+    buffers = [None, pa.py_buffer(np.ascontiguousarray(features_NF))]
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(4 * width), num_rows, buffers).dictionary_encode()
 
 
-def _best_restart(sample_ST: Floats, config: ClusteringConfig, name: str, pool: ThreadPoolExecutor) -> Fit:
-    """The fit of lowest inertia on the sample; of equal ones the first."""
-    best: Fit | None = None
-    seeds = priorities([f"{name}/restart-{restart}" for restart in range(config.num_restarts)], config.seed)
-    for seed in seeds & 0x7FFFFFFF:
-        start_KT = pool.submit(_plus_plus, sample_ST, config.num_clusters, int(seed)).result()
-        fit = lloyd(sample_ST, start_KT, config.num_iterations, pool)
-        best = fit if best is None or fit.inertia < best.inertia else best
-    assert best is not None
-    return best
+class Grouping:
+    """What k-means found, before it is written: canonical labels, row by row, and the groups."""
 
+    def __init__(
+        self, config: ClusteringConfig, strata: list[_Stratum], features: Features, spectrum: Spectrum, totals: _Totals
+    ) -> None:
+        self._config, self._strata, self._features = config, strata, features
+        self._spectrum, self._totals = spectrum, totals
+        self._num_sources = 0 if totals.sizes_by_source is None else len(totals.sizes_by_source)
+        self._agreement: NDArray[np.int64] | None = None
+        self._centroids_KT: Floats | None = None
+        self._ranks: list[Ints] = []
 
-def _plus_plus(features_NT: Floats, num_clusters: int, seed: int) -> Floats:
-    """Initial centroids by k-means++, shape (K, T)."""
-    num_rows, num_points = features_NT.shape
-    centroids_KT = np.empty((num_clusters, num_points), np.float32)
-    initialization = faiss.ClusteringInitialization(num_points, num_clusters)  # type: ignore[attr-defined]
-    initialization.method = faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS
-    initialization.seed = seed
-    initialization.init_centroids(num_rows, faiss.swig_ptr(features_NT), faiss.swig_ptr(centroids_KT))
-    return centroids_KT
+    def assignments(self, store: TrajectoryStore) -> Iterator[tuple[pa.Table, Ints, Floats]]:
+        """Blocks of the store with the group of each row and its distance to the centroid. `groups` comes after it."""
+        if self._centroids_KT is None:
+            self._number(store)
+        size = sum(int((stratum.result.sizes_K > 0).sum()) for stratum in self._strata)
+        agreement = np.zeros((size, self._num_sources), np.int64) if self._num_sources else None
+        for block, labels_M, distances_M in self._results(store, "source"):
+            if agreement is not None:
+                agreement += quality.contingency(labels_M, store.codes(block, "source"), agreement.shape)
+            yield block, labels_M, distances_M
+        self._agreement = agreement
 
+    def _results(self, store: TrajectoryStore, *columns: str) -> Iterator[tuple[pa.Table, Ints, Floats]]:
+        """Blocks with labels and distances: every stratum's next rows, put where they belong."""
+        by = self._config.stratify_by
+        readers = [_Reader(stratum.rows.results()) for stratum in self._strata]
+        firsts = np.cumsum([0, *(len(ranks) for ranks in self._ranks)])
+        for block in store.blocks(*dict.fromkeys(("example_id", *columns, *([by] if by else [])))):
+            codes_M = store.codes(block, by) if by is not None else np.zeros(len(block), np.int32)
+            labels_M, distances_M = np.empty(len(block), np.int32), np.empty(len(block), np.float32)
+            for code in np.unique(codes_M):
+                rows = np.flatnonzero(codes_M == code) if by is not None else slice(None)
+                found, far = readers[code].take(int((codes_M == code).sum()))
+                labels_M[rows] = self._ranks[code][found] + firsts[code] if len(self._ranks[code]) else found
+                distances_M[rows] = far
+            yield block, labels_M, distances_M
 
-def lloyd(features_NT: Floats, centroids_KT: Floats, num_iterations: int, pool: ThreadPoolExecutor) -> Fit:
-    """k-means from given centroids: at most `num_iterations` updates, ended when no row changes its group.
+    def _number(self, store: TrajectoryStore) -> None:
+        """Canonical numbers: groups without rows left out, within a stratum ascending by mean loss."""
+        kept = [np.flatnonzero(stratum.result.sizes_K > 0) for stratum in self._strata]
+        # First in the order of the fit, to find the groups' mean losses where the features are not the losses.
+        self._ranks = [_places(found, len(s.result.sizes_K)) for found, s in zip(kept, self._strata, strict=True)]
+        means_KT = self._means(store) if self._features.kind != "raw" else None
+        centroids: list[Floats] = []
+        first = 0
+        for number, (stratum, found) in enumerate(zip(self._strata, kept, strict=True)):
+            if means_KT is None:
+                levels_KT = (stratum.result.centroids_KF[found].astype(np.float64) + self._features.center_T).astype(np.float32)
+            else:
+                levels_KT = means_KT[first : first + len(found)]
+            first += len(found)
+            # Equal means are in the order of their points.
+            order_K = np.lexsort((*reversed(list(levels_KT.T)), levels_KT.mean(axis=1, dtype=np.float64)))
+            self._ranks[number] = _places(found[order_K], len(stratum.result.sizes_K))
+            centroids.append(levels_KT[order_K])
+        self._centroids_KT = np.concatenate(centroids)
 
-    Every row of the result is with its nearest centroid. Only rows that changed their group touch the sums: they are
-    exact, so adding and taking away leaves no error.
-    """
-    num_clusters, num_points = centroids_KT.shape
-    labels_N = np.full(len(features_NT), -1, np.int32)
-    sums_KT = np.zeros((num_clusters, num_points))
-    iteration = 0
-    while True:
-        new_N, squares_N, centroids_KT = _assign_repaired(features_NT, centroids_KT, pool)
-        changed_M = np.flatnonzero(new_N != labels_N)
-        if not len(changed_M) or iteration == num_iterations:
-            return Fit(new_N, centroids_KT, float(squares_N.sum(dtype=np.float64)), iteration)
-        rows_MT = features_NT[changed_M]
-        sums_KT += _sums(new_N[changed_M], rows_MT, num_clusters)
-        if iteration:
-            sums_KT -= _sums(labels_N[changed_M], rows_MT, num_clusters)
-        labels_N = new_N
-        sizes_K1 = np.bincount(labels_N, minlength=num_clusters)[:, None]
-        centroids_KT = np.where(sizes_K1 > 0, sums_KT / np.maximum(sizes_K1, 1), centroids_KT).astype(np.float32)
-        iteration += 1
+    def _means(self, store: TrajectoryStore) -> Floats:
+        """Mean losses of each group: a pass over the losses."""
+        num_clusters = sum(len(np.flatnonzero(stratum.result.sizes_K > 0)) for stratum in self._strata)
+        sums_KT, sizes_K = np.zeros((num_clusters, store.num_points)), np.zeros(num_clusters, np.int64)
+        for block, labels_M, _ in self._results(store, "losses"):
+            sums_KT += group_sums(labels_M, on_grid(losses_matrix(block)), num_clusters)
+            sizes_K += np.bincount(labels_M, minlength=num_clusters)
+        return (sums_KT / sizes_K[:, None]).astype(np.float32)
 
+    @property
+    def feature_centroids_KF(self) -> Floats | None:
+        """Centroids in the space of the features, in canonical order; None where features are the losses."""
+        if self._features.kind == "raw":
+            return None
+        ordered = []
+        for stratum, ranks in zip(self._strata, self._ranks, strict=True):
+            found = np.flatnonzero(ranks >= 0)
+            ordered.append(stratum.result.centroids_KF[found[np.argsort(ranks[found])]])
+        return np.concatenate(ordered)
 
-def _assign_repaired(features_NT: Floats, centroids_KT: Floats, pool: ThreadPoolExecutor) -> tuple[Ints, Floats, Floats]:
-    """Nearest centroids, squared distances, and the centroids; those without a row moved to the rows farthest from theirs."""
-    for _ in range(MAX_REPAIRS):
-        labels_N, squares_N = _assign(features_NT, centroids_KT, pool)
-        empty = np.flatnonzero(np.bincount(labels_N, minlength=len(centroids_KT)) == 0)
-        if not len(empty):
-            break
-        # One after the other, each counting for the next: else they would all land in the same far corner.
-        centroids_KT, left_N = centroids_KT.copy(), squares_N
-        for cluster_id in empty:
-            farthest = features_NT[int(np.argmax(left_N))]
-            centroids_KT[cluster_id] = farthest
-            left_N = np.minimum(left_N, _assign(features_NT, farthest[None], pool)[1])
-    return labels_N, squares_N, centroids_KT
+    def groups(self) -> Groups:
+        """The groups and how good they are; after `assignments` has run through."""
+        assert self._centroids_KT is not None
+        strata: list[Stratum] = []
+        sizes: list[NDArray[np.int64]] = []
+        for stratum, ranks in zip(self._strata, self._ranks, strict=True):
+            found = np.flatnonzero(ranks >= 0)
+            first = sum(map(len, sizes))
+            sizes.append(stratum.result.sizes_K[found[np.argsort(ranks[found])]])
+            fit = stratum.result
+            strata.append(
+                Stratum(stratum.name, stratum.num_rows, first, len(found), stratum.capped_by, fit.num_iterations, fit.ended_by)
+            )
+        inertia = float(sum(stratum.result.inertia for stratum in self._strata))
+        total = self._totals.squares - float((self._totals.sums_F**2).sum()) / sum(s.num_rows for s in self._strata)
+        return Groups(
+            centroids_KT=self._centroids_KT,
+            sizes_K=np.concatenate(sizes),
+            inertia=inertia,
+            explained_variance=quality.explained(inertia, total),
+            num_iterations=max(stratum.num_iterations for stratum in strata),
+            strata=tuple(strata),
+            is_stratified=self._config.stratify_by is not None,
+            readout=self._readout(np.concatenate(sizes), total),
+        )
 
-
-def _assign(features_NT: Floats, centroids_KT: Floats, pool: ThreadPoolExecutor) -> tuple[Ints, Floats]:
-    """The nearest centroid of each row and the squared distance to it. 1M x 12, K = 100: 0.05 s on two cores."""
-    blocks = list(pool.map(lambda block: faiss.knn(features_NT[block], centroids_KT, 1), _blocks(len(features_NT))))
-    labels_N = np.concatenate([labels[:, 0].astype(np.int32) for _, labels in blocks])
-    return labels_N, np.concatenate([squares[:, 0] for squares, _ in blocks])
-
-
-def _sums(labels_N: Ints, rows_NT: Floats, num_clusters: int) -> NDArray[np.float64]:
-    """The sum of the rows of each group, shape (K, T)."""
-    columns = rows_NT.T.astype(np.float64, order="C")
-    return np.stack([np.bincount(labels_N, column, num_clusters) for column in columns], axis=1)
-
-
-def _squared_distances(
-    losses_NT: Floats, labels_N: Ints, centroids_KT: NDArray[np.floating[Any]], pool: ThreadPoolExecutor
-) -> NDArray[np.float64]:
-    """Squared distance of each row to its centroid in float64, column by column so that no row's sum has another order."""
-
-    def one_block(block: slice) -> NDArray[np.float64]:
-        squares = np.zeros(len(labels_N[block]))
-        for point in range(losses_NT.shape[1]):
-            difference = losses_NT[block, point] - centroids_KT[labels_N[block], point].astype(np.float64)
-            squares += difference * difference
-        return squares
-
-    return np.concatenate(list(pool.map(one_block, _blocks(len(losses_NT)))))
-
-
-def _blocks(num_rows: int) -> list[slice]:
-    return [slice(start, start + BLOCK_ROWS) for start in range(0, num_rows, BLOCK_ROWS)]
-
-
-def _single_threads(num_threads: int | None) -> ThreadPoolExecutor:
-    """Threads in each of which faiss uses one thread: OpenMP's setting is one of the calling thread."""
-    if num_threads is None:
-        num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return ThreadPoolExecutor(num_threads, initializer=faiss.omp_set_num_threads, initargs=(1,))
-
-
-def _without_empties(fit: Fit) -> Fit:
-    """The fit without groups that no repair could fill."""
-    sizes_K = np.bincount(fit.labels_N, minlength=len(fit.centroids_KT))
-    if sizes_K.all():
-        return fit
-    labels_N = (np.cumsum(sizes_K > 0) - 1)[fit.labels_N].astype(np.int32)
-    because = f"{int((sizes_K == 0).sum())} groups stayed empty, the trajectories differ too little"
-    return Fit(labels_N, fit.centroids_KT[sizes_K > 0], fit.inertia, fit.num_iterations, because)
-
-
-def _canonical(fit: Fit, centroids_KT: Floats) -> Fit:
-    """Labels in the order of the centroids' mean loss, equal means in the order of their points."""
-    means_K = centroids_KT.mean(axis=1, dtype=np.float64)
-    order_K = np.lexsort((*reversed(list(centroids_KT.T)), means_K))
-    rank_K = np.empty(len(order_K), np.int32)
-    rank_K[order_K] = np.arange(len(order_K))
-    return Fit(rank_K[fit.labels_N], centroids_KT[order_K], fit.inertia, fit.num_iterations, fit.capped_by)
-
-
-def build_clustering(config: ClusteringConfig, trajectories: Trajectories, draft: Draft) -> Artifact:
-    """Group trajectories and publish `assignments-*.parquet` (example_id, cluster_id, distance) and `centroids.npy` (K, T)."""
-    strata = None if config.stratify_by is None else trajectories.stratum_column(config.stratify_by)
-    clustering = cluster_trajectories(trajectories, config, strata)
-    table = pa.table(
-        {
-            "example_id": clustering.example_ids,
-            "cluster_id": clustering.cluster_ids_N,
-            "distance": clustering.distances_N,
+    def _readout(self, sizes_K: NDArray[np.int64], total: float) -> dict[str, Any]:
+        """How good the groups are, for the manifest and the report."""
+        totals = self._totals
+        by_source = None
+        if totals.sums_by_source is not None and totals.sizes_by_source is not None:
+            by_source = quality.between(totals.sums_by_source, totals.sizes_by_source) / total if total > 0 else 1.0
+        # Restarts of strata count by their rows.
+        agreements = [(s.num_rows, quality.mean_agreement(s.restarts_RS)) for s in self._strata]
+        known = [(weight, value) for weight, value in agreements if value is not None]
+        sampled = sum(stratum.num_sampled for stratum in self._strata)
+        return {
+            "features": self._features.kind,
+            "tiny_groups": int((sizes_K <= quality.TINY_ROWS).sum()),
+            "tiny_rows": quality.TINY_ROWS,
+            "variance_explained_by_source": by_source,
+            "principal_components": [round(float(share), 6) for share in self._spectrum.shares_T],
+            "effective_dimension": round(self._spectrum.effective_dimension, 3),
+            "agreement_of_restarts": float(np.average([v for _, v in known], weights=[w for w, _ in known])) if known else None,
+            "agreement_with_source": None if self._agreement is None else quality.adjusted_rand_index(self._agreement),
+            "sampled_rows": sampled,
+            "training_rows": sum(stratum.num_training for stratum in self._strata),
+            "warning": quality.warning(self._spectrum, self._features.kind),
         }
-    )
-    for part, start in enumerate(range(0, len(table), ROWS_PER_PART)):
-        draft.write_table(f"assignments-{part:05d}.parquet", table.slice(start, ROWS_PER_PART))
-    centroids = io.BytesIO()
-    np.save(centroids, clustering.centroids_KT)
-    draft.write("centroids.npy", centroids.getvalue())
+
+    def restarts(self) -> pa.Table | None:
+        """The groups that some rows had in each restart (of stratum s those from s * K on); None for one restart."""
+        tables = []
+        for number, stratum in enumerate(self._strata):
+            if len(stratum.restarts_RS) < 2:
+                continue
+            numbers, ids = zip(*stratum.read_out, strict=True)
+            places = np.searchsorted(stratum.sampled, np.concatenate(numbers))
+            known = np.flatnonzero(np.append(stratum.sampled, -1)[places] == np.concatenate(numbers))
+            labels_RM = stratum.restarts_RS[:, places[known]] + number * self._config.num_clusters
+            columns = {f"restart_{restart}": labels_M for restart, labels_M in enumerate(labels_RM)}
+            tables.append(pa.table({"example_id": pa.concat_arrays(ids).take(pa.array(known)), **columns}))
+        return pa.concat_tables(tables).sort_by("example_id").combine_chunks() if tables else None
+
+
+class _Reader:
+    """Takes any number of rows from blocks of labels and distances."""
+
+    def __init__(self, blocks: Iterator[tuple[Ints, Floats]]) -> None:
+        self._blocks = blocks
+        self._labels, self._distances = np.empty(0, np.int32), np.empty(0, np.float32)
+
+    def take(self, count: int) -> tuple[Ints, Floats]:
+        labels, distances = [self._labels], [self._distances]
+        have = len(self._labels)
+        while have < count:
+            more, far = next(self._blocks)
+            labels.append(more)
+            distances.append(far)
+            have += len(more)
+        all_labels = labels[-1] if have == len(labels[-1]) else np.concatenate(labels)
+        all_distances = distances[-1] if have == len(distances[-1]) else np.concatenate(distances)
+        self._labels, self._distances = all_labels[count:], all_distances[count:]
+        return all_labels[:count], all_distances[:count]
+
+
+def _places(found: NDArray[np.int64], count: int) -> Ints:
+    """For each of `count` things its place in `found`, -1 for those that are not there."""
+    places = np.full(count, -1, np.int32)
+    places[found] = np.arange(len(found))
+    return places
+
+
+# --- the artifact --------------------------------------------------------------------------------------------------
+
+
+def build_clustering(
+    config: ClusteringConfig, machines: GroupingConfig, store: TrajectoryStore, scratch: Path, draft: Draft
+) -> Artifact:
+    """Group trajectories and publish `assignments-*.parquet` (example_id, cluster_id, distance), `centroids.npy` (K, T),
+    for other features than the losses `feature_centroids.npy` (K, F), and `restarts.parquet`."""
+    begun = time.monotonic()
+    with single_threads() as pool:
+        engine = Engine.choose(machines, pool, scratch, len(store), store.num_points)
+        _log.info("%s trajectories of %d points, %s", f"{len(store):,}", store.num_points, engine.describe())
+        grouping = group(store, config, engine)
+        grouped = time.monotonic()
+        waiting: list[pa.Table] = []
+        part = 0
+        for block, labels_M, distances_M in grouping.assignments(store):
+            columns = {"example_id": block["example_id"], "cluster_id": labels_M, "distance": distances_M}
+            waiting.append(pa.table(columns))
+            if sum(map(len, waiting)) >= ROWS_PER_PART:
+                draft.write_table(f"assignments-{part:05d}.parquet", pa.concat_tables(waiting))
+                waiting, part = [], part + 1
+        if waiting:
+            draft.write_table(f"assignments-{part:05d}.parquet", pa.concat_tables(waiting))
+        groups = grouping.groups()
+        engine.close()
+    _write_array(draft, CENTROIDS, groups.centroids_KT)
+    if grouping.feature_centroids_KF is not None:
+        _write_array(draft, FEATURE_CENTROIDS, grouping.feature_centroids_KF)
+    restarts = grouping.restarts()
+    if restarts is not None:
+        draft.write_table(RESTARTS, restarts)
     _log.info(
-        "%d groups of %s to %s rows, %.1f%% of the variance explained, %d iterations",
-        *(clustering.num_clusters, f"{clustering.sizes_K.min():,}", f"{clustering.sizes_K.max():,}"),
-        *(100 * clustering.explained_variance, clustering.num_iterations),
+        "%d groups of %s to %s rows, %.1f%% of the variance explained%s, %s",
+        *(groups.num_clusters, f"{groups.sizes_K.min():,}", f"{groups.sizes_K.max():,}", 100 * groups.explained_variance),
+        *(_beside_source(groups.readout), duration(time.monotonic() - begun)),
     )
-    return draft.publish(clustering.summary())
+    if groups.readout["warning"] is not None:
+        _log.warning("%s", groups.readout["warning"])
+    seconds = {"grouping": round(grouped - begun, 3), "writing": round(time.monotonic() - grouped, 3)}
+    return draft.publish(groups.summary(), {"engine": engine.describe(), "seconds": seconds})
 
 
-def read_clustering(artifact: Artifact) -> Clustering:
-    """The groups in a `clustering/` directory. Raises ArtifactError naming a damaged file."""
-    table = pa.concat_tables([artifact.read_table(path) for path in artifact.parts("assignments-")]).combine_chunks()
+def _beside_source(readout: dict[str, Any]) -> str:
+    share = readout["variance_explained_by_source"]
+    return "" if share is None else f" ({100 * share:.1f}% by source alone)"
+
+
+def _write_array(draft: Draft, path: str, values: Floats) -> None:
+    data = io.BytesIO()
+    np.save(data, values)
+    draft.write(path, data.getvalue())
+
+
+def read_groups(artifact: Artifact) -> Groups:
+    """The groups in a `clustering/` directory, without the rows. Raises ArtifactError naming a damaged file."""
     summary = artifact.summary
-    centroids_KT: Floats = np.load(io.BytesIO(artifact.read_bytes("centroids.npy")))
+    centroids_KT: Floats = np.load(io.BytesIO(artifact.read_bytes(CENTROIDS)))
     strata = tuple(Stratum(**stratum) for stratum in summary["strata"].values())
     capped_by = summary["capped"].get(ALL_ROWS, {}).get("because")
-    return Clustering(
-        example_ids=table["example_id"].chunk(0),
-        cluster_ids_N=table["cluster_id"].to_numpy(),
-        distances_N=table["distance"].to_numpy(),
+    alone = Stratum(
+        ALL_ROWS, summary["rows"], 0, len(centroids_KT), capped_by, summary["num_iterations"], summary["ended_by"][0]
+    )
+    return Groups(
         centroids_KT=centroids_KT,
+        sizes_K=np.array(summary["sizes"], np.int64),
         inertia=summary["inertia"],
         explained_variance=summary["explained_variance"],
         num_iterations=summary["num_iterations"],
-        strata=strata or (Stratum(ALL_ROWS, len(table), 0, len(centroids_KT), capped_by),),
+        strata=strata or (alone,),
         is_stratified=bool(strata),
+        readout=summary["readout"],
+    )
+
+
+def read_clustering(artifact: Artifact) -> Clustering:
+    """The groups in a `clustering/` directory and which row is in which, in memory."""
+    table = pa.concat_tables([artifact.read_table(path) for path in artifact.parts("assignments-")]).combine_chunks()
+    return Clustering(
+        **vars(read_groups(artifact)),
+        example_ids=table["example_id"].chunk(0),
+        cluster_ids_N=table["cluster_id"].to_numpy(),
+        distances_N=table["distance"].to_numpy(),
     )

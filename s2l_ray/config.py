@@ -252,8 +252,19 @@ class ClusteringConfig(Section):
     num_clusters: Positive = 100
     """K, in each stratum if there are strata (paper: 100). Capped by the rows of a stratum, and said."""
 
+    features: Literal["raw", "reduction", "shape", "whitened"] = "raw"
+    """What k-means sees: the losses (raw, the paper), their drop since the first point (reduction), what is left without
+    their level (shape), or their principal components scaled to unit variance (whitened)."""
+
     num_iterations: Positive = 20
     """Lloyd iterations at most (paper: 20); they stop early when no row changes its group."""
+
+    tolerance: Annotated[float, Field(ge=0)] = 0.0
+    """They also stop when the centroids' squared moves add up to this share of the features' mean variance
+    (scikit-learn's `tol`); 0: only when no row changes its group."""
+
+    training_rows: Positive | None = None
+    """Train on so many rows of lowest priority (in each stratum) and only assign the others; without it on all rows."""
 
     num_restarts: Positive = 3
     """Initialisations tried; the one with the lowest inertia on the sample is kept."""
@@ -274,11 +285,22 @@ class SelectionConfig(Section):
     budget: int | float | dict[Literal["tokens"], Positive]
     """An integer is examples, a decimal below 1 a fraction of the pool, `{tokens: n}` response tokens."""
 
+    more_budgets: list[int | float | dict[Literal["tokens"], Positive]] = Field(default_factory=list)
+    """Further budgets of the same order, each in a file of its own: of two subsets one contains the other."""
+
+    min_per_source: Annotated[int, Field(ge=0)] = 0
+    """So many examples of each source at least (or all it has): its lowest priorities are taken before all others."""
+
     defer_groups_up_to: Annotated[int, Field(ge=0)] = 0
     """Groups of at most this size are served last (the reference code: 2)."""
 
     seed: int = 0
     """Seed of the priorities inside a group."""
+
+    @field_validator("more_budgets", mode="before")
+    @classmethod
+    def _all_are_numbers(cls, budgets: Any) -> Any:
+        return [cls._budget_is_a_number(budget) for budget in budgets] if isinstance(budgets, list | tuple) else budgets
 
     @field_validator("budget", mode="before")
     @classmethod
@@ -366,12 +388,27 @@ class WorkerConfig(Section):
     """Examples per forward pass in training; auto: the largest that divides the worker's share, at most 32."""
 
 
+class GroupingConfig(Section):
+    """Where k-means keeps the trajectories. Decides no result."""
+
+    engine: Literal["auto", "memory", "disk", "ray", "gpu"] = "auto"
+    """`memory`, a file (`disk`), Ray actors or all GPUs of this machine; auto: gpu where faiss sees one, else memory or
+    disk by `memory_gb`."""
+
+    memory_gb: Annotated[float, Field(gt=0)] = 0.5
+    """Losses up to this size are kept in memory."""
+
+    num_workers: Positive = 2
+    """Ray actors, of one CPU each, each with its share of the trajectories in memory."""
+
+
 class MachinesConfig(Section):
-    """One `WorkerConfig` per stage that works in parallel."""
+    """One section per stage that works in parallel."""
 
     examples: WorkerConfig = WorkerConfig()
     proxy: WorkerConfig = WorkerConfig()
     trajectories: WorkerConfig = WorkerConfig()
+    clustering: GroupingConfig = GroupingConfig()
     target: WorkerConfig = WorkerConfig()
     evaluation: WorkerConfig = WorkerConfig()
 

@@ -397,20 +397,25 @@ def _read_split(artifact: Artifact, part: str, split: str, columns: list[str] | 
     return table if columns is None else table.select(columns)
 
 
-def fetch_rows(artifact: Artifact, ids: pa.Array | Sequence[str]) -> pa.Table:
-    """The corpus's own columns of the examples with these ids, in order of id; parts without any are not read.
+def fetch_rows(artifact: Artifact, ids: pa.Array | Sequence[str]) -> Iterator[pa.Table]:
+    """The examples with these ids, part by part, in order of id: tables of `example_id` and `row`, a struct of the corpus's
+    own columns. Parts without any are not read.
 
     Raises ArtifactError naming ids that are not in the corpus.
     """
     wanted = pa.array(ids.to_pylist() if isinstance(ids, pa.Array) else ids, pa.string())
-    # Without ids the first part is read for its columns.
-    parts = [part for part in artifact.parts() if _may_hold(artifact, part, wanted)] or artifact.parts()[:1]
-    tables = (artifact.read_table(part, ["example_id", "original"]) for part in parts)
-    rows = pa.concat_tables(table.filter(pc.is_in(table["example_id"], wanted)) for table in tables)
-    missing = wanted.filter(pc.invert(pc.is_in(wanted, rows["example_id"].combine_chunks())))
-    if len(missing):
+    is_found = np.zeros(len(wanted), bool)
+    for part in artifact.parts():
+        if not _may_hold(artifact, part, wanted):
+            continue
+        table = artifact.read_table(part, ["example_id", "original"])
+        table = table.filter(pc.is_in(table["example_id"], wanted)).rename_columns(["example_id", "row"])
+        is_found |= pc.is_in(wanted, table["example_id"].combine_chunks()).to_numpy(zero_copy_only=False)
+        if len(table):
+            yield table
+    if not is_found.all():
+        missing = wanted.filter(pa.array(~is_found))
         raise ArtifactError(f"{artifact.root.uri}: no example has the id {', '.join(missing[:5].to_pylist())}.")
-    return pa.Table.from_struct_array(rows["original"].combine_chunks())
 
 
 def _may_hold(artifact: Artifact, part: str, ids: pa.Array) -> bool:

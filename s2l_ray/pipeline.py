@@ -8,12 +8,16 @@ reused; one that was begun is continued; one that belongs to another recipe is r
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
@@ -28,11 +32,15 @@ from s2l_ray.artifacts import (
     absolute_uri,
     adopt,
     refusal,
+    scratch_folder,
 )
-from s2l_ray.config import ClusteringConfig, RunConfig, SelectionConfig
+from s2l_ray.config import ClusteringConfig, GroupingConfig, RunConfig, SelectionConfig
 from s2l_ray.errors import ArtifactError, ConfigError
 from s2l_ray.progress import duration, get_log
 from s2l_ray.session import connect_ray, exclusive, resolve_revisions, write_run
+
+if TYPE_CHECKING:
+    from s2l_ray.trajectory_store import TrajectoryStore
 
 Inputs = Mapping[str, Artifact]
 Build = Callable[[RunConfig, Inputs, Draft], Artifact]
@@ -64,32 +72,45 @@ def _build_trajectories(config: RunConfig, inputs: Inputs, draft: Draft) -> Arti
 
 def _build_clustering(config: RunConfig, inputs: Inputs, draft: Draft) -> Artifact:
     from s2l_ray.clustering import build_clustering
-    from s2l_ray.trajectory_store import load_trajectories
 
-    return build_clustering(config.clustering, load_trajectories(inputs["trajectories"]), draft)
+    options = config.clustering
+    if config.machines.clustering.engine == "ray":
+        connect_ray()
+    with _streamed(inputs["trajectories"], draft.storage, options.seed, options.stratify_by) as (store, scratch):
+        return build_clustering(options, config.machines.clustering, store, scratch, draft)
 
 
 def _build_selection(config: RunConfig, inputs: Inputs, draft: Draft) -> Artifact:
-    from s2l_ray.clustering import read_clustering
     from s2l_ray.examples import fetch_rows
     from s2l_ray.selection import build_selection
-    from s2l_ray.trajectory_store import load_trajectories
 
-    trajectories = load_trajectories(inputs["trajectories"])
-    if _counts_target_tokens(config):
-        from s2l_ray.training.target import count_response_tokens
+    with _streamed(inputs["trajectories"], draft.storage, config.selection.seed) as (found, scratch):
+        store = found
+        if _counts_target_tokens(config):
+            from s2l_ray.training.target import count_response_tokens
 
-        connect_ray()
-        counts_N = count_response_tokens(config, inputs, trajectories.example_ids)
-        trajectories = replace(trajectories, num_response_tokens_N=counts_N)
-    return build_selection(
-        config.selection,
-        trajectories,
-        read_clustering(inputs["clustering"]),
-        lambda ids: fetch_rows(inputs["examples"], ids),
-        draft,
-        random_control=config.evaluation.random_control,
-    )
+            connect_ray()
+            store = store.with_tokens(lambda ids: count_response_tokens(config, inputs, ids))
+        return build_selection(
+            config.selection,
+            store,
+            inputs["clustering"],
+            lambda ids, _numbers: fetch_rows(inputs["examples"], ids),
+            scratch,
+            draft,
+            random_control=config.evaluation.random_control,
+        )
+
+
+@contextlib.contextmanager
+def _streamed(
+    source: str | Artifact, place: Storage, seed: int, stratify_by: str | None = None
+) -> Iterator[tuple[TrajectoryStore, Path]]:
+    """Trajectories in order of ids on this machine's disk, and the folder for more of the kind."""
+    from s2l_ray.trajectory_files import open_trajectories
+
+    with scratch_folder(place) as scratch, ThreadPoolExecutor(2) as pool:
+        yield open_trajectories(source, scratch / "trajectories", pool, stratify_by=stratify_by, seed=seed), scratch
 
 
 def _counts_target_tokens(config: RunConfig) -> bool:
@@ -350,36 +371,41 @@ def report(run_dir: str) -> str:
     return page
 
 
-def select_trajectories(source: str, output: str, clustering: ClusteringConfig, selection: SelectionConfig) -> Artifact:
+def select_trajectories(
+    source: str,
+    output: str,
+    clustering: ClusteringConfig,
+    selection: SelectionConfig,
+    machines: GroupingConfig = GroupingConfig(),  # noqa: B008 - frozen
+) -> Artifact:
     """Clustering and selection alone, on anybody's trajectories: `output` gets `clustering/` and `selection/`.
 
     The same numbers give exactly what the pipeline gives. Finished already for the same input and recipe: reused.
     """
-    from s2l_ray.clustering import build_clustering, read_clustering
+    from s2l_ray.clustering import build_clustering
     from s2l_ray.selection import build_selection
-    from s2l_ray.trajectory_store import content_identity, fetch_rows, files_identity, find_artifact, read_trajectories
+    from s2l_ray.trajectory_files import fetch_rows, files_identity, find_artifact
 
     begun, place = time.monotonic(), Storage(output)
+    if machines.engine == "ray":
+        connect_ray()
     with exclusive(place):
         own = find_artifact(source)
-        trajectories = read_trajectories(source, stratify_by=clustering.stratify_by)
-        get_log("trajectories").info(
-            "%s examples x %d points from %s", f"{len(trajectories):,}", trajectories.num_points, source
-        )
-        identity = own.identity if own is not None else content_identity(trajectories)
-        key = Key("clustering", schema_of("clustering"), clustering.model_dump(mode="json"), {"trajectories": identity})
-        groups = _select_stage(place, key, lambda draft: build_clustering(clustering, trajectories, draft))
-        inputs = {"trajectories": identity, "clustering": groups.identity}
-        if own is None:  # columns that are only passed through are in no identity yet
-            inputs["rows"] = files_identity(source)
-        key = Key("selection", schema_of("selection"), selection.model_dump(mode="json"), inputs)
-        subset = _select_stage(
-            place,
-            key,
-            lambda draft: build_selection(
-                selection, trajectories, read_clustering(groups), lambda ids: fetch_rows(source, ids), draft
-            ),
-        )
+        with _streamed(own or source, place, clustering.seed, clustering.stratify_by) as (store, scratch):
+            with ThreadPoolExecutor(2) as pool:
+                identity = own.identity if own is not None else store.identity(pool)
+            key = Key("clustering", schema_of("clustering"), clustering.model_dump(mode="json"), {"trajectories": identity})
+            groups = _select_stage(place, key, lambda draft: build_clustering(clustering, machines, store, scratch, draft))
+            inputs = {"trajectories": identity, "clustering": groups.identity}
+            if own is None:  # columns that are only passed through are in no identity yet
+                inputs["rows"] = files_identity(source)
+            key = Key("selection", schema_of("selection"), selection.model_dump(mode="json"), inputs)
+
+            def build(draft: Draft) -> Artifact:
+                fetch = partial(fetch_rows, own or source)
+                return build_selection(selection, store, groups, fetch, scratch, draft)
+
+            subset = _select_stage(place, key, build)
     log.info(
         "%s examples in %s/%s (%s)",
         f"{subset.summary['rows']:,}",

@@ -1,0 +1,237 @@
+"""Tables of any size in ascending order of `example_id`: sorted runs on disk, merged, with memory for a few runs.
+
+Losses, ids and texts of a corpus come in whatever order their files have them; everything after this module sees one
+order. Input that ascends already is written once and not merged.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from s2l_ray.errors import DataError
+
+# A run is sorted in memory, several at a time: 50 MB of trajectories of 12 points.
+RUN_ROWS = 524_288
+# What is read of a run at once while merging.
+PIECE_ROWS = 8_192
+_NAMED_IDS = 5
+_MAX_WIDTH = 64
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class SortedTable:
+    """A table in ascending order of unique `example_id`, as Arrow files one after the other or in memory."""
+
+    files: tuple[Path, ...]
+    schema: pa.Schema
+    num_rows: int
+    table: pa.Table | None = None
+
+    @classmethod
+    def of(cls, table: pa.Table) -> SortedTable:
+        """One in memory; the rows must be in order."""
+        return cls((), table.schema, len(table), table)
+
+    def blocks(self, num_rows: int, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """The rows in blocks of `num_rows` (the last may be shorter), each column in one chunk."""
+        return self.joined(self._batches(columns), num_rows)
+
+    @staticmethod
+    def joined(batches: Iterable[pa.RecordBatch], num_rows: int) -> Iterator[pa.Table]:
+        """Batches of any size as tables of `num_rows` (the last may be shorter)."""
+        waiting: list[pa.RecordBatch] = []
+        count = 0
+        for batch in batches:
+            start = 0
+            while count + len(batch) - start >= num_rows:
+                stop = start + num_rows - count
+                yield _table([*waiting, batch[start:stop]])
+                waiting, count, start = [], 0, stop
+            if start < len(batch):
+                waiting.append(batch[start:])
+                count += len(batch) - start
+        if waiting:
+            yield _table(waiting)
+
+    def _batches(self, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
+        if self.table is not None:
+            table = self.table if columns is None else self.table.select(list(columns))
+            yield from table.to_batches()
+        for path in self.files:
+            with _Run.open(path, self.schema, columns) as reader:
+                for piece in range(reader.num_record_batches):
+                    yield reader.get_batch(piece)
+
+
+def sort_by_id(
+    batches: Iterable[pa.Table], folder: Path, pool: Executor, finish: Callable[[pa.Table], pa.Table] = lambda table: table
+) -> SortedTable:
+    """Sort tables of one schema by `example_id`; `finish` may add columns to each sorted run, in threads of the pool.
+
+    Raises DataError naming ids that occur twice, OSError where the disk is full.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def write(numbered: tuple[int, pa.Table]) -> _Run:
+        number, table = numbered
+        return _Run.write(folder / f"run-{number:05d}.arrow", finish(_sorted(table)))
+
+    runs = list(in_order(pool, write, enumerate(_of_run_size(batches))))
+    if not runs:
+        raise DataError("no rows.")
+    duplicates = sum(run.num_duplicates for run in runs)
+    if duplicates:
+        raise _occur_twice(duplicates, [name for run in runs for name in run.duplicates])
+    if all(left.last < right.first for left, right in itertools.pairwise(runs)):
+        return SortedTable(tuple(run.path for run in runs), runs[0].schema, sum(run.num_rows for run in runs))
+    return _merged(runs, folder, pool)
+
+
+def _merged(runs: list[_Run], folder: Path, pool: Executor) -> SortedTable:
+    """Runs as one table: cut at the same ids, the pieces of each range sorted together."""
+    firsts = sorted(first for run in runs for first in run.firsts)
+    # A run's rows lie between the samples: with so many samples per range its size varies little.
+    splits = [None, *firsts[RUN_ROWS // PIECE_ROWS :: RUN_ROWS // PIECE_ROWS], None]
+
+    def merge(number: int) -> _Run:
+        tables = [run.between(splits[number], splits[number + 1]) for run in runs]
+        return _Run.write(folder / f"merged-{number:05d}.arrow", _sorted(pa.concat_tables(tables)))
+
+    merged = [run for run in in_order(pool, merge, range(len(splits) - 1)) if run.num_rows]
+    for run in runs:
+        run.path.unlink()
+    duplicates = sum(run.num_duplicates for run in merged)
+    if duplicates:
+        raise _occur_twice(duplicates, [name for run in merged for name in run.duplicates])
+    return SortedTable(tuple(run.path for run in merged), runs[0].schema, sum(run.num_rows for run in merged))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A sorted Arrow file, and the first id of every piece of it."""
+
+    path: Path
+    schema: pa.Schema
+    num_rows: int
+    firsts: list[Any]
+    last: Any
+    num_duplicates: int
+    duplicates: list[Any]
+
+    @property
+    def first(self) -> Any:
+        return self.firsts[0]
+
+    @classmethod
+    def write(cls, path: Path, table: pa.Table) -> _Run:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table, max_chunksize=PIECE_ROWS)
+        ids = table["example_id"]
+        firsts = [ids[start].as_py() for start in range(0, len(ids), PIECE_ROWS)]
+        last = ids[-1].as_py() if len(ids) else None
+        ids = ids.combine_chunks()
+        twice = ids[1:].filter(pc.equal(ids[1:], ids[:-1])).unique()
+        return cls(path, table.schema, len(table), firsts, last, len(twice), twice[:_NAMED_IDS].to_pylist())
+
+    @staticmethod
+    def open(path: Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> Any:
+        """A reader of the file: not mapped, since mapped pages count as this process's memory."""
+        fields = [schema.get_field_index(name) for name in columns] if columns is not None else None
+        return pa.ipc.open_file(pa.OSFile(str(path)), options=pa.ipc.IpcReadOptions(included_fields=fields))
+
+    def between(self, first: Any, stop: Any) -> pa.Table:
+        """The rows whose ids lie in [first, stop); None is no limit."""
+        begin = 0 if first is None else max(bisect_left(self.firsts, first) - 1, 0)
+        end = len(self.firsts) if stop is None else bisect_left(self.firsts, stop)
+        if begin >= end:
+            return self.schema.empty_table()
+        with self.open(self.path, self.schema) as reader:
+            table = _table([reader.get_batch(piece) for piece in range(begin, end)])
+        ids = table["example_id"]
+        key = functools.partial(_value, ids)
+        start = 0 if first is None else bisect_left(range(len(ids)), first, key=key)
+        return table[start : len(ids) if stop is None else bisect_left(range(len(ids)), stop, key=key)]
+
+
+def in_order(pool: Executor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int = 3) -> Iterator[Result]:
+    """`map` over threads that reads only a few items ahead of its results."""
+    waiting: deque[Future[Result]] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) >= ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def is_ascending(ids: pa.Array) -> bool:
+    """Whether ids ascend and none occurs twice; strings compare bytewise."""
+    return bool(pc.all(pc.greater(ids[1:], ids[:-1])).as_py() is not False)
+
+
+def _sorted(table: pa.Table) -> pa.Table:
+    table = table.combine_chunks()
+    ids = table["example_id"].combine_chunks()
+    return table if is_ascending(ids) else table.take(pa.array(_ascending_order(ids))).combine_chunks()
+
+
+def _ascending_order(ids: pa.Array) -> NDArray[np.integer[Any]]:
+    """Row numbers in ascending order of ids. Integers and strings of one length are sorted as numbers: a fifth of the time."""
+    if pa.types.is_integer(ids.type):
+        return np.argsort(ids.to_numpy(), kind="stable")
+    lengths = pc.min_max(pc.binary_length(ids)).as_py()
+    width = lengths["min"]
+    if width != lengths["max"] or not 0 < width <= _MAX_WIDTH:
+        return pc.array_sort_indices(ids).to_numpy()
+    start = np.frombuffer(ids.buffers()[1], np.int32)[ids.offset]
+    data = np.frombuffer(ids.buffers()[2], np.uint8)[start : start + len(ids) * width].reshape(-1, width)
+    # Where all ids have the same byte it decides nothing.
+    varying = np.flatnonzero((data != data[0]).any(axis=0))
+    words = np.zeros((len(ids), -(-len(varying) // 8) * 8), np.uint8)
+    words[:, : len(varying)] = data[:, varying]
+    keys = words.view(">u8").astype(np.uint64)
+    return np.argsort(keys[:, 0], kind="stable") if keys.shape[1] == 1 else np.lexsort(keys.T[::-1])
+
+
+def _of_run_size(batches: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Tables joined and cut to runs."""
+    waiting: list[pa.Table] = []
+    count = 0
+    for batch in batches:
+        waiting.append(batch)
+        count += len(batch)
+        while count >= RUN_ROWS:
+            table = pa.concat_tables(waiting)
+            yield table[:RUN_ROWS]
+            waiting, count = [table[RUN_ROWS:]], count - RUN_ROWS
+    if count:
+        yield pa.concat_tables(waiting)
+
+
+def _table(batches: list[pa.RecordBatch]) -> pa.Table:
+    return pa.Table.from_batches(batches).combine_chunks()
+
+
+def _value(ids: pa.ChunkedArray, row: int) -> Any:
+    return ids[row].as_py()
+
+
+def _occur_twice(count: int, names: list[Any]) -> DataError:
+    named = ", ".join(repr(name) for name in names[:_NAMED_IDS])
+    rest = f" and {count - _NAMED_IDS:,} more" if count > _NAMED_IDS else ""
+    return DataError(f"example_id occurs more than once: {named}{rest}. Ids must be unique.")
