@@ -23,7 +23,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from s2l_ray import quality
-from s2l_ray.artifacts import Artifact, Draft
+from s2l_ray.artifacts import Artifact, Draft, table_bytes
 from s2l_ray.config import ClusteringConfig, GroupingConfig, checked
 from s2l_ray.engines import Engine
 from s2l_ray.errors import ConfigError
@@ -626,16 +626,9 @@ def build_clustering(
         _log.info("%s trajectories of %d points, %s", f"{len(store):,}", store.num_points, engine.describe())
         grouping = group(store, config, engine)
         grouped = time.monotonic()
-        waiting: list[pa.Table] = []
-        part = 0
-        for block, labels_M, distances_M in grouping.assignments(store):
-            columns = {"example_id": block["example_id"], "cluster_id": labels_M, "distance": distances_M}
-            waiting.append(pa.table(columns))
-            if sum(map(len, waiting)) >= ROWS_PER_PART:
-                draft.write_table(f"assignments-{part:05d}.parquet", pa.concat_tables(waiting))
-                waiting, part = [], part + 1
-        if waiting:
-            draft.write_table(f"assignments-{part:05d}.parquet", pa.concat_tables(waiting))
+        parts = in_order(pool, lambda table: table_bytes(table, ["cluster_id"]), _parts(grouping.assignments(store)))
+        for part, data in enumerate(parts):
+            draft.write(f"assignments-{part:05d}.parquet", data)
         groups = grouping.groups()
         engine.close()
     _write_array(draft, CENTROIDS, groups.centroids_KT)
@@ -653,6 +646,18 @@ def build_clustering(
         _log.warning("%s", groups.readout["warning"])
     seconds = {"grouping": round(grouped - begun, 3), "writing": round(time.monotonic() - grouped, 3)}
     return draft.publish(groups.summary(), {"engine": engine.describe(), "seconds": seconds})
+
+
+def _parts(assignments: Iterator[tuple[pa.Table, Ints, Floats]]) -> Iterator[pa.Table]:
+    """The parts of the artifact."""
+    waiting: list[pa.Table] = []
+    for block, labels_M, distances_M in assignments:
+        waiting.append(pa.table({"example_id": block["example_id"], "cluster_id": labels_M, "distance": distances_M}))
+        if sum(map(len, waiting)) >= ROWS_PER_PART:
+            yield pa.concat_tables(waiting)
+            waiting = []
+    if waiting:
+        yield pa.concat_tables(waiting)
 
 
 def _beside_source(readout: dict[str, Any]) -> str:

@@ -389,16 +389,17 @@ def _labels(clustering: Artifact, store: TrajectoryStore) -> Iterator[NDArray[np
 
     def assignments() -> Iterator[pa.RecordBatch]:
         for part in clustering.parts("assignments-"):
-            yield from clustering.read_table(part, columns=["example_id", "cluster_id"]).to_batches()
+            yield from clustering.read_table(part, columns=["cluster_id"]).to_batches()
 
-    found = SortedTable.joined(assignments(), BLOCK_ROWS)
-    for block in store.blocks("example_id"):
-        table = next(found, None)
-        if table is None or not table["example_id"].equals(block["example_id"]):
-            raise DataError("the clustering is of other examples than the trajectories. Build clustering again.")
+    if clustering.summary["rows"] != len(store) or _first_id(clustering) != store.first_id:
+        raise DataError("the clustering is of other examples than the trajectories. Build clustering again.")
+    for table in SortedTable.joined(assignments(), BLOCK_ROWS):
         yield table["cluster_id"].to_numpy()
-    if next(found, None) is not None:
-        raise DataError("the clustering is of more examples than the trajectories. Build clustering again.")
+
+
+def _first_id(clustering: Artifact) -> Any:
+    part = clustering.parts("assignments-")[0]
+    return clustering.read_table(part, columns=["example_id"])["example_id"][0].as_py()
 
 
 def _random_rows(store: TrajectoryStore, labels: Iterator[NDArray[np.int32]], count: int, seed: int) -> pa.Table:
