@@ -30,7 +30,7 @@ from s2l_ray.errors import ConfigError
 from s2l_ray.features import Features, Spectrum, on_grid
 from s2l_ray.kmeans import BLOCK_ROWS, Column, Fit, LocalRows, MemoryColumn, Rows, group_sums, lloyd, plus_plus, single_threads
 from s2l_ray.progress import duration, get_log
-from s2l_ray.sorting import in_order
+from s2l_ray.sorting import SortedTable, in_order
 from s2l_ray.trajectory_store import Trajectories, TrajectoryStore, losses_matrix, priorities, priority_cut
 
 SAMPLE_ROWS_PER_CLUSTER = 1_024
@@ -650,14 +650,13 @@ def build_clustering(
 
 def _parts(assignments: Iterator[tuple[pa.Table, Ints, Floats]]) -> Iterator[pa.Table]:
     """The parts of the artifact."""
-    waiting: list[pa.Table] = []
-    for block, labels_M, distances_M in assignments:
-        waiting.append(pa.table({"example_id": block["example_id"], "cluster_id": labels_M, "distance": distances_M}))
-        if sum(map(len, waiting)) >= ROWS_PER_PART:
-            yield pa.concat_tables(waiting)
-            waiting = []
-    if waiting:
-        yield pa.concat_tables(waiting)
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for block, labels_M, distances_M in assignments:
+            columns = {"example_id": block["example_id"], "cluster_id": labels_M, "distance": distances_M}
+            yield from pa.table(columns).to_batches()
+
+    return SortedTable.joined(batches(), ROWS_PER_PART)
 
 
 def _beside_source(readout: dict[str, Any]) -> str:

@@ -26,6 +26,7 @@ from s2l_ray.kmeans import (
     Rows,
     Search,
     Step,
+    farthest_of,
     in_memory,
     single_threads,
     squared_distances,
@@ -162,9 +163,9 @@ class RayRows:
     def assign(self, centroids_KF: Floats, search: Search) -> Step:
         return Step.sum(self._call("assign", centroids_KF, search))
 
-    def farthest(self, centroids_KF: Floats, count: int) -> tuple[Floats, NDArray[np.float64]]:
-        features, squares = zip(*self._call("farthest", centroids_KF, count), strict=True)
-        return np.concatenate(features), np.concatenate(squares)
+    def farthest(self, centroids_KF: Floats, seeds_EF: Floats) -> tuple[float, Floats]:
+        found: list[tuple[float, Floats]] = self._call("farthest", centroids_KF, seeds_EF)
+        return max(found, key=lambda one: one[0])
 
     def finish(self, centroids_KF: Floats) -> float:
         return math.fsum(itertools.chain(*self._call("finish_blocks", centroids_KF)))
@@ -178,7 +179,7 @@ class RayRows:
     def _call(self, method: str, *arguments: Any) -> list[Any]:
         import ray
 
-        return ray.get([actor.call.remote(self._name, method, *arguments) for actor in self._actors])
+        return list(ray.get([actor.call.remote(self._name, method, *arguments) for actor in self._actors]))
 
 
 # --- GPUs ----------------------------------------------------------------------------------------------------------
@@ -237,21 +238,17 @@ class GpuRows:
         _, labels = faiss.knn_gpu(self._resources[block.device.index], block, centroids, 1, device=block.device.index)
         return labels.flatten()
 
-    def farthest(self, centroids_KF: Floats, count: int) -> tuple[Floats, NDArray[np.float64]]:
-        features, squares = [], []
+    def farthest(self, centroids_KF: Floats, seeds_EF: Floats) -> tuple[float, Floats]:
+        found = [farthest_of(*values, centroids_KF, seeds_EF) for values in self._on_host()]
+        return max(found, key=lambda one: one[0])
+
+    def _on_host(self) -> Iterator[tuple[Floats, Ints]]:
+        """Features and labels, block by block."""
         for block, labels in zip(self._blocks, self._labels, strict=True):
-            values = block.cpu().numpy()
-            far = squared_distances(values, labels.cpu().numpy().astype(np.int32), centroids_KF)
-            rows = np.argsort(-far, kind="stable")[:count]
-            features.append(values[rows])
-            squares.append(far[rows])
-        return np.concatenate(features), np.concatenate(squares)
+            yield block.cpu().numpy(), labels.cpu().numpy().astype(np.int32)
 
     def finish(self, centroids_KF: Floats) -> float:
-        found = [
-            squared_distances(block.cpu().numpy(), labels.cpu().numpy().astype(np.int32), centroids_KF)
-            for block, labels in zip(self._blocks, self._labels, strict=True)
-        ]
+        found = [squared_distances(*values, centroids_KF) for values in self._on_host()]
         self._distances = [np.sqrt(squares).astype(np.float32) for squares in found]
         return math.fsum(float(squares.sum()) for squares in found)
 

@@ -116,9 +116,7 @@ class Features:
 
 def on_grid(values: NDArray[np.floating[Any]]) -> Floats:
     """Values rounded to multiples of 2**-20."""
-    rounded = np.rint(values * GRID)
-    rounded /= GRID
-    return rounded.astype(np.float32, copy=False)
+    return np.asarray(np.rint(values * GRID) / GRID, np.float32)
 
 
 def _sum_of_columns(values_NT: Floats, weights_T: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -89,7 +89,7 @@ class FileColumn:
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         values = np.empty((min(stop, len(self)) - start, *self._shape[1:]), self._dtype)
-        view, done = memoryview(values.reshape(-1).view(np.uint8)), 0
+        view, done = values.reshape(-1).view(np.uint8).data, 0
         while done < len(view):
             count = os.preadv(self._file.fileno(), [view[done:]], start * self._row_bytes + done)
             if not count:
@@ -98,7 +98,7 @@ class FileColumn:
         return values
 
     def write(self, start: int, values: NDArray[Any]) -> None:
-        view, done = memoryview(np.ascontiguousarray(values, self._dtype).reshape(-1).view(np.uint8)), 0
+        view, done = np.ascontiguousarray(values, self._dtype).reshape(-1).view(np.uint8).data, 0
         while done < len(view):
             done += os.pwrite(self._file.fileno(), view[done:], start * self._row_bytes + done)
 
@@ -147,8 +147,9 @@ class Rows(Protocol):
     def assign(self, centroids_KF: Floats, search: Search) -> Step:
         """Give each row its nearest centroid."""
 
-    def farthest(self, centroids_KF: Floats, count: int) -> tuple[Floats, NDArray[np.float64]]:
-        """`count` rows of each block that are farthest from their centroids, and the squared distances."""
+    def farthest(self, centroids_KF: Floats, seeds_EF: Floats) -> tuple[float, Floats]:
+        """The row (shape (F,)) that is farthest from its centroid and from all seeds, and its squared distance to the
+        nearest of them; of equal ones the first."""
 
     def finish(self, centroids_KF: Floats) -> float:
         """Settle every row's distance to its centroid; the inertia, rounded once from an exact sum over blocks."""
@@ -205,15 +206,12 @@ class LocalRows:
 
         return Step.sum(list(self._pool.map(one_block, self._blocks)))
 
-    def farthest(self, centroids_KF: Floats, count: int) -> tuple[Floats, NDArray[np.float64]]:
-        def one_block(block: slice) -> tuple[Floats, NDArray[np.float64]]:
+    def farthest(self, centroids_KF: Floats, seeds_EF: Floats) -> tuple[float, Floats]:
+        def one_block(block: slice) -> tuple[float, Floats]:
             features = self._read(block)
-            squares = squared_distances(features, self._labels.read(block.start, block.stop), centroids_KF)
-            rows = np.argsort(-squares, kind="stable")[:count]
-            return features[rows], squares[rows]
+            return farthest_of(features, self._labels.read(block.start, block.stop), centroids_KF, seeds_EF)
 
-        features, squares = zip(*self._pool.map(one_block, self._blocks), strict=True)
-        return np.concatenate(features), np.concatenate(squares)
+        return max(self._pool.map(one_block, self._blocks), key=lambda found: found[0])
 
     def finish(self, centroids_KF: Floats) -> float:
         return math.fsum(self.finish_blocks(centroids_KF))
@@ -244,7 +242,7 @@ class LocalRows:
     def sizes(self, num_clusters: int) -> NDArray[np.int64]:
         """Rows in each group."""
         counts = [np.bincount(self._labels.read(b.start, b.stop), minlength=num_clusters) for b in self._blocks]
-        return np.sum(counts, axis=0)
+        return np.asarray(np.sum(counts, axis=0))
 
     @property
     def _blocks(self) -> list[slice]:
@@ -259,7 +257,7 @@ def _erosion(moved_K: NDArray[np.float64]) -> NDArray[np.float64]:
     largest = int(np.argmax(moved_K))
     others_K = np.full(len(moved_K), moved_K[largest])
     others_K[largest] = np.delete(moved_K, largest).max(initial=0.0)
-    return moved_K + others_K
+    return np.asarray(moved_K + others_K)
 
 
 def _most(erosion_K: NDArray[np.float64]) -> Floats:
@@ -356,22 +354,19 @@ def lloyd(rows: Rows, centroids_KF: Floats, num_iterations: int, tolerance: floa
 
 def _moves(new_KF: Floats, old_KF: Floats) -> NDArray[np.float64]:
     """How far each centroid moved."""
-    return np.sqrt(((new_KF.astype(np.float64) - old_KF) ** 2).sum(axis=1))
+    return np.asarray(np.sqrt(((new_KF.astype(np.float64) - old_KF) ** 2).sum(axis=1)))
 
 
 def _seeded(rows: Rows, centroids_KF: Floats, empty: NDArray[np.int64]) -> Floats:
-    """Centroids with the empty ones moved to rows far from theirs."""
-    # More than there are empty groups: duplicates of one far row fill one group only.
-    features, squares = rows.farthest(centroids_KF, 8 * len(empty))
-    centroids_KF = centroids_KF.copy()
-    for cluster_id in empty:
-        farthest = int(np.argmax(squares))
-        if squares[farthest] == 0:
+    """Centroids with the empty ones moved to the rows farthest from theirs, one after the other: each counts for the next,
+    else they would all land in the same far corner. A pass for each, which is rare after k-means++."""
+    seeded_KF = centroids_KF.copy()
+    for number, cluster_id in enumerate(empty):
+        square, farthest = rows.farthest(centroids_KF, seeded_KF[empty[:number]])
+        if square == 0:
             break
-        centroids_KF[cluster_id] = features[farthest]
-        # Each counts for the next: else they would all land in the same far corner.
-        squares = np.minimum(squares, ((features.astype(np.float64) - features[farthest]) ** 2).sum(axis=1))
-    return centroids_KF
+        seeded_KF[cluster_id] = farthest
+    return seeded_KF
 
 
 def plus_plus(features_NF: Floats, num_clusters: int, seed: int) -> Floats:
@@ -398,6 +393,15 @@ def squared_distances(features_NF: Floats, labels_N: Ints, centroids_KF: Floats)
         difference = features_NF[:, feature] - centroids_KF[:, feature].astype(np.float64)[labels_N]
         squares += difference * difference
     return squares
+
+
+def farthest_of(features_NF: Floats, labels_N: Ints, centroids_KF: Floats, seeds_EF: Floats) -> tuple[float, Floats]:
+    """`Rows.farthest` among some rows."""
+    squares = squared_distances(features_NF, labels_N, centroids_KF)
+    for seed in seeds_EF:
+        squares = np.minimum(squares, ((features_NF - seed.astype(np.float64)) ** 2).sum(axis=1))
+    row = int(np.argmax(squares))
+    return float(squares[row]), features_NF[row].copy()
 
 
 def single_threads(num_threads: int | None = None) -> ThreadPoolExecutor:

@@ -325,11 +325,6 @@ def _num_examples(budget: int | float, num_rows: int) -> int:
     return min(int(budget), num_rows)
 
 
-def random_rows(example_ids: pa.Array, num_rows: int, seed: int) -> Integers:
-    """The random control: the `num_rows` examples of lowest priority under the seed `random-{seed}`. Ascending rows."""
-    return np.sort(np.argsort(priorities(example_ids, f"random-{seed}"), kind="stable")[:num_rows])
-
-
 @dataclass(frozen=True)
 class _Chosen:
     """A selection with what is known of its rows."""

@@ -197,7 +197,7 @@ def _ascending_order(ids: pa.Array) -> NDArray[np.integer[Any]]:
     lengths = pc.min_max(pc.binary_length(ids)).as_py()
     width = lengths["min"]
     if width != lengths["max"] or not 0 < width <= _MAX_WIDTH:
-        return pc.array_sort_indices(ids).to_numpy()
+        return np.asarray(pc.array_sort_indices(ids).to_numpy())
     start = np.frombuffer(ids.buffers()[1], np.int32)[ids.offset]
     data = np.frombuffer(ids.buffers()[2], np.uint8)[start : start + len(ids) * width].reshape(-1, width)
     # Where all ids have the same byte it decides nothing.

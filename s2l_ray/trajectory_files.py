@@ -55,7 +55,7 @@ def open_trajectories(
     run directory, ConfigError for an unknown column to stratify by.
     """
     parts = _parts(source)
-    where = source if isinstance(source, str) else source.root.uri
+    where = _place(source)
     names: dict[str, Names] = {}
 
     def finish(table: pa.Table) -> pa.Table:
@@ -68,6 +68,10 @@ def open_trajectories(
     num_points = rows.schema.field("losses").type.list_size
     _log.info("%s trajectories of %d points from %d files", f"{rows.num_rows:,}", num_points, len(parts))
     return TrajectoryStore(rows, num_points, {name: found.values for name, found in names.items()}, seed)
+
+
+def _place(source: str | Artifact) -> str:
+    return source if isinstance(source, str) else source.root.uri
 
 
 def read_trajectories(source: str | Artifact, *, stratify_by: str | None = None) -> Trajectories:
@@ -103,7 +107,7 @@ def find_artifact(uri: str) -> Artifact | None:
     return None
 
 
-def fetch_rows(source: str, example_ids: pa.Array, positions_M: NDArray[np.int64]) -> Iterator[pa.Table]:
+def fetch_rows(source: str | Artifact, example_ids: pa.Array, positions_M: NDArray[np.int64]) -> Iterator[pa.Table]:
     """Some rows by their numbers in the files: tables of `example_id` and `row`, a struct of all columns but `losses`.
 
     A streaming join with memory for one batch: row groups without a wanted row are not read. Rows come in the order of the
@@ -133,11 +137,11 @@ def fetch_rows(source: str, example_ids: pa.Array, positions_M: NDArray[np.int64
         raise _changed(source)
 
 
-def _changed(source: str) -> DataError:
-    return DataError(f"{source}: changed while it was read. Run again when nothing writes there.")
+def _changed(source: str | Artifact) -> DataError:
+    return DataError(f"{_place(source)}: changed while it was read. Run again when nothing writes there.")
 
 
-def _common_schema(parts: list[_Part], source: str) -> pa.Schema:
+def _common_schema(parts: list[_Part], source: str | Artifact) -> pa.Schema:
     """The columns of all parts but `losses`, dictionaries decoded, integers and floats as wide as the widest."""
     schemas = []
     for part in parts:
@@ -147,7 +151,7 @@ def _common_schema(parts: list[_Part], source: str) -> pa.Schema:
     try:
         return pa.unify_schemas(schemas, promote_options="permissive")
     except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
-        raise DataError(f"{source}: the parts have different columns ({error}).") from error
+        raise DataError(f"{_place(source)}: the parts have different columns ({error}).") from error
 
 
 def _as_struct(batch: pa.RecordBatch, schema: pa.Schema) -> pa.Array:
@@ -288,7 +292,7 @@ def _wanted_columns(part: _Part, stratify_by: str | None) -> list[str]:
             raise DataError(f"{part.name}: column '{name}' is missing (columns: {listed}).")
     if stratify_by is not None and stratify_by not in names:
         raise ConfigError(f"clustering.stratify_by: no column '{stratify_by}' in {part.name}. Known: {listed}.")
-    wanted = ["example_id", "losses", "source", "num_response_tokens", stratify_by]
+    wanted = ["example_id", "losses", "source", "num_response_tokens", stratify_by or "source"]
     return [name for name in dict.fromkeys(wanted) if name in names]
 
 

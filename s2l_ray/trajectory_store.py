@@ -234,13 +234,13 @@ class TrajectoryStore:
 
     def codes(self, block: pa.Table, column: str) -> NDArray[np.int32]:
         """The places of a block's names among `names_of(column)`, shape (M,)."""
-        return self._ranks[column][block[column].to_numpy()]
+        return np.asarray(self._ranks[column][block[column].to_numpy()])
 
     def counts_of(self, column: str) -> NDArray[np.int64]:
         """Rows of each of `names_of(column)`."""
         num_names = len(self.names_of(column))
         counts = [np.bincount(self.codes(block, column), minlength=num_names) for block in self.blocks(column)]
-        return np.sum(counts, axis=0)
+        return np.asarray(np.sum(counts, axis=0))
 
     def priorities(self, block: pa.Table, seed: int) -> NDArray[np.uint64]:
         """The random numbers of a block's rows: those of the store where it has them for this seed."""
@@ -260,14 +260,14 @@ class TrajectoryStore:
             for name in block.column_names:
                 column = one_array(block[name])
                 if name in self.names:
-                    content.update(np.ascontiguousarray(self.codes(block, name)))
+                    content.update(np.ascontiguousarray(self.codes(block, name)).data)
                 elif pa.types.is_string(column.type):
-                    content.update(np.ascontiguousarray(pc.binary_length(column).to_numpy()))
+                    content.update(np.ascontiguousarray(pc.binary_length(column).to_numpy()).data)
                     offsets = np.frombuffer(column.buffers()[1], np.int32)[column.offset : column.offset + len(column) + 1]
                     content.update(memoryview(column.buffers()[2] or b"")[offsets[0] : offsets[-1]])
                 else:
                     values = column.flatten() if name == "losses" else column
-                    content.update(np.ascontiguousarray(values.to_numpy()))
+                    content.update(np.ascontiguousarray(values.to_numpy()).data)
             return content.digest()
 
         kinds = [str(self.rows.schema.field(name).type) for name in columns if self.has(name)]

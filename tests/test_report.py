@@ -24,7 +24,18 @@ import pytest
 from s2l_ray.artifacts import Artifact, Draft, Key, Storage
 from s2l_ray.errors import ArtifactError
 from s2l_ray.report import build_report, count, percent, quantity, signed
-from s2l_ray.report.facts import Groups, Text, measures, nearest, shown_groups, sources, verdict, without_credentials
+from s2l_ray.report.facts import (
+    Groups,
+    Text,
+    budgets,
+    measures,
+    nearest,
+    quality,
+    shown_groups,
+    sources,
+    verdict,
+    without_credentials,
+)
 from s2l_ray.report.plots import label
 
 HOSTILE = "</script><script>alert(1)</script>"
@@ -111,7 +122,8 @@ def write_run(run: Storage, corpus: Corpus, until: str = "evaluation", loss: tup
         draft = Draft.open(run, Key(stage, 1, {"seed": index}, inputs))
         draft.created -= datetime.timedelta(seconds=[12, 100, 50, 4, 1, 60, 21][index])
         summary = writer(draft, corpus, loss) if stage == "evaluation" else writer(draft, corpus)
-        artifacts[stage] = draft.publish(summary, {"workers": 2})
+        grouping = {"engine": "in memory, 2 threads", "seconds": {"grouping": 3.1, "writing": 0.2}}
+        artifacts[stage] = draft.publish(summary, grouping if stage == "clustering" else {"workers": 2})
         if stage == until:
             return
 
@@ -153,7 +165,22 @@ def _clustering(draft: Draft, corpus: Corpus) -> dict[str, Any]:
     sizes = np.bincount(corpus.clusters, minlength=corpus.num_clusters).tolist()
     capped = {"gsm8k": {"num_clusters": 2, "because": "it has 2 rows"}}
     common = {"inertia": 1.5, "explained_variance": 0.973, "num_iterations": 9, "capped": capped, "strata": {}}
+    common |= {"ended_by": ["converged", "num_iterations"], "readout": READOUT | {"training_rows": corpus.num_rows - 50}}
     return common | {"rows": corpus.num_rows, "num_clusters": corpus.num_clusters, "sizes": sizes}
+
+
+READOUT = {
+    "features": "raw",
+    "tiny_groups": 2,
+    "tiny_rows": 10,
+    "variance_explained_by_source": 0.125,
+    "principal_components": [0.945, 0.04, 0.01, 0.004, 0.001],
+    "effective_dimension": 1.118,
+    "agreement_of_restarts": 0.6789,
+    "agreement_with_source": 0.0345,
+    "sampled_rows": 128,
+    "warning": f"one direction holds 94.5% of the variance {HOSTILE}",
+}
 
 
 def _selection(draft: Draft, corpus: Corpus) -> dict[str, Any]:
@@ -179,7 +206,12 @@ def _selection(draft: Draft, corpus: Corpus) -> dict[str, Any]:
         "columns": names,
         "num_clusters": corpus.num_clusters,
     }
+    budgets = [{"budget": len(corpus.selected), "rows": len(corpus.selected), "file": "selected.parquet"}]
+    budgets.append({"budget": 0.29, "rows": 72, "file": f"selected-{BOLD}.parquet"})
+    budgets.append({"budget": {"tokens": 20_000}, "rows": 4, "file": "selected-tokens-20000.parquet"})
     return common | {
+        "stability": {"rows": 128, "chosen": 5, "common": 0.3456, "by_chance": 0.04},
+        "budgets": budgets,
         "rows": len(corpus.selected),
         "pool": corpus.num_rows,
         "sizes": sizes,
@@ -298,6 +330,54 @@ def test_counts_and_metrics_stand_on_the_page_exactly(run: Storage, corpus: Corp
         "\u22120.0400",
     ):
         assert value in text, value
+
+
+def test_the_quality_of_the_groups_is_told_and_the_warning_stays_a_text(run: Storage, corpus: Corpus) -> None:
+    write_run(run, corpus)
+    page = page_of(run)
+    for value in (
+        "what k-means saw the losses (raw)",
+        "trained on 200 of 250 examples; the others were only assigned",
+        "iterations 9, until no example changed its group or the limit was reached",
+        "variance explained by the groups 97.3% variance explained by source alone 12.5%",
+        "agreement of restarts (ARI) 0.68 on 128 examples agreement with source (ARI) 0.03",
+        "subset that stays the same from another seed 34.6% (4.0% by chance)",
+        "effective dimension 1.12 of 5",
+        "groups of at most 10 examples 2 of 5",
+        f"Read these groups with care: one direction holds 94.5% of the variance {HOSTILE}.",
+        "10 examples 10 selection/selected.parquet",
+        f"29% of the pool 72 selection/selected-{BOLD}.parquet",
+        "20,000 response tokens 4 selection/selected-tokens-20000.parquet",
+        "engine in memory, 2 threads; seconds grouping 3.1, writing 0.2",
+    ):
+        assert value in page.text, value
+    assert page.figures()["principal_components"]["data"][0]["y"] == READOUT["principal_components"]
+
+
+def test_what_the_manifests_do_not_know_is_left_out() -> None:
+    old = {"rows": 250, "num_clusters": 5, "num_iterations": 9, "explained_variance": 0.973}
+    assert quality(old, {}) == [("iterations", "9"), ("variance explained by the groups", "97.3%")]
+    keys = {"variance_explained_by_source": None, "agreement_of_restarts": None, "agreement_with_source": None}
+    one_restart = old | {"readout": READOUT | keys | {"sampled_rows": 250, "training_rows": 250}}
+    told = [what for what, _ in quality(one_restart, {"stability": None})]
+    always = ["what k-means saw", "iterations", "variance explained by the groups", "effective dimension"]
+    assert told == [*always, "groups of at most 10 examples"]
+    assert budgets({"budgets": [{"budget": 10, "rows": 10, "file": "selected.parquet"}]}) == budgets({}) == []
+
+
+def test_a_run_from_before_the_readout_makes_a_report(run: Storage, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    new = {"ended_by", "readout", "stability", "budgets"}
+    for writer in (_clustering, _selection):
+
+        def of_old(draft: Draft, corpus: Corpus, writer: Any = writer) -> dict[str, Any]:
+            return {key: value for key, value in writer(draft, corpus).items() if key not in new}
+
+        monkeypatch.setitem(globals(), writer.__name__, of_old)
+    write_run(run, corpus)
+    page = page_of(run)
+    assert "iterations 9 variance explained by the groups 97.3%" in page.text
+    assert "principal_components" not in page.figures()
+    assert not [words for words in ("with care", "participation ratio", "further ones") if words in page.text]
 
 
 def test_a_win_a_loss_and_a_draw_are_said_as_they_are(run: Storage, corpus: Corpus) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +18,19 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from s2l_ray.artifacts import Artifact, Draft, Key, Storage
-from s2l_ray.clustering import Clustering, cluster, cluster_trajectories
-from s2l_ray.config import ClusteringConfig, SelectionConfig
+from s2l_ray.clustering import build_clustering, cluster
+from s2l_ray.config import ClusteringConfig, GroupingConfig, SelectionConfig
 from s2l_ray.errors import ConfigError, DataError
 from s2l_ray.selection import (
     build_selection,
-    random_rows,
     read_selection,
     select,
     select_rows,
     selection_order,
     water_fill,
 )
-from s2l_ray.trajectory_store import Trajectories, fetch_rows, priorities, read_trajectories
+from s2l_ray.trajectory_files import fetch_rows, open_trajectories
+from s2l_ray.trajectory_store import priorities
 
 sizes_of_groups = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 
@@ -219,13 +222,6 @@ def test_the_selection_is_that_of_clustering_and_then_select_rows() -> None:
     assert np.bincount((found.cluster_ids_M >= 8).astype(int)).tolist() == [100, 100]
 
 
-def test_the_random_control_is_the_lowest_priorities_under_its_own_seed() -> None:
-    ids = pa.array([f"e{row}" for row in range(500)])
-    expected = sorted(np.argsort(priorities(ids, "random-3"))[:40].tolist())
-    assert random_rows(ids, 40, 3).tolist() == expected
-    assert set(expected) <= set(random_rows(ids, 90, 3).tolist())
-
-
 def corpus(num_rows: int = 600, **columns: Any) -> pa.Table:
     rng = np.random.default_rng(5)
     base = {
@@ -238,13 +234,39 @@ def corpus(num_rows: int = 600, **columns: Any) -> pa.Table:
     return pa.table(base | columns)
 
 
-def built(folder: Path, uri: str, fetch: Any = None, random_control: bool = True, **recipe: Any) -> Artifact:
-    trajectories = read_trajectories(uri)
+def random_rows(ids: Any, count: int, seed: int) -> list[int]:
+    """The random control by the book: the lowest priorities under its own seed."""
+    return sorted(np.argsort(priorities(ids, f"random-{seed}"), kind="stable")[:count].tolist())
+
+
+def whole(rows: Callable[[pa.Array], pa.Table]) -> Any:
+    """A corpus's `fetch_rows` from a function that gives all wanted rows in the order of the ids."""
+
+    def fetch(ids: pa.Array, _numbers: Any) -> Iterator[pa.Table]:
+        yield pa.table({"example_id": ids, "row": rows(ids).to_struct_array()})
+
+    return fetch
+
+
+def built(
+    folder: Path,
+    uri: str,
+    fetch: Any = None,
+    random_control: bool = True,
+    stratify_by: str | None = None,
+    num_clusters: int = 7,
+    **recipe: Any,
+) -> Artifact:
     config = SelectionConfig(**({"budget": 60} | recipe))
-    groups = cluster_trajectories(trajectories, ClusteringConfig(num_clusters=7), None)
+    grouping = ClusteringConfig(num_clusters=num_clusters, stratify_by=stratify_by)
+    scratch = folder / "scratch"
+    with ThreadPoolExecutor(2) as pool:
+        store = open_trajectories(uri, scratch / "store", pool, stratify_by=stratify_by, seed=0)
+    draft = Draft.open(Storage(str(folder)), Key("clustering", 1, grouping.model_dump(), {}))
+    groups = build_clustering(grouping, GroupingConfig(), store, scratch, draft)
     draft = Draft.open(Storage(str(folder)), Key("selection", 1, config.model_dump(), {}))
-    fetch = fetch or (lambda ids: fetch_rows(uri, ids))
-    return build_selection(config, trajectories, groups, fetch, draft, random_control=random_control)
+    fetch = fetch or partial(fetch_rows, uri)
+    return build_selection(config, store, groups, fetch, scratch, draft, random_control=random_control)
 
 
 def test_selected_rows_are_the_corpus_columns_as_they_were_and_ours(tmp_path: Path) -> None:
@@ -263,6 +285,7 @@ def test_selected_rows_are_the_corpus_columns_as_they_were_and_ours(tmp_path: Pa
     control = artifact.read_table("random.parquet")
     assert set(control["weight"].to_pylist()) == {10.0}
     assert control["example_id"].to_pylist() == [f"row-{row:04d}" for row in random_rows(corpus()["example_id"], 60, 0)]
+    assert summary["budgets"] == [{"budget": 60, "rows": 60, "file": "selected.parquet"}]
     for name, pool in (("web", 480), ("code", 120)):
         picked = [rows["source"].to_pylist().count(name) for rows in (table, control)]
         assert summary["sources"][name] == {"pool": pool, "selected": picked[0], "random": picked[1]}
@@ -291,10 +314,10 @@ def test_our_columns_are_underscored_where_the_corpus_has_their_names(tmp_path: 
 def test_a_corpus_with_other_example_ids_keeps_them_beside_ours(tmp_path: Path) -> None:
     pq.write_table(corpus(), tmp_path / "t.parquet")
 
-    def fetch(ids: pa.Array) -> pa.Table:
+    def rows(ids: pa.Array) -> pa.Table:
         return pa.table({"example_id": [f"theirs-{i}" for i in ids.to_pylist()], "_example_id": [1] * len(ids)})
 
-    artifact = built(tmp_path, str(tmp_path / "t.parquet"), fetch)
+    artifact = built(tmp_path, str(tmp_path / "t.parquet"), whole(rows))
     found = artifact.read_table("selected.parquet")
     assert found.column_names == ["example_id", "_example_id", "__example_id", "cluster_id", "weight"]
     assert found["example_id"].to_pylist() == [f"theirs-{i}" for i in found["__example_id"].to_pylist()]
@@ -303,7 +326,7 @@ def test_a_corpus_with_other_example_ids_keeps_them_beside_ours(tmp_path: Path) 
 
 def test_a_corpus_without_example_ids_gets_ours(tmp_path: Path) -> None:
     pq.write_table(corpus(), tmp_path / "t.parquet")
-    artifact = built(tmp_path, str(tmp_path / "t.parquet"), lambda ids: pa.table({"prompt": ids}))
+    artifact = built(tmp_path, str(tmp_path / "t.parquet"), whole(lambda ids: pa.table({"prompt": ids})))
     found = artifact.read_table("selected.parquet")
     assert found.column_names == ["prompt", "example_id", "cluster_id", "weight"]
     assert found["prompt"].equals(found["example_id"])
@@ -337,11 +360,9 @@ def test_shuffled_and_recut_parts_give_the_same_bytes(tmp_path: Path) -> None:
 def test_strata_of_the_clustering_are_those_of_the_selection(tmp_path: Path) -> None:
     table = corpus()
     pq.write_table(table, tmp_path / "t.parquet")
-    trajectories = read_trajectories(str(tmp_path / "t.parquet"))
-    groups: Clustering = cluster_trajectories(trajectories, ClusteringConfig(num_clusters=5), trajectories.sources)
-    draft = Draft.open(Storage(str(tmp_path)), Key("selection", 1, {}, {}))
-    config = SelectionConfig(budget=300)
-    artifact = build_selection(config, trajectories, groups, lambda ids: pa.table({"id": ids}), draft)
+    artifact = built(
+        tmp_path, str(tmp_path / "t.parquet"), stratify_by="source", num_clusters=5, budget=300, random_control=False
+    )
     assert artifact.summary["sources"] == {
         "code": {"pool": 120, "selected": 120, "random": None},
         "web": {"pool": 480, "selected": 180, "random": None},
@@ -349,8 +370,12 @@ def test_strata_of_the_clustering_are_those_of_the_selection(tmp_path: Path) -> 
 
 
 def test_a_clustering_of_other_examples_is_refused(tmp_path: Path) -> None:
-    losses = np.random.default_rng(0).random((9, 2))
-    draft = Draft.open(Storage(str(tmp_path)), Key("selection", 1, {}, {}))
-    groups = cluster(losses, num_clusters=2)
+    pq.write_table(corpus(60), tmp_path / "t.parquet")
+    pq.write_table(corpus(60, example_id=[f"another-{row:04d}" for row in range(60)]), tmp_path / "other.parquet")
+    built(tmp_path / "run", str(tmp_path / "t.parquet"), budget=3)
+    groups = Artifact.read(Storage(str(tmp_path / "run" / "clustering")))
+    draft = Draft.open(Storage(str(tmp_path / "else")), Key("selection", 1, {}, {}))
+    with ThreadPoolExecutor(2) as pool:
+        store = open_trajectories(str(tmp_path / "other.parquet"), tmp_path / "scratch", pool)
     with pytest.raises(DataError, match="other examples"):
-        build_selection(SelectionConfig(budget=3), Trajectories.of(losses, list("abcdefghi")), groups, lambda ids: ids, draft)
+        build_selection(SelectionConfig(budget=3), store, groups, whole(lambda ids: ids), tmp_path / "more", draft)

@@ -7,6 +7,7 @@ import json
 import logging
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,8 @@ from pyarrow import fs
 
 from s2l_ray.artifacts import Artifact, Draft, Key, Storage
 from s2l_ray.errors import ArtifactError, ConfigError, DataError
-from s2l_ray.trajectory_store import (
-    Trajectories,
-    content_identity,
-    fetch_rows,
-    find_artifact,
-    load_trajectories,
-    losses_of,
-    priorities,
-    read_trajectories,
-    trajectories_table,
-)
+from s2l_ray.trajectory_files import fetch_rows, find_artifact, read_trajectories
+from s2l_ray.trajectory_store import Trajectories, TrajectoryStore, losses_of, priorities, trajectories_table
 
 LOSSES = np.array([[3.0, 2.0], [2.5, 2.25], [4.0, 0.5], [1.0, 1.0]], np.float32)
 
@@ -38,6 +30,17 @@ def write(path: Path, **columns: Any) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), path)
     return str(path)
+
+
+def content_identity(trajectories: Trajectories) -> str:
+    with ThreadPoolExecutor(2) as pool:
+        return TrajectoryStore.of(trajectories).identity(pool)
+
+
+def fetched(uri: str, ids: list[Any], numbers: list[int]) -> dict[str, list[Any]]:
+    tables = list(fetch_rows(uri, pa.array(ids), np.array(numbers)))
+    rows = pa.concat_tables(tables)["row"].combine_chunks()
+    return pa.Table.from_struct_array(rows).to_pydict()
 
 
 def lists(losses: Any = LOSSES, kind: pa.DataType | None = None) -> pa.Array:
@@ -205,7 +208,7 @@ def test_object_storage_reads_like_a_disk(tmp_path: Path, monkeypatch: pytest.Mo
         found = read_trajectories("s3://trajectory-store/parts")
         assert content_identity(found) == content_identity(read_trajectories(str(tmp_path)))
         assert read_trajectories("s3://trajectory-store/*/[12].parquet").example_ids.to_pylist() == [1, 2]
-        assert fetch_rows("s3://trajectory-store/parts", pa.array([2])).to_pydict() == {"example_id": [2]}
+        assert fetched("s3://trajectory-store/parts", [2], [2]) == {"example_id": [2]}
         with pytest.raises(DataError, match="nowhere: no such file or directory"):
             read_trajectories("s3://trajectory-store/nowhere")
     finally:
@@ -235,11 +238,11 @@ def test_a_missing_source_gets_a_name(tmp_path: Path) -> None:
 
 def test_a_column_to_stratify_by_is_read_and_an_unknown_one_is_refused_with_the_known(tmp_path: Path) -> None:
     uri = write(tmp_path / "t.parquet", losses=lists(), example_id=[0, 1, 2, 3], level=[5, 5, 6, 6])
-    assert read_trajectories(uri, stratify_by="level").stratum_column("level").to_pylist() == ["5", "5", "6", "6"]
+    assert read_trajectories(uri, stratify_by="level").columns["level"].to_pylist() == ["5", "5", "6", "6"]
     with pytest.raises(ConfigError, match=r"no column 'levle'.*Known: losses, example_id, level"):
         read_trajectories(uri, stratify_by="levle")
     with pytest.raises(ConfigError, match=r"clustering.stratify_by: no column 'topic'.*Known: source"):
-        Trajectories.of(LOSSES, sources=list("xxyy")).stratum_column("topic")
+        TrajectoryStore.of(Trajectories.of(LOSSES, sources=list("xxyy"))).names_of("topic")
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
@@ -300,7 +303,7 @@ def test_a_runs_own_parts_have_the_contracts_schema_and_read_back(tmp_path: Path
         ("losses", "fixed_size_list<item: float>[2]"),
         ("num_response_tokens", "int32"),
     ]
-    loaded = load_trajectories(artifact)
+    loaded = read_trajectories(artifact)
     assert loaded.num_response_tokens_N.tolist() == list(range(7))
     assert np.array_equal(losses_of(artifact.read_table("part-00001.parquet")), loaded.losses_NT[4:])
     read = read_trajectories(str(tmp_path / "trajectories"))
@@ -334,21 +337,24 @@ def test_a_damaged_unfinished_or_wrong_run_directory_is_refused(tmp_path: Path) 
         read_trajectories(artifact.root.uri)
 
 
-def test_fetched_rows_are_the_corpus_columns_in_the_order_asked_for(tmp_path: Path) -> None:
+def test_fetched_rows_are_the_corpus_columns_in_the_order_of_the_files(tmp_path: Path) -> None:
     meta = pa.array([{"k": row} for row in range(4)])
     tags = pa.array(["x", None, "y", "x"]).dictionary_encode()
     write(tmp_path / "a.parquet", text=list("ABCD"), losses=lists(), example_id=list("dbca"), meta=meta, tag=tags)
-    write(tmp_path / "b.parquet", text=list("EFGH"), losses=lists(), example_id=list("hgfe"), meta=meta, tag=tags)
-    rows = fetch_rows(str(tmp_path), pa.array(["a", "b", "f", "g"]))
-    assert rows.to_pydict() == {
-        "text": ["D", "B", "G", "F"],
-        "example_id": ["a", "b", "f", "g"],
-        "meta": [{"k": 3}, {"k": 1}, {"k": 2}, {"k": 1}],
-        "tag": ["x", None, "y", None],
+    pq.write_table(
+        pa.table({"losses": lists(), "example_id": list("hgfe"), "text": list("EFGH"), "meta": meta}),
+        tmp_path / "b.parquet",
+        row_group_size=1,
+    )
+    assert fetched(str(tmp_path), ["a", "b", "f", "g"], [3, 1, 6, 5]) == {
+        "text": ["B", "D", "F", "G"],
+        "example_id": ["b", "a", "g", "f"],
+        "meta": [{"k": 1}, {"k": 3}, {"k": 1}, {"k": 2}],
+        "tag": [None, "x", None, None],
     }
-    assert fetch_rows(str(tmp_path), pa.array(["g", "a"]))["text"].to_pylist() == ["F", "D"]
-    with pytest.raises(DataError, match="changed while it was read"):
-        fetch_rows(str(tmp_path), pa.array(["a", "zz"]))
+    for ids, numbers in ((["a", "zz"], [3, 5]), (["a"], [8])):
+        with pytest.raises(DataError, match="changed while it was read"):
+            fetched(str(tmp_path), ids, numbers)
 
 
 def test_clustering_and_selection_need_neither_torch_nor_ray() -> None:

@@ -16,10 +16,9 @@ from typing import Any
 
 from s2l_ray.artifacts import Storage
 from s2l_ray.progress import duration
-from s2l_ray.report.facts import NUM_PLOTTED_SOURCES, Facts, read_facts
+from s2l_ray.report.facts import NONE, NUM_PLOTTED_SOURCES, Facts, percent, read_facts
 
 PAGE = "index.html"
-NONE = "\u2013"
 _HERE = Path(__file__).resolve().parent
 
 
@@ -58,10 +57,12 @@ def figures(facts: Facts) -> dict[str, Any]:
 
     from s2l_ray.report import plots
 
+    shares = facts.principal_components
     drawn = {
         "cost": plots.cost(facts.costs) if facts.costs else None,
         "group_curves": plots.group_curves(facts.groups) if facts.groups else None,
         "group_sizes": plots.group_sizes(facts.groups) if facts.groups else None,
+        "principal_components": plots.principal_components(shares) if any(shares) else None,
         "sources": plots.source_shares(facts.sources) if facts.sources else None,
         "proxy_loss": plots.losses(facts.proxy_losses) if any(facts.proxy_losses.values()) else None,
         "target_loss": plots.losses(facts.target_losses) if any(facts.target_losses.values()) else None,
@@ -78,13 +79,6 @@ def csp_hash(script: str) -> str:
 def count(value: float | None) -> str:
     """A number of things, with thousands separators; a dash for none."""
     return NONE if value is None else f"{value:,.0f}"
-
-
-def percent(fraction: float | None) -> str:
-    """A share in percent; a dash for none. A share that is small but not zero does not read as zero."""
-    if fraction is None:
-        return NONE
-    return f"{fraction:.1%}" if fraction == 0 or fraction >= 0.0005 else "< 0.1%"
 
 
 def quantity(value: float | None) -> str:

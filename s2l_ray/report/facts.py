@@ -12,7 +12,7 @@ import io
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -38,6 +38,18 @@ MAX_GROUPS_WITH_TEXTS, NUM_SPREAD_GROUPS = 30, 12
 NUM_MEMBERS = 4
 NUM_PLOTTED_SOURCES = 30
 CLIPPED_CHARACTERS, MAX_CHARACTERS = 280, 4_000
+NONE = "\u2013"
+FEATURES = {
+    "raw": "the losses (raw)",
+    "reduction": "the drop of the loss since the first checkpoint (reduction)",
+    "shape": "the losses without their level (shape)",
+    "whitened": "the principal components, each with variance 1 (whitened)",
+}
+ENDS = {
+    "converged": "no example changed its group",
+    "tolerance": "the centroids hardly moved",
+    "num_iterations": "the limit was reached",
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------- types
@@ -193,7 +205,10 @@ class Facts:
     costs: Sequence[Cost]
     cost_sentence: str | None
     groups: Groups | None
-    clustering: Summary | None
+    quality: Sequence[tuple[str, str]]
+    warning: str | None
+    principal_components: Sequence[float]
+    budgets: Sequence[tuple[str, int, str]]
     capped: str | None
     sources: Sequence[Source]
     proxy_losses: Mapping[str, Sequence[Sequence[float]]]
@@ -326,6 +341,53 @@ def sources(examples: Summary | None, selection: Summary | None) -> list[Source]
     return sorted(found, key=lambda source: (-source.pool, source.name))
 
 
+def quality(clustering: Summary, selection: Summary) -> list[tuple[str, str]]:
+    """How good the groups are, in plain words: (what, value). What the manifests do not know is left out."""
+    known = {**clustering, **(clustering.get("readout") or {}), "stability": selection.get("stability")}
+    pool, ends = known.get("rows"), [ENDS.get(end, end) for end in known.get("ended_by", [])]
+    until = f", until {' or '.join(ends)}" if ends else ""
+    sample = f" on {known['sampled_rows']:,} examples" if known.get("sampled_rows", pool) != pool else ""
+    tiny = f"groups of at most {known.get('tiny_rows')} examples"
+    if known.get("training_rows") == pool:
+        known["training_rows"] = None
+    tells: list[tuple[str, str, Callable[[Any], str]]] = [
+        ("features", "what k-means saw", lambda kind: FEATURES.get(kind, kind)),
+        ("training_rows", "trained on", lambda rows: f"{rows:,} of {pool:,} examples; the others were only assigned"),
+        ("num_iterations", "iterations", lambda count: f"{count:,}{until}"),
+        ("explained_variance", "variance explained by the groups", percent),
+        ("variance_explained_by_source", "variance explained by source alone", percent),
+        ("agreement_of_restarts", "agreement of restarts (ARI)", lambda index: f"{index:.2f}{sample}"),
+        ("agreement_with_source", "agreement with source (ARI)", lambda index: f"{index:.2f}"),
+        ("stability", "subset that stays the same from another seed", _stability),
+        ("effective_dimension", "effective dimension", lambda d: f"{d:.2f} of {len(known['principal_components'])}"),
+        ("tiny_groups", tiny, lambda n: f"{n:,} of {known['num_clusters']:,}"),
+    ]
+    return [(what, tell(known[key])) for key, what, tell in tells if known.get(key) is not None]
+
+
+def _stability(stability: Summary) -> str:
+    return f"{percent(stability['common'])} ({percent(stability['by_chance'])} by chance)"
+
+
+def budgets(selection: Summary) -> list[tuple[str, int, str]]:
+    """The run's budget and the further ones: (budget, examples, file); none where there is no further one."""
+
+    def words(budget: Any) -> str:
+        if isinstance(budget, Mapping):
+            return f"{budget['tokens']:,} response tokens"
+        return f"{100 * budget:g}% of the pool" if budget < 1 else f"{budget:,} examples"
+
+    found = [(words(one["budget"]), one["rows"], one["file"]) for one in selection.get("budgets") or []]
+    return found if len(found) > 1 else []
+
+
+def percent(fraction: float | None) -> str:
+    """A share in percent; a dash for none. A share that is small but not zero does not read as zero."""
+    if fraction is None:
+        return NONE
+    return f"{fraction:.1%}" if fraction == 0 or fraction >= 0.0005 else "< 0.1%"
+
+
 def shown_groups(groups: Groups) -> list[int]:
     """The groups whose texts are shown, from the lowest level to the highest: all of them, or of many a spread."""
     by_level = sorted((k for k in range(len(groups.sizes_K)) if groups.sizes_K[k]), key=lambda k: (groups.levels_K[k], k))
@@ -355,7 +417,7 @@ def read_facts(run: Storage) -> Facts:
     selection = summaries.get("selection")
     held_out = summaries.get("evaluation", {}).get("sources", {})
     spent = costs({name: float(artifact.manifest["provenance"]["seconds"]) for name, artifact in artifacts.items()})
-    groups = read_groups(artifacts)
+    groups, clustering = read_groups(artifacts), summaries.get("clustering", {})
     return Facts(
         name=str(config.get("name") or run.uri.rstrip("/").rpartition("/")[2]),
         uri=without_credentials(run.uri),
@@ -367,8 +429,11 @@ def read_facts(run: Storage) -> Facts:
         costs=spent,
         cost_sentence=price(spent, bool((target.get("training_loss") or {}).get("random"))),
         groups=groups,
-        clustering=summaries.get("clustering"),
-        capped=_capped(summaries.get("clustering", {}).get("capped") or {}),
+        quality=quality(clustering, selection or {}),
+        warning=_at(clustering, ("readout", "warning")),
+        principal_components=_at(clustering, ("readout", "principal_components")) or [],
+        budgets=budgets(selection or {}),
+        capped=_capped(clustering.get("capped") or {}),
         sources=sources(summaries.get("examples"), selection),
         proxy_losses=_proxy_losses(summaries.get("proxy", {}), summaries.get("trajectories", {})),
         target_losses=target.get("training_loss") or {},
@@ -416,11 +481,20 @@ def _finished(artifact: Artifact) -> Stage:
         str(origin.get("created") or ""),
         str(origin.get("git") or ""),
         without_credentials(str(artifact.manifest.get("reference") or "")),
-        ", ".join(f"{key} {value}" for key, value in (origin.get("machines") or {}).items()),
+        _machines(origin.get("machines") or {}),
         summary["rows"],
         summary["dropped"],
         summary.get("shortened", {}),
     )
+
+
+def _machines(machines: Mapping[str, Any]) -> str:
+    """What a stage ran on, and the seconds of its parts where it has them."""
+
+    def words(value: Any) -> str:
+        return ", ".join(f"{key} {part}" for key, part in value.items()) if isinstance(value, Mapping) else str(value)
+
+    return "; ".join(f"{key} {words(value)}" for key, value in machines.items())
 
 
 def tiles(summaries: Mapping[str, Summary]) -> list[tuple[str, str]]:

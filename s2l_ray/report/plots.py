@@ -130,6 +130,23 @@ def group_sizes(groups: Groups) -> go.Figure:
     return figure
 
 
+def principal_components(shares_T: Sequence[float]) -> go.Figure:
+    """Share of the trajectories' variance in each principal component, the largest first."""
+    import plotly.graph_objects as go
+
+    figure = _figure(height=300)
+    components = list(range(1, len(shares_T) + 1))
+    text = [f"{share:.1%}" for share in shares_T] if len(shares_T) <= 8 else None
+    hover = "component %{x}: %{y:.2%}<extra></extra>"
+    bars = go.Bar(x=components, y=list(shares_T), text=text, textposition="outside", marker_color=BLUE, hovertemplate=hover)
+    figure.add_trace(bars)
+    figure.update_layout(margin_t=8, showlegend=False)
+    figure.update_xaxes(title_text="principal component", tickformat=",d", showgrid=False)
+    figure.update_xaxes(dtick=1 if len(shares_T) <= 16 else None)
+    figure.update_yaxes(title_text="share of the variance", tickformat=".0%", range=[0, 1.1 * max(shares_T)])
+    return figure
+
+
 def source_shares(sources: Sequence[Source]) -> go.Figure:
     """Every source's share of the pool, of the chosen examples and of the random control."""
     import plotly.graph_objects as go
