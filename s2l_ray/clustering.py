@@ -222,16 +222,15 @@ def _features(store: TrajectoryStore, config: ClusteringConfig, pool: ThreadPool
     cut = np.uint64(priority_cut(READOUT_ROWS, len(store)))
     is_sampled = len(store) > READOUT_ROWS
 
-    def one_block(block: pa.Table) -> tuple[NDArray[np.float64], Floats, NDArray[np.uint64]]:
-        losses_MT = on_grid(losses_matrix(block))
+    def one_block(block: pa.Table) -> tuple[Floats, NDArray[np.uint64]]:
         order_M = store.priorities(block, config.seed) if is_sampled else np.zeros(len(block), np.uint64)
-        chosen = order_M <= cut
-        return losses_MT.sum(axis=0, dtype=np.float64), losses_MT[chosen], order_M[chosen]
+        chosen = np.flatnonzero(order_M <= cut)
+        return on_grid(losses_matrix(block)[chosen]), order_M[chosen]
 
-    sums, losses, order = zip(*in_order(pool, one_block, store.blocks("example_id", "losses", "priority")), strict=True)
+    losses, order = zip(*in_order(pool, one_block, store.blocks("example_id", "losses", "priority")), strict=True)
     sample_ST = np.concatenate(losses)[_lowest(np.concatenate(order), READOUT_ROWS)]
     spectrum = Spectrum.of(sample_ST)
-    return Features.of(config.features, np.sum(sums, axis=0) / len(store), spectrum), spectrum
+    return Features.of(config.features, sample_ST, spectrum), spectrum
 
 
 class _Stratum:

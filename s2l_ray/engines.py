@@ -26,7 +26,6 @@ from s2l_ray.kmeans import (
     Rows,
     Search,
     Step,
-    farthest_of,
     in_memory,
     single_threads,
     squared_distances,
@@ -163,8 +162,8 @@ class RayRows:
     def assign(self, centroids_KF: Floats, search: Search) -> Step:
         return Step.sum(self._call("assign", centroids_KF, search))
 
-    def farthest(self, centroids_KF: Floats, seeds_EF: Floats) -> tuple[float, Floats]:
-        found: list[tuple[float, Floats]] = self._call("farthest", centroids_KF, seeds_EF)
+    def farthest(self, centroids_KF: Floats, seed_F: Floats | None) -> tuple[float, Floats]:
+        found: list[tuple[float, Floats]] = self._call("farthest", centroids_KF, seed_F)
         return max(found, key=lambda one: one[0])
 
     def finish(self, centroids_KF: Floats) -> float:
@@ -209,6 +208,7 @@ class GpuRows:
         ]
         self._labels = [torch.full((len(block),), -1, dtype=torch.int64, device=block.device) for block in self._blocks]
         self._distances: list[Floats] = []
+        self._far: list[NDArray[np.float64]] = []
 
     def unsettled(self, moved_K: NDArray[np.float64]) -> int:  # noqa: ARG002 - no bounds are kept
         return self.shape[0]
@@ -238,9 +238,20 @@ class GpuRows:
         _, labels = faiss.knn_gpu(self._resources[block.device.index], block, centroids, 1, device=block.device.index)
         return labels.flatten()
 
-    def farthest(self, centroids_KF: Floats, seeds_EF: Floats) -> tuple[float, Floats]:
-        found = [farthest_of(*values, centroids_KF, seeds_EF) for values in self._on_host()]
-        return max(found, key=lambda one: one[0])
+    def farthest(self, centroids_KF: Floats, seed_F: Floats | None) -> tuple[float, Floats]:
+        # Rare, so that it may go through the host: all of it is there for that while.
+        blocks = list(self._on_host())
+        if seed_F is None:
+            self._far = [squared_distances(*values, centroids_KF) for values in blocks]
+        else:
+            seed = seed_F.astype(np.float64)
+            self._far = [
+                np.minimum(far, ((features - seed) ** 2).sum(axis=1))
+                for far, (features, _) in zip(self._far, blocks, strict=True)
+            ]
+        number = int(np.argmax([far.max() for far in self._far]))
+        row = int(np.argmax(self._far[number]))
+        return float(self._far[number][row]), blocks[number][0][row]
 
     def _on_host(self) -> Iterator[tuple[Floats, Ints]]:
         """Features and labels, block by block."""

@@ -73,9 +73,10 @@ class Features:
     """For `whitened`: the directions over the standard deviations."""
 
     @classmethod
-    def of(cls, kind: Kind, mean_T: NDArray[np.float64], spectrum: Spectrum) -> Features:
-        """The map for a corpus. Raises ConfigError where its trajectories are too short for the features."""
-        center_T = (np.rint(mean_T * GRID) / GRID).astype(np.float32)
+    def of(cls, kind: Kind, sample_ST: Floats, spectrum: Spectrum) -> Features:
+        """The map for a corpus from a sample of it: the center is the median, which one outlier does not move away from
+        all others. Raises ConfigError where the trajectories are too short for the features."""
+        center_T = on_grid(np.median(sample_ST, axis=0))
         if kind != "raw" and len(center_T) < 2:
             raise ConfigError(
                 f"clustering.features: '{kind}' needs trajectories of two points at least, these have one. Use 'raw'."

@@ -35,8 +35,8 @@ except ModuleNotFoundError as error:
 faiss.cvar.distance_compute_blas_threshold = 1
 
 BLOCK_ROWS = 65_536
-# Rounds of seeding empty groups again. Each mends all of them unless rows differ by less than float32 can tell.
-MAX_REPAIRS = 10
+# Rounds of seeding empty groups again, in all of a fit's iterations.
+MAX_REPAIRS = 20
 # A search for two neighbours takes 2.6 times as long as for one: above this share of rows the bounds save nothing.
 MAX_SEARCHED = 0.3
 
@@ -147,9 +147,9 @@ class Rows(Protocol):
     def assign(self, centroids_KF: Floats, search: Search) -> Step:
         """Give each row its nearest centroid."""
 
-    def farthest(self, centroids_KF: Floats, seeds_EF: Floats) -> tuple[float, Floats]:
-        """The row (shape (F,)) that is farthest from its centroid and from all seeds, and its squared distance to the
-        nearest of them; of equal ones the first."""
+    def farthest(self, centroids_KF: Floats, seed_F: Floats | None) -> tuple[float, Floats]:
+        """The row (shape (F,)) farthest from its centroid and from the seeds of all calls since the one without a seed, and
+        its squared distance to the nearest of them; of equal ones the first."""
 
     def finish(self, centroids_KF: Floats) -> float:
         """Settle every row's distance to its centroid; the inertia, rounded once from an exact sum over blocks."""
@@ -170,6 +170,7 @@ class LocalRows:
         # a row is settled while this is above the erosion of now. In `finish` it becomes the distance.
         self._margins = new_column(num_rows, 1, np.float32)
         self._erosion_K = np.zeros(0)
+        self._far: list[NDArray[np.float64]] = []
 
     def unsettled(self, moved_K: NDArray[np.float64]) -> int:
         self._erosion_K = self._erosion_K + _erosion(moved_K)
@@ -206,12 +207,23 @@ class LocalRows:
 
         return Step.sum(list(self._pool.map(one_block, self._blocks)))
 
-    def farthest(self, centroids_KF: Floats, seeds_EF: Floats) -> tuple[float, Floats]:
-        def one_block(block: slice) -> tuple[float, Floats]:
-            features = self._read(block)
-            return farthest_of(features, self._labels.read(block.start, block.stop), centroids_KF, seeds_EF)
+    def farthest(self, centroids_KF: Floats, seed_F: Floats | None) -> tuple[float, Floats]:
+        if seed_F is None:
+            self._far = [np.empty(0)] * len(self._blocks)
 
-        return max(self._pool.map(one_block, self._blocks), key=lambda found: found[0])
+        def one_block(numbered: tuple[int, slice]) -> tuple[float, Floats]:
+            number, block = numbered
+            features = self._read(block)
+            if seed_F is None:
+                labels = self._labels.read(block.start, block.stop)
+                self._far[number] = squared_distances(features, labels, centroids_KF)
+            else:
+                to_seed = squared_distances(features, np.zeros(len(features), np.int32), seed_F[None])
+                self._far[number] = np.minimum(self._far[number], to_seed)
+            row = int(np.argmax(self._far[number]))
+            return float(self._far[number][row]), features[row].copy()
+
+        return max(self._pool.map(one_block, enumerate(self._blocks)), key=lambda found: found[0])
 
     def finish(self, centroids_KF: Floats) -> float:
         return math.fsum(self.finish_blocks(centroids_KF))
@@ -321,18 +333,21 @@ def lloyd(rows: Rows, centroids_KF: Floats, num_iterations: int, tolerance: floa
     Every row of the result is with its nearest centroid. Centroids that lose their last row are seeded again.
     """
     sums_KF, sizes_K = np.zeros(centroids_KF.shape), np.zeros(len(centroids_KF), np.int64)
-    search, moved_at_two, iteration, ended_by = "two", np.inf, 0, ""
+    search, moved_at_two, iteration, ended_by, repairs = "two", np.inf, 0, "", MAX_REPAIRS
     while True:
-        for repair in range(MAX_REPAIRS + 1):
+        num_empty, is_repaired = len(centroids_KF) + 1, False
+        while True:
             step = rows.assign(centroids_KF, search)  # type: ignore[arg-type]
             sums_KF += step.sums_KF
             sizes_K += step.sizes_K
             empty = np.flatnonzero(sizes_K == 0)
-            if not len(empty) or repair == MAX_REPAIRS:
+            # Seeding again mends all of them unless rows differ by less than float32 can tell.
+            if not len(empty) or len(empty) >= num_empty or not repairs:
                 break
+            num_empty, is_repaired, repairs = len(empty), True, repairs - 1
             old_KF, centroids_KF, search = centroids_KF, _seeded(rows, centroids_KF, empty), "nearest"
             rows.unsettled(_moves(centroids_KF, old_KF))
-        if not step.num_changed and not repair:
+        if not step.num_changed and not is_repaired:
             ended_by = "converged"
         elif iteration == num_iterations:
             ended_by = ended_by or "num_iterations"
@@ -361,11 +376,12 @@ def _seeded(rows: Rows, centroids_KF: Floats, empty: NDArray[np.int64]) -> Float
     """Centroids with the empty ones moved to the rows farthest from theirs, one after the other: each counts for the next,
     else they would all land in the same far corner. A pass for each, which is rare after k-means++."""
     seeded_KF = centroids_KF.copy()
-    for number, cluster_id in enumerate(empty):
-        square, farthest = rows.farthest(centroids_KF, seeded_KF[empty[:number]])
+    seed_F = None
+    for cluster_id in empty:
+        square, seed_F = rows.farthest(centroids_KF, seed_F)
         if square == 0:
             break
-        seeded_KF[cluster_id] = farthest
+        seeded_KF[cluster_id] = seed_F
     return seeded_KF
 
 
@@ -393,15 +409,6 @@ def squared_distances(features_NF: Floats, labels_N: Ints, centroids_KF: Floats)
         difference = features_NF[:, feature] - centroids_KF[:, feature].astype(np.float64)[labels_N]
         squares += difference * difference
     return squares
-
-
-def farthest_of(features_NF: Floats, labels_N: Ints, centroids_KF: Floats, seeds_EF: Floats) -> tuple[float, Floats]:
-    """`Rows.farthest` among some rows."""
-    squares = squared_distances(features_NF, labels_N, centroids_KF)
-    for seed in seeds_EF:
-        squares = np.minimum(squares, ((features_NF - seed.astype(np.float64)) ** 2).sum(axis=1))
-    row = int(np.argmax(squares))
-    return float(squares[row]), features_NF[row].copy()
 
 
 def single_threads(num_threads: int | None = None) -> ThreadPoolExecutor:
