@@ -150,9 +150,10 @@ def s2l_select(data: str, extra: str) -> Row:
     shutil.rmtree(output, ignore_errors=True)
     options = ["--budget", "0.1", "--num-clusters", str(NUM_CLUSTERS), "--output", output, *shlex.split(extra)]
     row, _ = measured([str(Path(sys.executable).with_name("s2l")), "select", data, *options])
-    found = json.loads(Path(output, "clustering", "manifest.json").read_text(encoding="utf-8"))["summary"]
+    manifest = json.loads(Path(output, "clustering", "manifest.json").read_text(encoding="utf-8"))
+    found, machines = manifest["summary"], manifest["provenance"]["machines"]
     shutil.rmtree(output)
-    return row | {"iterations": found["num_iterations"], "inertia": found["inertia"], "steps": found.get("seconds", {})}
+    return row | {"iterations": found["num_iterations"], "inertia": found["inertia"], "steps": machines["seconds"]}
 
 
 def inertia(losses: np.ndarray, centroids: np.ndarray) -> float:

@@ -174,13 +174,13 @@ def cluster(
         stratify_by=None if strata is None else "source",
         seed=seed,
     )
-    store = TrajectoryStore.of(Trajectories.of(losses_NT, example_ids, sources=strata))
+    return cluster_store(TrajectoryStore.of(Trajectories.of(losses_NT, example_ids, sources=strata), seed), config, num_threads)
+
+
+def cluster_store(store: TrajectoryStore, config: ClusteringConfig, num_threads: int | None = None) -> Clustering:
+    """The groups of the rows of a store, in memory, and the group of every row as arrays."""
     with single_threads(num_threads) as pool:
-        return in_memory(store, group(store, config, Engine("memory", pool)))
-
-
-def in_memory(store: TrajectoryStore, grouping: Grouping) -> Clustering:
-    """The groups with the group of every row as arrays."""
+        grouping = group(store, config, Engine("memory", pool))
     parts = [(block["example_id"].combine_chunks(), labels, far) for block, labels, far in grouping.assignments(store)]
     ids, labels, distances = zip(*parts, strict=True)
     return Clustering(
@@ -253,6 +253,8 @@ class _Stratum:
         self.rows: Rows
         self.result: Fit
         self.capped_by: str | None = None
+        self.lloyd_seconds = 0.0
+        """Time of the iterations over all rows, the way of the rows to actors or GPUs included."""
         self.sampled: NDArray[np.int64] = np.arange(0)
         """Numbers of the rows in the sample, ascending."""
         self.restarts_RS: Ints = np.zeros((0, 0), np.int32)
@@ -271,14 +273,15 @@ class _Stratum:
     def fit(self, config: ClusteringConfig, engine: Engine) -> None:
         """Make the groups: `result`, and `rows` that know which row is in which."""
         sample_SF, training = self._sample()
-        local = LocalRows(self.features, self.width, engine.pool, engine.new_column)
-        few = self._few(local, sample_SF, config.num_clusters)
-        if few is not None:
-            self.rows, self.result = local, few
-            return self._report(config)
-        del local
+        if len(_distinct(sample_SF).dictionary) <= config.num_clusters:
+            local = LocalRows(self.features, self.width, engine.pool, engine.new_column)
+            few = self._few(local, config.num_clusters)
+            if few is not None:
+                self.rows, self.result = local, few
+                return self._report(config)
         started_KF = self._best_restart(sample_SF, config, engine.pool)
         tolerance = config.tolerance * float(sample_SF.var(axis=0, dtype=np.float64).mean())
+        begun = time.monotonic()
         # A sample that is all there is has had its iterations already, but `rows` must learn the outcome.
         num_iterations = config.num_iterations if self.num_training > self.num_sampled else 0
         if training is None:
@@ -292,6 +295,7 @@ class _Stratum:
             fit = Fit(everywhere.centroids_KF, everywhere.sizes_K, everywhere.inertia, fit.num_iterations, fit.ended_by)
         if not num_iterations:
             fit = Fit(fit.centroids_KF, fit.sizes_K, fit.inertia, started_KF.num_iterations, started_KF.ended_by)
+        self.lloyd_seconds = time.monotonic() - begun
         num_empty = int((fit.sizes_K == 0).sum())
         if num_empty:
             self.capped_by = f"{num_empty} groups stayed empty, the trajectories differ too little"
@@ -326,10 +330,8 @@ class _Stratum:
             column.write(start, self._take(numbers[start : start + BLOCK_ROWS]))
         return column
 
-    def _few(self, rows: LocalRows, sample_SF: Floats, num_clusters: int) -> Fit | None:
+    def _few(self, rows: LocalRows, num_clusters: int) -> Fit | None:
         """Each distinct trajectory as its own group, where there are no more of them than groups; else None."""
-        if len(_distinct(sample_SF).dictionary) > num_clusters:
-            return None
         found: dict[bytes, int] = {}
         blocks: list[tuple[int, pa.Array]] = []
         for start, features in rows.blocks():
@@ -444,7 +446,7 @@ class Grouping:
     def __init__(
         self, config: ClusteringConfig, strata: list[_Stratum], features: Features, spectrum: Spectrum, totals: _Totals
     ) -> None:
-        self._config, self._strata, self._features = config, strata, features
+        self._config, self.strata, self._features = config, strata, features
         self._spectrum, self._totals = spectrum, totals
         self._num_sources = 0 if totals.sizes_by_source is None else len(totals.sizes_by_source)
         self._agreement: NDArray[np.int64] | None = None
@@ -455,7 +457,7 @@ class Grouping:
         """Blocks of the store with the group of each row and its distance to the centroid. `groups` comes after it."""
         if self._centroids_KT is None:
             self._number(store)
-        size = sum(int((stratum.result.sizes_K > 0).sum()) for stratum in self._strata)
+        size = sum(int((stratum.result.sizes_K > 0).sum()) for stratum in self.strata)
         agreement = np.zeros((size, self._num_sources), np.int64) if self._num_sources else None
         for block, labels_M, distances_M in self._results(store, "source"):
             if agreement is not None:
@@ -466,7 +468,7 @@ class Grouping:
     def _results(self, store: TrajectoryStore, *columns: str) -> Iterator[tuple[pa.Table, Ints, Floats]]:
         """Blocks with labels and distances: every stratum's next rows, put where they belong."""
         by = self._config.stratify_by
-        readers = [_Reader(stratum.rows.results()) for stratum in self._strata]
+        readers = [_Reader(stratum.rows.results()) for stratum in self.strata]
         firsts = np.cumsum([0, *(len(ranks) for ranks in self._ranks)])
         for block in store.blocks(*dict.fromkeys(("example_id", *columns, *([by] if by else [])))):
             codes_M = store.codes(block, by) if by is not None else np.zeros(len(block), np.int32)
@@ -480,13 +482,13 @@ class Grouping:
 
     def _number(self, store: TrajectoryStore) -> None:
         """Canonical numbers: groups without rows left out, within a stratum ascending by mean loss."""
-        kept = [np.flatnonzero(stratum.result.sizes_K > 0) for stratum in self._strata]
+        kept = [np.flatnonzero(stratum.result.sizes_K > 0) for stratum in self.strata]
         # First in the order of the fit, to find the groups' mean losses where the features are not the losses.
-        self._ranks = [_places(found, len(s.result.sizes_K)) for found, s in zip(kept, self._strata, strict=True)]
+        self._ranks = [_places(found, len(s.result.sizes_K)) for found, s in zip(kept, self.strata, strict=True)]
         means_KT = self._means(store) if self._features.kind != "raw" else None
         centroids: list[Floats] = []
         first = 0
-        for number, (stratum, found) in enumerate(zip(self._strata, kept, strict=True)):
+        for number, (stratum, found) in enumerate(zip(self.strata, kept, strict=True)):
             if means_KT is None:
                 levels_KT = (stratum.result.centroids_KF[found].astype(np.float64) + self._features.center_T).astype(np.float32)
             else:
@@ -500,7 +502,7 @@ class Grouping:
 
     def _means(self, store: TrajectoryStore) -> Floats:
         """Mean losses of each group: a pass over the losses."""
-        num_clusters = sum(len(np.flatnonzero(stratum.result.sizes_K > 0)) for stratum in self._strata)
+        num_clusters = sum(len(np.flatnonzero(stratum.result.sizes_K > 0)) for stratum in self.strata)
         sums_KT, sizes_K = np.zeros((num_clusters, store.num_points)), np.zeros(num_clusters, np.int64)
         for block, labels_M, _ in self._results(store, "losses"):
             sums_KT += group_sums(labels_M, on_grid(losses_matrix(block)), num_clusters)
@@ -513,7 +515,7 @@ class Grouping:
         if self._features.kind == "raw":
             return None
         ordered = []
-        for stratum, ranks in zip(self._strata, self._ranks, strict=True):
+        for stratum, ranks in zip(self.strata, self._ranks, strict=True):
             found = np.flatnonzero(ranks >= 0)
             ordered.append(stratum.result.centroids_KF[found[np.argsort(ranks[found])]])
         return np.concatenate(ordered)
@@ -523,7 +525,7 @@ class Grouping:
         assert self._centroids_KT is not None
         strata: list[Stratum] = []
         sizes: list[NDArray[np.int64]] = []
-        for stratum, ranks in zip(self._strata, self._ranks, strict=True):
+        for stratum, ranks in zip(self.strata, self._ranks, strict=True):
             found = np.flatnonzero(ranks >= 0)
             first = sum(map(len, sizes))
             sizes.append(stratum.result.sizes_K[found[np.argsort(ranks[found])]])
@@ -531,8 +533,8 @@ class Grouping:
             strata.append(
                 Stratum(stratum.name, stratum.num_rows, first, len(found), stratum.capped_by, fit.num_iterations, fit.ended_by)
             )
-        inertia = float(sum(stratum.result.inertia for stratum in self._strata))
-        total = self._totals.squares - float((self._totals.sums_F**2).sum()) / sum(s.num_rows for s in self._strata)
+        inertia = float(sum(stratum.result.inertia for stratum in self.strata))
+        total = self._totals.squares - float((self._totals.sums_F**2).sum()) / sum(s.num_rows for s in self.strata)
         return Groups(
             centroids_KT=self._centroids_KT,
             sizes_K=np.concatenate(sizes),
@@ -551,9 +553,9 @@ class Grouping:
         if totals.sums_by_source is not None and totals.sizes_by_source is not None:
             by_source = quality.between(totals.sums_by_source, totals.sizes_by_source) / total if total > 0 else 1.0
         # Restarts of strata count by their rows.
-        agreements = [(s.num_rows, quality.mean_agreement(s.restarts_RS)) for s in self._strata]
+        agreements = [(s.num_rows, quality.mean_agreement(s.restarts_RS)) for s in self.strata]
         known = [(weight, value) for weight, value in agreements if value is not None]
-        sampled = sum(stratum.num_sampled for stratum in self._strata)
+        sampled = sum(stratum.num_sampled for stratum in self.strata)
         return {
             "features": self._features.kind,
             "tiny_groups": int((sizes_K <= quality.TINY_ROWS).sum()),
@@ -564,14 +566,14 @@ class Grouping:
             "agreement_of_restarts": float(np.average([v for _, v in known], weights=[w for w, _ in known])) if known else None,
             "agreement_with_source": None if self._agreement is None else quality.adjusted_rand_index(self._agreement),
             "sampled_rows": sampled,
-            "training_rows": sum(stratum.num_training for stratum in self._strata),
+            "training_rows": sum(stratum.num_training for stratum in self.strata),
             "warning": quality.warning(self._spectrum, self._features.kind),
         }
 
     def restarts(self) -> pa.Table | None:
         """The groups that some rows had in each restart (of stratum s those from s * K on); None for one restart."""
         tables = []
-        for number, stratum in enumerate(self._strata):
+        for number, stratum in enumerate(self.strata):
             if len(stratum.restarts_RS) < 2:
                 continue
             numbers, ids = zip(*stratum.read_out, strict=True)
@@ -643,7 +645,12 @@ def build_clustering(
     )
     if groups.readout["warning"] is not None:
         _log.warning("%s", groups.readout["warning"])
-    seconds = {"grouping": round(grouped - begun, 3), "writing": round(time.monotonic() - grouped, 3)}
+    lloyd_seconds = sum(stratum.lloyd_seconds for stratum in grouping.strata)
+    seconds = {
+        "grouping": round(grouped - begun, 3),
+        "lloyd": round(lloyd_seconds, 3),
+        "writing": round(time.monotonic() - grouped, 3),
+    }
     return draft.publish(groups.summary(), {"engine": engine.describe(), "seconds": seconds})
 
 

@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 
 from s2l_ray import quality
 from s2l_ray.artifacts import Artifact, Draft
-from s2l_ray.clustering import RESTARTS, Groups, cluster, read_groups
-from s2l_ray.config import SelectionConfig, checked
+from s2l_ray.clustering import RESTARTS, Groups, cluster_store, read_groups
+from s2l_ray.config import ClusteringConfig, SelectionConfig, checked
 from s2l_ray.errors import ConfigError, DataError
 from s2l_ray.progress import get_log
 from s2l_ray.sorting import SortedTable, sort_by_id
@@ -98,18 +98,19 @@ def select(
     config = checked(
         SelectionConfig, budget=budget, defer_groups_up_to=defer_groups_up_to, min_per_source=min_per_source, seed=seed
     )
-    trajectories = Trajectories.of(losses, example_ids, stratify_by if sources is None else sources, num_response_tokens)
-    groups = cluster(
-        losses,
+    grouping = checked(
+        ClusteringConfig,
         num_clusters=num_clusters,
         num_iterations=num_iterations,
         num_restarts=num_restarts,
         features=features,
-        strata=stratify_by,
-        example_ids=example_ids,
+        stratify_by=None if stratify_by is None else "stratum",
         seed=seed,
     )
-    store = TrajectoryStore.of(trajectories)
+    named = {} if stratify_by is None else {"stratum": stratify_by}
+    found = Trajectories.of(losses, example_ids, stratify_by if sources is None else sources, num_response_tokens, named)
+    store = TrajectoryStore.of(found, seed)
+    groups = cluster_store(store, grouping)
     return _choose(store, lambda: _slices(groups.cluster_ids_N), groups, config)[0].selection
 
 

@@ -187,8 +187,8 @@ class TrajectoryStore:
     """Token counts instead of those in `rows`: another tokenizer's."""
 
     @classmethod
-    def of(cls, trajectories: Trajectories) -> TrajectoryStore:
-        """Trajectories in memory as a store, without a copy of the losses."""
+    def of(cls, trajectories: Trajectories, seed: int | None = None) -> TrajectoryStore:
+        """Trajectories in memory as a store, without a copy of the losses, with the priorities of a seed if one is given."""
         flat = pa.array(np.ascontiguousarray(trajectories.losses_NT).reshape(-1))
         columns = {
             "example_id": trajectories.example_ids,
@@ -199,8 +199,10 @@ class TrajectoryStore:
         columns |= {name: names[name].encode(column, name) for name, column in found.items()}
         if trajectories.num_response_tokens_N is not None:
             columns["num_response_tokens"] = pa.array(trajectories.num_response_tokens_N)
+        if seed is not None:
+            columns["priority"] = pa.array(priorities(trajectories.example_ids, seed))
         table = SortedTable.of(pa.table(columns))
-        return cls(table, trajectories.num_points, {name: found.values for name, found in names.items()})
+        return cls(table, trajectories.num_points, {name: found.values for name, found in names.items()}, seed)
 
     def __len__(self) -> int:
         return self.rows.num_rows
