@@ -275,6 +275,12 @@ class ClusteringConfig(Section):
     seed: int = 0
     """Seed of the initialisation."""
 
+    @model_validator(mode="after")
+    def _trains_on_enough(self) -> ClusteringConfig:
+        if self.training_rows is not None and self.training_rows < self.num_clusters:
+            raise ValueError(f"training_rows={self.training_rows} is fewer than num_clusters={self.num_clusters}. Raise it")
+        return self
+
 
 class SelectionConfig(Section):
     """How many examples, and how they are drawn from the groups."""
@@ -499,12 +505,13 @@ AnySection = TypeVar("AnySection", bound=Section)
 
 def checked(section: type[AnySection], **values: Any) -> AnySection:
     """A section from a function's or a command's arguments. Raises ConfigError that lists every problem, one a line."""
-    name = section.__name__.removesuffix("Config").lower()
+    name = "machines.clustering" if section is GroupingConfig else section.__name__.removesuffix("Config").lower()
     try:
         # A numpy number is a number, too.
         return section.model_validate({key: value.item() if hasattr(value, "item") else value for key, value in values.items()})
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{name}.{line}" for line in problems(error, section))) from None
+        lines = [f"{name}.{line}".replace(".config:", ":", 1) for line in problems(error, section)]
+        raise ConfigError("\n".join(lines)) from None
 
 
 def problems(error: ValidationError, model: type[BaseModel]) -> list[str]:

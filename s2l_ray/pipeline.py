@@ -384,7 +384,7 @@ def select_trajectories(
     The same numbers give exactly what the pipeline gives. Finished already for the same input and recipe: reused.
     """
     from s2l_ray.clustering import build_clustering
-    from s2l_ray.selection import build_selection
+    from s2l_ray.selection import build_selection, check_columns
     from s2l_ray.trajectory_files import fetch_rows, files_identity, find_artifact
 
     begun, place = time.monotonic(), Storage(output)
@@ -393,6 +393,7 @@ def select_trajectories(
     with exclusive(place):
         own = find_artifact(source)
         with _streamed(own or source, place, clustering.seed, clustering.stratify_by) as (store, scratch):
+            check_columns(selection, store)
             with ThreadPoolExecutor(2) as pool:
                 identity = own.identity if own is not None else store.identity(pool)
             key = Key("clustering", schema_of("clustering"), clustering.model_dump(mode="json"), {"trajectories": identity})

@@ -31,7 +31,7 @@ from s2l_ray.config import ClusteringConfig, SelectionConfig, checked
 from s2l_ray.errors import ConfigError, DataError
 from s2l_ray.progress import get_log
 from s2l_ray.sorting import SortedTable, sort_by_id
-from s2l_ray.trajectory_store import BLOCK_ROWS, Trajectories, TrajectoryStore, priorities, priority_cut
+from s2l_ray.trajectory_store import BLOCK_ROWS, TOKENS, Trajectories, TrajectoryStore, priorities, priority_cut
 
 SELECTED = "selected.parquet"
 RANDOM = "random.parquet"
@@ -341,8 +341,7 @@ def _choose(
     """The selections for the budget and for the further ones."""
     budgets: list[Budget] = [config.budget, *config.more_budgets]  # type: ignore[list-item]
     has_sources = "source" in store.names
-    if config.min_per_source and not has_sources:
-        raise ConfigError("selection.min_per_source: these trajectories have no column source. Add it, or leave this out.")
+    check_columns(config, store)
 
     def rows() -> Iterator[pa.Table]:
         wanted = ("example_id", "priority", "source", "num_response_tokens", "position")
@@ -373,6 +372,16 @@ def _choose(
         ids = table["example_id"].combine_chunks()
         chosen.append(_Chosen(Selection(ids, cluster_ids_M, weights_M, quotas_K, groups.sizes_K, budget), table))
     return chosen
+
+
+def check_columns(config: SelectionConfig, store: TrajectoryStore) -> None:
+    """Raise ConfigError where a budget or a minimum needs a column that is not there: before anything is grouped."""
+    if config.min_per_source and "source" not in store.names:
+        raise ConfigError("selection.min_per_source: these trajectories have no column source. Add it, or leave this out.")
+    if any(isinstance(budget, dict) for budget in (config.budget, *config.more_budgets)) and not store.has(TOKENS):
+        raise ConfigError(
+            f"selection.budget: a budget in tokens needs the column {TOKENS}. Add it, or give a number of examples."
+        )
 
 
 def _slices(values_N: NDArray[Any]) -> Iterator[NDArray[Any]]:

@@ -202,6 +202,8 @@ def _ascending_order(ids: pa.Array) -> NDArray[np.integer[Any]]:
     data = np.frombuffer(ids.buffers()[2], np.uint8)[start : start + len(ids) * width].reshape(-1, width)
     # Where all ids have the same byte it decides nothing.
     varying = np.flatnonzero((data != data[0]).any(axis=0))
+    if not len(varying):
+        return np.arange(len(ids))
     words = np.zeros((len(ids), -(-len(varying) // 8) * 8), np.uint8)
     words[:, : len(varying)] = data[:, varying]
     keys = words.view(">u8").astype(np.uint64)

@@ -84,7 +84,9 @@ def check_fit(features: np.ndarray, labels: np.ndarray, fit: Fit) -> None:
     found = squares(features, fit.centroids_KF)
     own = found[np.arange(len(features)), labels]
     # What float32 cannot tell apart: faiss computes |x|^2 - 2xc + |c|^2, each rounded to 2**-24 of it.
-    largest = (features.astype(np.float64) ** 2).sum(axis=1).max() + (fit.centroids_KF.astype(np.float64) ** 2).sum(axis=1).max()
+    largest = (features.astype(np.float64) ** 2).sum(axis=1).max() + (fit.centroids_KF.astype(np.float64) ** 2).sum(
+        axis=1
+    ).max()
     assert (own <= found.min(axis=1) + 1e-6 * largest).all()
     assert fit.sizes_K.tolist() == np.bincount(labels, minlength=len(fit.sizes_K)).tolist()
     assert fit.inertia == pytest.approx(own.sum(), rel=1e-12, abs=1e-300)
@@ -365,7 +367,10 @@ def test_fewer_distinct_rows_than_centroids_end_with_empty_groups_and_not_in_a_l
 def test_iterations_end_at_their_number_or_when_nothing_changes_and_say_which(pool: ThreadPoolExecutor) -> None:
     features = on_grid(np.random.default_rng(6).gamma(2, 1, (5_000, 3)))
     fits = {n: lloyd(in_memory(features, pool), features[:12], n) for n in (0, 3, 1_000)}
-    assert [(fit.num_iterations, fit.ended_by) for fit in list(fits.values())[:2]] == [(0, "num_iterations"), (3, "num_iterations")]
+    assert [(fit.num_iterations, fit.ended_by) for fit in list(fits.values())[:2]] == [
+        (0, "num_iterations"),
+        (3, "num_iterations"),
+    ]
     assert fits[1_000].ended_by == "converged"
     assert 3 < fits[1_000].num_iterations < 1_000
     assert np.array_equal(fits[0].centroids_KF, features[:12])

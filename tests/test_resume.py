@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -411,3 +412,48 @@ def test_zero_training_on_two_workers_equals_plain_torch_training(bench, ray_ses
         ours, theirs = ([float(sum_of_losses(m, tokens, row)[0]) for row in range(48)] for m in (model, plain))
     counts = tokens.num_labels
     np.testing.assert_allclose(np.array(ours) / counts, np.array(theirs) / counts, rtol=0, atol=1e-5)
+
+
+# --- `s2l select`, killed at any moment ----------------------------------------------------------------------------
+
+
+def select_command(source: Path, output: Path, *options: str) -> list[str]:
+    command = [str(Path(sys.executable).with_name("s2l")), "select", str(source), "--output", str(output)]
+    return [*command, "--budget", "0.1", "--budget", "tokens:9000", "--num-clusters", "40", "--stratify-by", "source", *options]
+
+
+def results_of(output: Path) -> dict[str, bytes]:
+    paths = [path for stage in ("clustering", "selection") for path in sorted((output / stage).iterdir())]
+    return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in paths if path.name != "manifest.json"}
+
+
+def test_select_killed_at_any_moment_ends_with_the_files_of_an_undisturbed_one(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    (tmp_path / "parts").mkdir()
+    order = rng.permutation(600_000)
+    for part, rows in enumerate(np.array_split(order, 7)):
+        levels = rng.gamma(3, 1, (len(rows), 1)) * np.linspace(1, 0.3, 6)
+        columns = {
+            "example_id": [f"id-{row:07d}" for row in rows.tolist()],
+            "losses": list(levels + rng.normal(0, 0.1, levels.shape)),
+            "source": [("web", "code", "books")[row % 3] for row in rows.tolist()],
+            "num_response_tokens": rng.integers(1, 60, len(rows)),
+        }
+        pq.write_table(pa.table(columns), tmp_path / "parts" / f"{part}.parquet")
+    begun = time.monotonic()
+    subprocess.run(select_command(tmp_path / "parts", tmp_path / "whole"), check=True, capture_output=True)
+    whole = time.monotonic() - begun
+    for share in (0.3, 0.5, 0.7, 0.9):
+        process = subprocess.Popen(select_command(tmp_path / "parts", tmp_path / "killed"), stderr=subprocess.PIPE)
+        time.sleep(share * whole)
+        process.kill()
+        process.communicate()
+        for stage in ("clustering", "selection"):  # what looks finished is
+            if (tmp_path / "killed" / stage / "manifest.json").exists():
+                Artifact.read(Storage(str(tmp_path / "killed" / stage))).check_sizes()
+    # What is left to do may be done elsewhere, too.
+    finish = select_command(tmp_path / "parts", tmp_path / "killed", "--engine", "disk")
+    subprocess.run(finish, check=True, capture_output=True)
+    assert results_of(tmp_path / "killed") == results_of(tmp_path / "whole")
+    assert "selection/selected-tokens-9000.parquet" in results_of(tmp_path / "whole")
+    assert not (tmp_path / "killed" / ".work" / "scratch").exists()
