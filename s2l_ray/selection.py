@@ -530,8 +530,12 @@ def _flat(rows: pa.ChunkedArray) -> pa.Table:
 
 
 def _stability(clustering: Artifact, groups: Groups, config: SelectionConfig, selection: Selection) -> dict[str, Any] | None:
-    """How much of the subset stays the same when the grouping starts from another seed: the mean share of common examples
-    among the subsets that the restarts' groups give on a sample, beside that of unrelated subsets. None for one restart."""
+    """How much of the subset stays the same when the grouping starts from another seed, on a sample: the mean share of
+    examples that the subsets of two restarts have in common. None for one restart.
+
+    The draws inside the groups stay the same, so that much would be common whatever the groups: beside it stands the share
+    that the same draws without any groups have in common with these subsets.
+    """
     if RESTARTS not in clustering.manifest["files"]:
         return None
     table = clustering.read_table(RESTARTS)
@@ -542,6 +546,7 @@ def _stability(clustering: Artifact, groups: Groups, config: SelectionConfig, se
         return None
     num_clusters = int(clustering.manifest["recipe"]["num_clusters"])
     strata_K = np.repeat(np.arange(len(groups.strata)), num_clusters) if groups.is_stratified else None
+    drawn = np.argsort(order_N, kind="stable")[:count]
     subsets = []
     for name in table.column_names[1:]:
         labels_N = table[name].to_numpy()
@@ -551,7 +556,7 @@ def _stability(clustering: Artifact, groups: Groups, config: SelectionConfig, se
         "rows": len(table),
         "chosen": count,
         "common": round(quality.mean_overlap(subsets), 4),
-        "by_chance": round(fraction, 4),
+        "without_groups": round(float(np.mean([quality.mean_overlap([drawn, subset]) for subset in subsets])), 4),
     }
 
 

@@ -210,7 +210,7 @@ def _selection(draft: Draft, corpus: Corpus) -> dict[str, Any]:
     budgets.append({"budget": 0.29, "rows": 72, "file": f"selected-{BOLD}.parquet"})
     budgets.append({"budget": {"tokens": 20_000}, "rows": 4, "file": "selected-tokens-20000.parquet"})
     return common | {
-        "stability": {"rows": 128, "chosen": 5, "common": 0.3456, "by_chance": 0.04},
+        "stability": {"rows": 128, "chosen": 5, "common": 0.3456, "without_groups": 0.04},
         "budgets": budgets,
         "rows": len(corpus.selected),
         "pool": corpus.num_rows,
@@ -341,7 +341,7 @@ def test_the_quality_of_the_groups_is_told_and_the_warning_stays_a_text(run: Sto
         "iterations 9, until no example changed its group or the limit was reached",
         "variance explained by the groups 97.3% variance explained by source alone 12.5%",
         "agreement of restarts (ARI) 0.68 on 128 examples agreement with source (ARI) 0.03",
-        "subset that stays the same from another seed 34.6% (4.0% by chance)",
+        "subset that stays the same from another seed 34.6% (with the same draws and no groups 4.0%)",
         "effective dimension 1.12 of 5",
         "groups of at most 10 examples 2 of 5",
         f"Read these groups with care: one direction holds 94.5% of the variance {HOSTILE}.",

@@ -366,7 +366,7 @@ def quality(clustering: Summary, selection: Summary) -> list[tuple[str, str]]:
 
 
 def _stability(stability: Summary) -> str:
-    return f"{percent(stability['common'])} ({percent(stability['by_chance'])} by chance)"
+    return f"{percent(stability['common'])} (with the same draws and no groups {percent(stability['without_groups'])})"
 
 
 def budgets(selection: Summary) -> list[tuple[str, int, str]]:
