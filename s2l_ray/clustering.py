@@ -73,7 +73,7 @@ class Groups:
     """
 
     centroids_KT: Floats
-    """Mean losses of each group, in nats: its centroid, where k-means saw the losses themselves."""
+    """Centroids in nats. Where k-means saw other features than the losses: the mean losses of each group."""
 
     sizes_K: NDArray[np.int64]
     """Rows in each group, none of them empty."""
@@ -469,7 +469,7 @@ class Grouping:
         """Blocks with labels and distances: every stratum's next rows, put where they belong."""
         by = self._config.stratify_by
         readers = [_Reader(stratum.rows.results()) for stratum in self.strata]
-        firsts = np.cumsum([0, *(len(ranks) for ranks in self._ranks)])
+        firsts = np.cumsum([0, *(int((ranks >= 0).sum()) for ranks in self._ranks)])
         for block in store.blocks(*dict.fromkeys(("example_id", *columns, *([by] if by else [])))):
             codes_M = store.codes(block, by) if by is not None else np.zeros(len(block), np.int32)
             labels_M, distances_M = np.empty(len(block), np.int32), np.empty(len(block), np.float32)

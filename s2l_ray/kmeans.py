@@ -71,7 +71,7 @@ class MemoryColumn:
         return self.values[start:stop]
 
     def write(self, start: int, values: NDArray[Any]) -> None:
-        self.values[start : start + len(values)] = values
+        self.values[start : start + len(values)] = values.reshape(-1, *self.values.shape[1:])
 
 
 class FileColumn:
@@ -347,7 +347,8 @@ def lloyd(rows: Rows, centroids_KF: Floats, num_iterations: int, tolerance: floa
             num_empty, is_repaired, repairs = len(empty), True, repairs - 1
             old_KF, centroids_KF, search = centroids_KF, _seeded(rows, centroids_KF, empty), "nearest"
             rows.unsettled(_moves(centroids_KF, old_KF))
-        if not step.num_changed and not is_repaired:
+        # A repair that filled nothing and moved no row is the end, too.
+        if not step.num_changed and (not is_repaired or len(empty)):
             ended_by = "converged"
         elif iteration == num_iterations:
             ended_by = ended_by or "num_iterations"

@@ -243,7 +243,12 @@ def choose(
         found = pa.concat_tables([_below(block, cuts_K, cuts_S) for block in rows()]).combine_chunks()
         cluster_ids_M, priorities_M = found["cluster_id"].to_numpy(), found["priority"].to_numpy()
         complete_K = np.bincount(cluster_ids_M[priorities_M <= cuts_K[cluster_ids_M]], minlength=len(sizes_K))
-        if (complete_K < quotas_K).any():  # once in a billion
+        short = (complete_K < quotas_K).any()
+        if cuts_S is not None and sizes_S is not None:
+            sources_M = found["source"].to_numpy()
+            complete_S = np.bincount(sources_M[priorities_M <= cuts_S[sources_M]], minlength=len(sizes_S))
+            short |= (complete_S < np.minimum(sizes_S, min_per_source)).any()
+        if short:  # once in a billion
             margin *= 4
             continue
         order_M = selection_order(cluster_ids_M, priorities_M, sizes_K=sizes_K, strata_K=strata_K, defer_up_to=defer_up_to)
