@@ -4,8 +4,10 @@ How the bytes stay the same for any order of the input and any number of threads
 `example_id`; blocks of fixed size are searched by one thread each; features lie on a grid, so that sums in float64 are
 exact and their order does not matter; everything else is elementwise or in row order.
 
-How the groups stay good (METHOD, "k-means facts"): k-means++ and restarts on the 1,024 K rows of lowest priority, the
-winner then gets full Lloyd iterations over all rows, and a group that loses its last row is seeded again.
+How the groups stay good (METHOD, "k-means facts"): k-means++ and restarts on the 1,024 K rows of lowest priority and 64 K
+rows more that lie far from the groups of these, drawn from all rows by their squared distances (k-means||, Bahmani et al.,
+2012): ten rows among millions are in no sample, and may be a group. The winner then gets full Lloyd iterations over all
+rows, and a group that loses its last row is seeded again.
 """
 
 from __future__ import annotations
@@ -28,12 +30,26 @@ from s2l_ray.config import ClusteringConfig, GroupingConfig, checked
 from s2l_ray.engines import Engine
 from s2l_ray.errors import ConfigError
 from s2l_ray.features import Features, Spectrum, on_grid
-from s2l_ray.kmeans import BLOCK_ROWS, Column, Fit, LocalRows, MemoryColumn, Rows, group_sums, lloyd, plus_plus, single_threads
+from s2l_ray.kmeans import (
+    BLOCK_ROWS,
+    Column,
+    Fit,
+    LocalRows,
+    MemoryColumn,
+    Rows,
+    group_sums,
+    lloyd,
+    plus_plus,
+    single_threads,
+    squares_to_nearest,
+    uniform,
+)
 from s2l_ray.progress import duration, get_log
 from s2l_ray.sorting import SortedTable, in_order
 from s2l_ray.trajectory_store import Trajectories, TrajectoryStore, losses_matrix, priorities, priority_cut
 
 SAMPLE_ROWS_PER_CLUSTER = 1_024
+FAR_ROWS_PER_CLUSTER = 64
 # Principal components, whitening and the stability of the subset are measured on so many rows of lowest priority.
 READOUT_ROWS = 65_536
 ROWS_PER_PART = 1_048_576
@@ -279,6 +295,8 @@ class _Stratum:
             if few is not None:
                 self.rows, self.result = local, few
                 return self._report(config)
+        if self.num_sampled < self.num_rows and training is None:
+            sample_SF = np.concatenate([sample_SF, self._far_rows(sample_SF, config, engine.pool)])
         started_KF = self._best_restart(sample_SF, config, engine.pool)
         tolerance = config.tolerance * float(sample_SF.var(axis=0, dtype=np.float64).mean())
         begun = time.monotonic()
@@ -355,6 +373,29 @@ class _Stratum:
                 self.capped_by = f"only {len(found):,} distinct trajectories among {self.num_rows:,} rows"
         return Fit(centroids_KF, sizes_K, rows.finish(centroids_KF), 0, "converged")
 
+    def _far_rows(self, sample_SF: Floats, config: ClusteringConfig, pool: ThreadPoolExecutor) -> Floats:
+        """Rows drawn by their squared distances to the groups that k-means++ finds in the sample: a pass over all rows.
+
+        Drawn without replacement in one stream: the smallest of -log(u) / squared distance (Efraimidis and Spirakis, 2006),
+        u being a hash of the row's number in the order of ids.
+        """
+        wanted = FAR_ROWS_PER_CLUSTER * config.num_clusters
+        [seed] = priorities([f"{self.name}/far"], config.seed)
+        centroids_KF = pool.submit(plus_plus, sample_SF, config.num_clusters, int(seed) & 0x7FFFFFFF).result()
+
+        def one_block(start: int) -> tuple[NDArray[np.float64], Floats]:
+            features = self.features.read(start, start + BLOCK_ROWS).reshape(-1, self.width)
+            keys = -np.log(uniform(np.arange(start, start + len(features)), seed)) / squares_to_nearest(features, centroids_KF)
+            lowest = np.sort(np.argpartition(keys, wanted)[:wanted]) if wanted < len(keys) else np.arange(len(keys))
+            return keys[lowest], features[lowest]
+
+        keys, rows = np.empty(0), np.empty((0, self.width), np.float32)
+        for more_keys, more_rows in in_order(pool, one_block, range(0, self.num_rows, BLOCK_ROWS)):
+            keys, rows = np.concatenate([keys, more_keys]), np.concatenate([rows, more_rows])
+            lowest = np.sort(np.argsort(keys, kind="stable")[:wanted])
+            keys, rows = keys[lowest], rows[lowest]
+        return rows
+
     def _best_restart(self, sample_SF: Floats, config: ClusteringConfig, pool: ThreadPoolExecutor) -> Fit:
         """The fit of lowest inertia on the sample; of equal ones the first."""
         fits: list[Fit] = []
@@ -366,7 +407,7 @@ class _Stratum:
             rows = LocalRows(MemoryColumn(sample_SF), self.width, pool)
             fits.append(lloyd(rows, start_KF, config.num_iterations, tolerance))
             labels.append(np.concatenate([block for block, _ in rows.results()]))
-        self.restarts_RS = np.stack(labels)
+        self.restarts_RS = np.stack(labels)[:, : len(self.sampled)]
         return min(fits, key=lambda fit: fit.inertia)
 
     def _report(self, config: ClusteringConfig) -> None:

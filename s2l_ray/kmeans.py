@@ -412,6 +412,19 @@ def squared_distances(features_NF: Floats, labels_N: Ints, centroids_KF: Floats)
     return squares
 
 
+def squares_to_nearest(features_NF: Floats, centroids_KF: Floats) -> NDArray[np.float64]:
+    """Squared distances to the nearest centroids, never zero."""
+    return np.maximum(faiss.knn(features_NF, centroids_KF, 1)[0][:, 0].astype(np.float64), 1e-30)
+
+
+def uniform(numbers_N: NDArray[np.int64], seed: np.uint64) -> NDArray[np.float64]:
+    """A random number in (0, 1) for each number: the finalizer of SplitMix64 (Steele et al., 2014)."""
+    mixed = (numbers_N.astype(np.uint64) + seed) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((mixed ^ (mixed >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2.0**-53 + 2.0**-54
+
+
 def single_threads(num_threads: int | None = None) -> ThreadPoolExecutor:
     """Threads (as many as this process has processors) in each of which faiss uses one: OpenMP's setting is a thread's own."""
     if num_threads is None:
