@@ -53,6 +53,8 @@ FAR_ROWS_PER_CLUSTER = 64
 # Principal components, whitening and the stability of the subset are measured on so many rows of lowest priority.
 READOUT_ROWS = 65_536
 ROWS_PER_PART = 1_048_576
+# Groups times sources up to which their agreement is counted: 8 MB.
+MAX_CELLS = 1_000_000
 ALL_ROWS = "all rows"
 CENTROIDS, FEATURE_CENTROIDS, RESTARTS = "centroids.npy", "feature_centroids.npy", "restarts.parquet"
 _log = get_log("clustering")
@@ -268,6 +270,7 @@ class _Stratum:
         """Numbers and ids of the rows on which the stability of the subset is measured."""
         self.rows: Rows
         self.result: Fit
+        self.shift_F = np.zeros(width, np.float32)
         self.capped_by: str | None = None
         self.lloyd_seconds = 0.0
         """Time of the iterations over all rows, the way of the rows to actors or GPUs included."""
@@ -289,6 +292,13 @@ class _Stratum:
     def fit(self, config: ClusteringConfig, engine: Engine) -> None:
         """Make the groups: `result`, and `rows` that know which row is in which."""
         sample_SF, training = self._sample()
+        if config.stratify_by is not None:
+            # Around its own median: the corpus's may be far from this stratum, and distances would lose digits.
+            self.shift_F = on_grid(np.median(sample_SF, axis=0))
+            sample_SF = sample_SF - self.shift_F
+            for start in range(0, self.num_rows, BLOCK_ROWS):
+                block = self.features.read(start, start + BLOCK_ROWS).reshape(-1, self.width)
+                self.features.write(start, block - self.shift_F)
         if len(_distinct(sample_SF).dictionary) <= config.num_clusters:
             local = LocalRows(self.features, self.width, engine.pool, engine.new_column)
             few = self._few(local, config.num_clusters)
@@ -468,10 +478,17 @@ def _fill(
         if codes_M is None:
             strata[0].add(features_MF, order_M, ids, read_out)
             continue
-        for code in np.unique(codes_M):
-            rows = np.flatnonzero(codes_M == code)
+        for code, rows in _rows_by_code(codes_M):
             strata[code].add(features_MF[rows], order_M[rows], ids.take(pa.array(rows)), read_out)
     return totals
+
+
+def _rows_by_code(codes_M: Ints) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Each code of a block and its rows, ascending."""
+    order_M = np.argsort(codes_M, kind="stable")
+    starts = np.flatnonzero(np.diff(codes_M[order_M], prepend=-1))
+    for rows in np.split(order_M, starts[1:]):
+        yield int(codes_M[rows[0]]), rows
 
 
 def _distinct(features_NF: Floats) -> Any:
@@ -499,7 +516,8 @@ class Grouping:
         if self._centroids_KT is None:
             self._number(store)
         size = sum(int((stratum.result.sizes_K > 0).sum()) for stratum in self.strata)
-        agreement = np.zeros((size, self._num_sources), np.int64) if self._num_sources else None
+        is_told = 0 < size * self._num_sources <= MAX_CELLS
+        agreement = np.zeros((size, self._num_sources), np.int64) if is_told else None
         for block, labels_M, distances_M in self._results(store, "source"):
             if agreement is not None:
                 agreement += quality.contingency(labels_M, store.codes(block, "source"), agreement.shape)
@@ -514,9 +532,8 @@ class Grouping:
         for block in store.blocks(*dict.fromkeys(("example_id", *columns, *([by] if by else [])))):
             codes_M = store.codes(block, by) if by is not None else np.zeros(len(block), np.int32)
             labels_M, distances_M = np.empty(len(block), np.int32), np.empty(len(block), np.float32)
-            for code in np.unique(codes_M):
-                rows = np.flatnonzero(codes_M == code) if by is not None else slice(None)
-                found, far = readers[code].take(int((codes_M == code).sum()))
+            for code, rows in _rows_by_code(codes_M):
+                found, far = readers[code].take(len(rows))
                 labels_M[rows] = self._ranks[code][found] + firsts[code] if len(self._ranks[code]) else found
                 distances_M[rows] = far
             yield block, labels_M, distances_M
@@ -531,7 +548,8 @@ class Grouping:
         first = 0
         for number, (stratum, found) in enumerate(zip(self.strata, kept, strict=True)):
             if means_KT is None:
-                levels_KT = (stratum.result.centroids_KF[found].astype(np.float64) + self._features.center_T).astype(np.float32)
+                center_T = self._features.center_T.astype(np.float64) + stratum.shift_F
+                levels_KT = (stratum.result.centroids_KF[found] + center_T).astype(np.float32)
             else:
                 levels_KT = means_KT[first : first + len(found)]
             first += len(found)
@@ -558,7 +576,7 @@ class Grouping:
         ordered = []
         for stratum, ranks in zip(self.strata, self._ranks, strict=True):
             found = np.flatnonzero(ranks >= 0)
-            ordered.append(stratum.result.centroids_KF[found[np.argsort(ranks[found])]])
+            ordered.append(stratum.result.centroids_KF[found[np.argsort(ranks[found])]] + stratum.shift_F)
         return np.concatenate(ordered)
 
     def groups(self) -> Groups:
@@ -663,8 +681,7 @@ def build_clustering(
     """Group trajectories and publish `assignments-*.parquet` (example_id, cluster_id, distance), `centroids.npy` (K, T),
     for other features than the losses `feature_centroids.npy` (K, F), and `restarts.parquet`."""
     begun = time.monotonic()
-    with single_threads() as pool:
-        engine = Engine.choose(machines, pool, scratch, len(store), store.num_points)
+    with single_threads() as pool, Engine.choose(machines, pool, scratch, len(store), store.num_points) as engine:
         _log.info("%s trajectories of %d points, %s", f"{len(store):,}", store.num_points, engine.describe())
         grouping = group(store, config, engine)
         grouped = time.monotonic()
@@ -672,7 +689,7 @@ def build_clustering(
         for part, data in enumerate(parts):
             draft.write(f"assignments-{part:05d}.parquet", data)
         groups = grouping.groups()
-        engine.close()
+        described = engine.describe()
     _write_array(draft, CENTROIDS, groups.centroids_KT)
     if grouping.feature_centroids_KF is not None:
         _write_array(draft, FEATURE_CENTROIDS, grouping.feature_centroids_KF)
@@ -692,7 +709,7 @@ def build_clustering(
         "lloyd": round(lloyd_seconds, 3),
         "writing": round(time.monotonic() - grouped, 3),
     }
-    return draft.publish(groups.summary(), {"engine": engine.describe(), "seconds": seconds})
+    return draft.publish(groups.summary(), {"engine": described, "seconds": seconds})
 
 
 def _parts(assignments: Iterator[tuple[pa.Table, Ints, Floats]]) -> Iterator[pa.Table]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -31,6 +33,9 @@ from s2l_ray.kmeans import (
     squared_distances,
 )
 
+# Columns of small strata stay in memory up to so much: a file each would be slower.
+_SMALL_BYTES = 128 * 2**20
+
 
 class Engine:
     """Makes the columns and the `Rows` of a clustering."""
@@ -39,6 +44,7 @@ class Engine:
         self.kind, self.pool = kind, pool
         self._scratch, self._num_workers = scratch, num_workers
         self._columns: list[Path] = []
+        self._held = 0
         self._actors: list[Any] = []
 
     @classmethod
@@ -72,7 +78,10 @@ class Engine:
 
     def new_column(self, num_rows: int, width: int, dtype: Any) -> Column:
         """A column of zeros where this engine keeps them."""
-        if self._scratch is None or num_rows <= BLOCK_ROWS:
+        num_bytes = num_rows * width * np.dtype(dtype).itemsize
+        is_small = num_rows <= BLOCK_ROWS and self._held + num_bytes <= _SMALL_BYTES
+        if self._scratch is None or is_small:
+            self._held += num_bytes
             return in_memory(num_rows, width, dtype)
         path = self._scratch / f"column-{len(self._columns):05d}"
         self._columns.append(path)
@@ -91,14 +100,24 @@ class Engine:
         import ray
 
         if not self._actors:
+            num_cpus = int(ray.cluster_resources().get("CPU", 0))
+            if num_cpus < self._num_workers:
+                raise ConfigError(
+                    f"machines.clustering.num_workers: {self._num_workers} Ray actors of one CPU each, but this Ray has "
+                    f"{num_cpus} CPUs. Set it to {num_cpus} or less, or start more nodes first."
+                )
             actor = ray.remote(num_cpus=1)(_Worker)
             self._actors = [actor.remote() for _ in range(self._num_workers)]
         return self._actors
 
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Let actors and files go."""
-        import contextlib
-
         if self._actors:
             import ray
 
@@ -130,8 +149,8 @@ class _Worker:
     def call(self, name: str, method: str, *arguments: Any) -> Any:
         return getattr(self._rows[name], method)(*arguments)
 
-    def results(self, name: str) -> list[tuple[Ints, Floats]]:
-        return list(self._rows[name].results())
+    def block(self, name: str, number: int) -> tuple[Ints, Floats] | None:
+        return self._rows[name].block(number)
 
 
 class RayRows:
@@ -173,7 +192,11 @@ class RayRows:
         import ray
 
         for actor in self._actors:
-            yield from ray.get(actor.results.remote(self._name))
+            for number in itertools.count():
+                block = ray.get(actor.block.remote(self._name, number))
+                if block is None:
+                    break
+                yield block
 
     def _call(self, method: str, *arguments: Any) -> list[Any]:
         import ray
@@ -182,6 +205,12 @@ class RayRows:
 
 
 # --- GPUs ----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _gpu_resources(device: int) -> Any:  # noqa: ARG001 - one for each device
+    """faiss's scratch memory on a GPU, 1.5 GB: once, not for every stratum."""
+    return faiss.StandardGpuResources()
 
 
 class GpuRows:
@@ -197,7 +226,7 @@ class GpuRows:
         self._torch = torch
         self.shape = (len(features), width)
         self._devices = [torch.device("cuda", device) for device in devices]
-        self._resources = {device: faiss.StandardGpuResources() for device in devices}
+        self._resources = {device: _gpu_resources(device) for device in devices}
         starts = list(range(0, len(features), BLOCK_ROWS))
         each = math.ceil(len(starts) / len(devices))
         self._blocks = [

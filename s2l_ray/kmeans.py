@@ -13,9 +13,10 @@ not used. What is skipped is what a search would not have changed.
 from __future__ import annotations
 
 import errno
+import functools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,14 +76,17 @@ class MemoryColumn:
 
 
 class FileColumn:
-    """A column in a file that is read and written in pieces, not mapped: mapped pages count as this process's memory."""
+    """A column in a file that is read and written in pieces, not mapped: mapped pages count as this process's memory.
+
+    The file is open only while it is used: there may be three for each of hundreds of strata.
+    """
 
     def __init__(self, path: Path, num_rows: int, width: int, dtype: Any) -> None:
+        self._path, self._dtype = path, np.dtype(dtype)
         self._shape = (num_rows, width) if width > 1 else (num_rows,)
-        self._dtype = np.dtype(dtype)
         self._row_bytes = width * self._dtype.itemsize
-        self._file = path.open("w+b", buffering=0)
-        os.truncate(self._file.fileno(), num_rows * self._row_bytes)
+        path.touch()
+        os.truncate(path, num_rows * self._row_bytes)
 
     def __len__(self) -> int:
         return self._shape[0]
@@ -90,17 +94,19 @@ class FileColumn:
     def read(self, start: int, stop: int) -> NDArray[Any]:
         values = np.empty((min(stop, len(self)) - start, *self._shape[1:]), self._dtype)
         view, done = values.reshape(-1).view(np.uint8).data, 0
-        while done < len(view):
-            count = os.preadv(self._file.fileno(), [view[done:]], start * self._row_bytes + done)
-            if not count:
-                raise OSError(errno.EIO, "ends early", self._file.name)
-            done += count
+        with self._path.open("rb", buffering=0) as file:
+            while done < len(view):
+                count = os.preadv(file.fileno(), [view[done:]], start * self._row_bytes + done)
+                if not count:
+                    raise OSError(errno.EIO, "ends early", str(self._path))
+                done += count
         return values
 
     def write(self, start: int, values: NDArray[Any]) -> None:
         view, done = np.ascontiguousarray(values, self._dtype).reshape(-1).view(np.uint8).data, 0
-        while done < len(view):
-            done += os.pwrite(self._file.fileno(), view[done:], start * self._row_bytes + done)
+        with self._path.open("r+b", buffering=0) as file:
+            while done < len(view):
+                done += os.pwrite(file.fileno(), view[done:], start * self._row_bytes + done)
 
 
 NewColumn = Callable[[int, int, Any], Column]
@@ -125,12 +131,13 @@ class Step:
     num_changed: int
 
     @classmethod
-    def sum(cls, steps: list[Step]) -> Step:
-        """The change over all blocks or workers."""
-        return cls(
-            np.sum([step.sums_KF for step in steps], axis=0),
-            np.sum([step.sizes_K for step in steps], axis=0),
-            sum(step.num_changed for step in steps),
+    def sum(cls, steps: Iterable[Step]) -> Step:
+        """The change over all blocks or workers, added as they come."""
+        return functools.reduce(
+            lambda left, right: cls(
+                left.sums_KF + right.sums_KF, left.sizes_K + right.sizes_K, left.num_changed + right.num_changed
+            ),
+            steps,
         )
 
 
@@ -205,7 +212,7 @@ class LocalRows:
                 sizes -= np.bincount(before, minlength=num_clusters)
             return Step(sums, sizes, len(changed))
 
-        return Step.sum(list(self._pool.map(one_block, self._blocks)))
+        return Step.sum(self._pool.map(one_block, self._blocks))
 
     def farthest(self, centroids_KF: Floats, seed_F: Floats | None) -> tuple[float, Floats]:
         if seed_F is None:
@@ -236,11 +243,20 @@ class LocalRows:
             self._margins.write(block.start, np.sqrt(squares).astype(np.float32))
             return float(squares.sum())
 
+        self._far = []
+
         return list(self._pool.map(one_block, self._blocks))
 
     def results(self) -> Iterator[tuple[Ints, Floats]]:
         for block in self._blocks:
             yield self._labels.read(block.start, block.stop), self._margins.read(block.start, block.stop)
+
+    def block(self, number: int) -> tuple[Ints, Floats] | None:
+        """The results of one block, None after the last."""
+        start = number * BLOCK_ROWS
+        if start >= self.shape[0]:
+            return None
+        return self._labels.read(start, start + BLOCK_ROWS), self._margins.read(start, start + BLOCK_ROWS)
 
     def blocks(self) -> Iterator[tuple[int, Floats]]:
         """The number of each block's first row, and its features."""
@@ -330,16 +346,18 @@ def lloyd(rows: Rows, centroids_KF: Floats, num_iterations: int, tolerance: floa
     """k-means from given centroids, ended by the first of three: no row changed its group; the squared moves of all
     centroids add up to at most `tolerance` (in squared units of the features); `num_iterations` updates.
 
-    Every row of the result is with its nearest centroid. Centroids that lose their last row are seeded again.
+    Every row of the result is with its nearest centroid (of two equally near, to the rounding of |x|^2 in float32, with
+    either). Centroids that lose their last row are seeded again.
     """
     sums_KF, sizes_K = np.zeros(centroids_KF.shape), np.zeros(len(centroids_KF), np.int64)
     search, moved_at_two, iteration, ended_by, repairs = "two", np.inf, 0, "", MAX_REPAIRS
     while True:
-        num_empty, is_repaired = len(centroids_KF) + 1, False
+        num_empty, num_changed, is_repaired = len(centroids_KF) + 1, 0, False
         while True:
             step = rows.assign(centroids_KF, search)  # type: ignore[arg-type]
             sums_KF += step.sums_KF
             sizes_K += step.sizes_K
+            num_changed += step.num_changed
             empty = np.flatnonzero(sizes_K == 0)
             # Seeding again mends all of them unless rows differ by less than float32 can tell.
             if not len(empty) or len(empty) >= num_empty or not repairs:
@@ -348,7 +366,7 @@ def lloyd(rows: Rows, centroids_KF: Floats, num_iterations: int, tolerance: floa
             old_KF, centroids_KF, search = centroids_KF, _seeded(rows, centroids_KF, empty), "nearest"
             rows.unsettled(_moves(centroids_KF, old_KF))
         # A repair that filled nothing and moved no row is the end, too.
-        if not step.num_changed and (not is_repaired or len(empty)):
+        if not num_changed and (not is_repaired or len(empty)):
             ended_by = "converged"
         elif iteration == num_iterations:
             ended_by = ended_by or "num_iterations"

@@ -35,6 +35,7 @@ from s2l_ray.trajectory_store import BLOCK_ROWS, TOKENS, Trajectories, Trajector
 
 SELECTED = "selected.parquet"
 RANDOM = "random.parquet"
+_BLOCK_BYTES = 64 * 2**20
 _log = get_log("selection")
 
 Integers = NDArray[np.int64]
@@ -50,7 +51,8 @@ class Selection:
 
     cluster_ids_M: NDArray[np.int32]
     weights_M: NDArray[np.float64]
-    """Size of the example's group over its quota: with these weights the subset's gradient estimates the pool's."""
+    """Size of the example's group over its quota: with these weights the subset's gradient estimates the pool's. With a
+    minimum per source: the same for the rows of its source in its group (see `_weights_by_source`)."""
 
     quotas_K: Integers
     """Examples taken from each group."""
@@ -266,7 +268,7 @@ def choose(
 
 def _first_guess(rows: Callable[[], Iterable[pa.Table]], budgets: Sequence[Budget], num_rows: int) -> int:
     """Examples that the largest budget takes: exactly, but for budgets in tokens."""
-    largest = max((_num_examples(b, num_rows) for b in budgets if not isinstance(b, dict)), default=0)
+    largest = max((_num_examples(b, num_rows, quietly=True) for b in budgets if not isinstance(b, dict)), default=0)
     tokens = max((budget["tokens"] for budget in budgets if isinstance(budget, dict)), default=0)
     if not tokens:
         return largest
@@ -320,13 +322,13 @@ def _prefix(budget: Budget, found: pa.Table, order_M: Integers, num_rows: int, n
     return count
 
 
-def _num_examples(budget: int | float, num_rows: int) -> int:
+def _num_examples(budget: int | float, num_rows: int, *, quietly: bool = False) -> int:
     """A budget in examples: a fraction is rounded down in decimal (0.29 of 100 is 29), to one example at least."""
     if budget <= 0:
         raise ConfigError(f"selection.budget: must be above 0, found {budget}.")
     if budget < 1:
         return max(1, int(Decimal(str(budget)) * num_rows))
-    if budget > num_rows:
+    if budget > num_rows and not quietly:
         _log.warning("the budget of %s examples is above the %s there are: all are taken", f"{budget:,}", f"{num_rows:,}")
     return min(int(budget), num_rows)
 
@@ -369,14 +371,31 @@ def _choose(
         sizes_S=store.counts_of("source") if has_sources and config.min_per_source else None,
         min_per_source=config.min_per_source,
     )
+    cells_KS = None
+    if config.min_per_source:
+        shape = (groups.num_clusters, len(store.names_of("source")))
+        cells_KS = np.zeros(shape, np.int64)
+        for block in rows():
+            cells_KS += quality.contingency(block["cluster_id"].to_numpy(), block["source"].to_numpy(), shape)
     chosen = []
     for budget, table in zip(budgets, tables, strict=True):
         cluster_ids_M = table["cluster_id"].to_numpy()
         quotas_K = np.bincount(cluster_ids_M, minlength=groups.num_clusters)
         weights_M = groups.sizes_K[cluster_ids_M] / quotas_K[cluster_ids_M]
+        if cells_KS is not None:
+            weights_M = _weights_by_source(cluster_ids_M, table["source"].to_numpy(), cells_KS)
         ids = table["example_id"].combine_chunks()
         chosen.append(_Chosen(Selection(ids, cluster_ids_M, weights_M, quotas_K, groups.sizes_K, budget), table))
     return chosen
+
+
+def _weights_by_source(cluster_ids_M: NDArray[Any], sources_M: NDArray[Any], cells_KS: Integers) -> NDArray[np.float64]:
+    """Weights where some sources were preferred: an example stands for its source's rows in its group, and all chosen of a
+    group together for the whole group, those of sources without a chosen example included."""
+    chosen_KS = quality.contingency(cluster_ids_M, sources_M, (cells_KS.shape[0], cells_KS.shape[1]))
+    reached_K = np.where(chosen_KS > 0, cells_KS, 0).sum(axis=1)
+    scale_K = cells_KS.sum(axis=1) / np.maximum(reached_K, 1)
+    return np.asarray(cells_KS[cluster_ids_M, sources_M] / chosen_KS[cluster_ids_M, sources_M] * scale_K[cluster_ids_M])
 
 
 def check_columns(config: SelectionConfig, store: TrajectoryStore) -> None:
@@ -509,7 +528,7 @@ class _Rows:
         row = table.schema.field("row").type
         if row.get_field_index("example_id") < 0:
             return False
-        blocks = table.blocks(BLOCK_ROWS)
+        blocks = table.blocks(table.rows_of(_BLOCK_BYTES, BLOCK_ROWS))
         return all(_are_the_ids(_flat(block["row"]), block["example_id"].combine_chunks()) for block in blocks)
 
     def with_ours(self, ids: pa.ChunkedArray, cluster_ids: pa.ChunkedArray, weights: pa.Array) -> Iterator[pa.Table]:
@@ -518,7 +537,7 @@ class _Rows:
         is_own = len(ids) == len(self.ids)
         is_chosen_N = None if is_own else pc.is_in(self.ids, value_set=ids.combine_chunks()).to_numpy(zero_copy_only=False)
         start = done = 0
-        for block in self.table.blocks(BLOCK_ROWS):
+        for block in self.table.blocks(self.table.rows_of(_BLOCK_BYTES, BLOCK_ROWS)):
             rows = _flat(block["row"])
             if is_chosen_N is not None:
                 rows = rows.filter(pa.array(is_chosen_N[start : start + len(block)]))

@@ -1,4 +1,4 @@
-"""Tables of any size in ascending order of `example_id`: sorted runs on disk, merged, with memory for a few runs.
+"""Tables of any size in ascending order of `example_id`: sorted runs on disk, merged, with memory for a few runs of 64 MB.
 
 Losses, ids and texts of a corpus come in whatever order their files have them; everything after this module sees one
 order. Input that ascends already is written once and not merged.
@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 
 from s2l_ray.errors import DataError
 
-# A run is sorted in memory, several at a time: 50 MB of trajectories of 12 points.
+# A run is sorted in memory, several at a time: 50 MB of trajectories of 12 points, and no more of long texts.
 RUN_ROWS = 524_288
-# What is read of a run at once while merging.
+RUN_BYTES = 64 * 2**20
+# What is read of a run at once while merging: a share of a run, by rows or by bytes.
 PIECE_ROWS = 8_192
 _NAMED_IDS = 5
 _MAX_WIDTH = 64
@@ -50,6 +51,11 @@ class SortedTable:
     def blocks(self, num_rows: int, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The rows in blocks of `num_rows` (the last may be shorter), each column in one chunk."""
         return self.joined(self._batches(columns), num_rows)
+
+    def rows_of(self, num_bytes: int, most: int) -> int:
+        """How many rows take about so many bytes, `most` at most: the size of a block of long texts."""
+        total = self.table.nbytes if self.table is not None else sum(path.stat().st_size for path in self.files)
+        return int(min(most, max(1, num_bytes * self.num_rows // max(total, 1))))
 
     @staticmethod
     def joined(batches: Iterable[pa.RecordBatch], num_rows: int) -> Iterator[pa.Table]:
@@ -139,10 +145,12 @@ class _Run:
 
     @classmethod
     def write(cls, path: Path, table: pa.Table) -> _Run:
+        pieces = RUN_ROWS // PIECE_ROWS
+        size = min(PIECE_ROWS, max(1, RUN_BYTES // pieces * len(table) // max(table.nbytes, 1)))
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-            writer.write_table(table, max_chunksize=PIECE_ROWS)
+            writer.write_table(table, max_chunksize=size)
         ids = table["example_id"]
-        firsts = [ids[start].as_py() for start in range(0, len(ids), PIECE_ROWS)]
+        firsts = [ids[start].as_py() for start in range(0, len(ids), size)]
         last = ids[-1].as_py() if len(ids) else None
         ids = ids.combine_chunks()
         twice = ids[1:].filter(pc.equal(ids[1:], ids[:-1])).unique()
@@ -213,14 +221,17 @@ def _ascending_order(ids: pa.Array) -> NDArray[np.integer[Any]]:
 def _of_run_size(batches: Iterable[pa.Table]) -> Iterator[pa.Table]:
     """Tables joined and cut to runs."""
     waiting: list[pa.Table] = []
-    count = 0
+    count = num_bytes = 0
     for batch in batches:
         waiting.append(batch)
         count += len(batch)
-        while count >= RUN_ROWS:
+        num_bytes += batch.nbytes
+        while count >= RUN_ROWS or (num_bytes >= RUN_BYTES and count > 1):
             table = pa.concat_tables(waiting)
-            yield table[:RUN_ROWS]
-            waiting, count = [table[RUN_ROWS:]], count - RUN_ROWS
+            size = min(RUN_ROWS, max(1, RUN_BYTES * count // num_bytes))
+            yield table[:size]
+            waiting, count = [table[size:]], count - size
+            num_bytes = waiting[0].nbytes
     if count:
         yield pa.concat_tables(waiting)
 

