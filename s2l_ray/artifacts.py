@@ -134,7 +134,9 @@ class Storage:
             target.parent.mkdir(parents=True, exist_ok=True)
             path = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.tmp")
         else:
-            path = Path(tempfile.gettempdir()) / f"s2l_ray-{uuid.uuid4().hex}.tmp"
+            handle, made = tempfile.mkstemp(prefix="s2l_ray-")  # readable by this user alone
+            os.close(handle)
+            path = Path(made)
         try:
             yield path
             if self.is_local:
@@ -142,10 +144,19 @@ class Storage:
                     os.fsync(file.fileno())
                 path.replace(target)
             else:
-                with path.open("rb") as file, self.filesystem.open_output_stream(self.path(name)) as stream:
-                    shutil.copyfileobj(file, stream, _COPY_BYTES)
+                self._upload_file(path, name)
         finally:
             path.unlink(missing_ok=True)
+
+    def _upload_file(self, path: Path, name: str) -> None:
+        """Copy a local file to object storage; what an error cut short is removed: closing the stream publishes it."""
+        try:
+            with path.open("rb") as file, self.filesystem.open_output_stream(self.path(name)) as stream:
+                shutil.copyfileobj(file, stream, _COPY_BYTES)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self.filesystem.delete_file(self.path(name))
+            raise
 
     def read_json(self, name: str) -> Any:
         """A JSON file's value, None if there is no such file. Raises ArtifactError if it is damaged."""
@@ -380,6 +391,9 @@ class Draft:
             work.delete()
             value = {"fingerprint": key.fingerprint, "recipe": key.recipe, "inputs": key.inputs}
             storage.write_json(BUILDING, value)
+        for name in storage.names(recursive=True):
+            if name.endswith(".tmp"):  # a killed attempt was writing it
+                storage.delete(name)
         return cls(storage, key, work)
 
     def has(self, path: str) -> bool:

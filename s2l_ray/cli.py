@@ -136,7 +136,7 @@ def export(
     run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run directory, or the output of `s2l select`.")],
     format_: Annotated[Literal["jsonl", "parquet"], typer.Option("--format", help="File format.")],
     output: Annotated[str, typer.Option(metavar="PATH", help="The file to write, local or URI.")],
-    subset: Annotated[Literal["selected", "random"], typer.Option(help="Which subset.")] = "selected",
+    subset: Annotated[str, typer.Option(help="selected, random, or selected-BUDGET of a further budget.")] = "selected",
 ) -> None:
     """Write the subset, with the corpus's own columns, for another trainer."""
     from s2l_ray.pipeline import export_subset

@@ -320,6 +320,8 @@ class SelectionConfig(Section):
         if isinstance(budget, dict) and isinstance(budget.get("tokens"), str):
             with contextlib.suppress(ValueError):
                 budget = budget | {"tokens": float(budget["tokens"])}
+        if budget == {} or budget != budget:  # noqa: PLR0124 - NaN is not itself
+            raise ValueError("a budget is a number of examples, a fraction below 1 or {tokens: n}")
         if isinstance(budget, bool):
             raise ValueError("a budget is a number of examples, a fraction below 1 or {tokens: n}")
         if isinstance(budget, float) and budget == 1:

@@ -433,7 +433,9 @@ def export_subset(run_dir: str, file_format: str, output: str, subset: str = "se
     """Write the subset's rows to one JSON Lines or Parquet file, whole or not at all; how many they are."""
     selection = Artifact.read(Storage(run_dir).child("selection"))
     if f"{subset}.parquet" not in selection.manifest["files"]:
-        raise ArtifactError(f"{run_dir}: has no random control. Set evaluation.random_control=true for one.")
+        hint = " Set evaluation.random_control=true for a random control." if subset == "random" else ""
+        known = ", ".join(path.removesuffix(".parquet") for path in selection.manifest["files"])
+        raise ArtifactError(f"{run_dir}: has no subset '{subset}'. There are: {known}.{hint}")
     folder, _, name = absolute_uri(output).rpartition("/")
     data = selection.read_bytes(f"{subset}.parquet")
     if file_format == "jsonl":

@@ -6,14 +6,16 @@ rows' numbers in the files, so that no table of ids has to be held.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
@@ -81,9 +83,17 @@ def read_trajectories(source: str | Artifact, *, stratify_by: str | None = None)
 
 
 def files_identity(uri: str) -> str:
-    """Names and sizes of the Parquet files behind a place, as 16 hexadecimal digits: cheap, and changes with their rows."""
+    """Names, sizes and last 64 KB (with the statistics of all columns) of the Parquet files behind a place, as 16
+    hexadecimal digits: cheap, and changes with their rows."""
     storage, names = _files(uri)
-    return digest([[name, storage.size(name)] for name in names])
+
+    def identity(name: str) -> list[Any]:
+        with storage.filesystem.open_input_file(storage.path(name)) as file:
+            size = file.size()
+            file.seek(max(0, size - 65_536))
+            return [name, size, hashlib.blake2b(file.read(), digest_size=8).hexdigest()]
+
+    return digest([identity(name) for name in names])
 
 
 def find_artifact(uri: str) -> Artifact | None:
@@ -120,21 +130,40 @@ def fetch_rows(source: str | Artifact, example_ids: pa.Array, positions_M: NDArr
     places_M = positions_M[order_M]
     start = 0
     for part in parts:
-        counts = part.row_group_sizes()
-        for group, count in enumerate(counts):
-            first, last = np.searchsorted(places_M, [start, start + count])
-            if first < last:
-                for done, batch in part.batches(schema.names, group):
-                    first, last = np.searchsorted(places_M, [start + done, start + done + len(batch)])
-                    found = batch.take(pa.array(places_M[first:last] - start - done))
-                    ids = example_ids.take(pa.array(order_M[first:last]))
-                    if not id_column(found["example_id"], part.name).equals(ids):
-                        raise _changed(source)
-                    if len(found):
-                        yield pa.table({"example_id": ids, "row": _as_struct(found, schema)})
-            start += count
+        stop = start + part.num_rows()
+        first, last = np.searchsorted(places_M, [start, stop])
+        if first < last:
+            yield from _rows_of(
+                part, schema, places_M[first:last] - start, example_ids.take(pa.array(order_M[first:last])), source
+            )
+        start = stop
     if len(places_M) and places_M[-1] >= start:
         raise _changed(source)
+
+
+def _rows_of(
+    part: _Part, schema: pa.Schema, places_M: NDArray[np.int64], ids: pa.Array, source: str | Artifact
+) -> Iterator[pa.Table]:
+    """Some rows of a part, by their (ascending) numbers."""
+
+    def is_wanted(start: int, count: int) -> bool:
+        first, last = np.searchsorted(places_M, [start, start + count])
+        return bool(first < last)
+
+    for done, batch in part.batches(schema.names, is_wanted):
+        first, last = np.searchsorted(places_M, [done, done + len(batch)])
+        if first < last:
+            found = _plain(batch).take(pa.array(places_M[first:last] - done))
+            if not id_column(found["example_id"], part.name).equals(ids[first:last]):
+                raise _changed(source)
+            yield pa.table({"example_id": ids[first:last], "row": _as_struct(found, schema)})
+
+
+def _plain(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """A batch without views, which Arrow cannot pick rows from."""
+    kinds = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
+    fields = [f.with_type(kinds.get(f.type, f.type)) for f in batch.schema]
+    return batch.cast(pa.schema(fields)) if any(f.type in kinds for f in batch.schema) else batch
 
 
 def _changed(source: str | Artifact) -> DataError:
@@ -147,6 +176,7 @@ def _common_schema(parts: list[_Part], source: str | Artifact) -> pa.Schema:
     for part in parts:
         fields = [f.with_metadata(None) for f in part.schema() if f.name != "losses"]
         values = [f.with_type(f.type.value_type) if pa.types.is_dictionary(f.type) else f for f in fields]
+        values = [f.with_type(pa.string()) if f.type == pa.string_view() else f for f in values]
         schemas.append(pa.schema(values))
     try:
         return pa.unify_schemas(schemas, promote_options="permissive")
@@ -164,32 +194,53 @@ def _as_struct(batch: pa.RecordBatch, schema: pa.Schema) -> pa.Array:
 
 @dataclass(frozen=True)
 class _Part:
-    """One Parquet file: its name for messages and how it is opened."""
+    """One Parquet file: its name for messages, how it is opened, and the columns that its folders' names give."""
 
     name: str
     source: Callable[[], Any]
+    constants: Mapping[str, str] = field(default_factory=dict)
 
     def schema(self) -> pa.Schema:
-        return self._open().schema_arrow
+        return self._with_constants(self._open().schema_arrow)
 
-    def row_group_sizes(self) -> list[int]:
-        footer = self._open().metadata
-        return [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
+    def num_rows(self) -> int:
+        return int(self._open().metadata.num_rows)
 
-    def batches(self, columns: Sequence[str], group: int | None = None) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """The part, or a row group, in batches of at most 65,536 rows, each with the number of rows before it.
+    def batches(
+        self, columns: Sequence[str], wanted: Callable[[int, int], bool] = lambda _start, _count: True
+    ) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """The part in batches of at most 65,536 rows, each with the number of rows before it. Row groups (by their first row
+        and their number of rows) that are not wanted are not read.
 
         Raises DataError naming the file where it cannot be read.
         """
-        done = 0
         try:
             file = self._open()
-            wanted = [name for name in columns if name in file.schema_arrow.names]
-            for batch in file.iter_batches(BLOCK_ROWS, columns=wanted, row_groups=None if group is None else [group]):
-                yield done, batch
-                done += len(batch)
+            known = [name for name in columns if name in file.schema_arrow.names]
+            start = 0
+            for group in range(file.metadata.num_row_groups):
+                count = file.metadata.row_group(group).num_rows
+                if wanted(start, count):
+                    done = start
+                    for batch in file.iter_batches(BLOCK_ROWS, columns=known, row_groups=[group]):
+                        yield done, self._filled(batch, columns)
+                        done += len(batch)
+                start += count
         except (OSError, pa.ArrowException) as error:
             raise self._unreadable(error) from error
+
+    def _with_constants(self, schema: pa.Schema) -> pa.Schema:
+        for name in self.constants:
+            if name not in schema.names:
+                schema = schema.append(pa.field(name, pa.string()))
+        return schema
+
+    def _filled(self, batch: pa.RecordBatch, columns: Sequence[str]) -> pa.RecordBatch:
+        """A batch with the columns that the folders' names give."""
+        for name, value in self.constants.items():
+            if name in columns and name not in batch.schema.names:
+                batch = batch.append_column(name, pa.repeat(pa.scalar(value), len(batch)))
+        return batch
 
     def _open(self) -> pq.ParquetFile:
         try:
@@ -222,7 +273,16 @@ def _parts(place: str | Artifact) -> list[_Part]:
         storage, names = _files(uri)
     except OSError as error:
         raise DataError(f"{uri}: cannot be listed ({error}).") from error
-    return [_Part(f"{storage.uri.rstrip('/')}/{name}" if name else uri, source(storage, name)) for name in names]
+    return [
+        _Part(f"{storage.uri.rstrip('/')}/{name}" if name else uri, source(storage, name), _folder_columns(name))
+        for name in names
+    ]
+
+
+def _folder_columns(name: str) -> dict[str, str]:
+    """What folders called `column=value` say, as Spark and Hive write them; an empty name is a missing value there."""
+    pairs = re.findall(r"([^/=]+)=([^/]*)/", name)
+    return {key: unquote(value) for key, value in pairs if value != "__HIVE_DEFAULT_PARTITION__"}
 
 
 def _files(uri: str) -> tuple[Storage, list[str]]:
@@ -241,7 +301,9 @@ def _files(uri: str) -> tuple[Storage, list[str]]:
         pattern = _glob_pattern(uri[len(base) + len(slash) :])
     # Spark and others leave files such as _SUCCESS and .crc beside the parts.
     names = [name for name in storage.names(recursive=True) if not re.search(r"(^|/)[._]", name)]
-    found = [name for name in names if pattern.fullmatch(name)]
+    # Nor are the results of this program its input: an output inside the input's folder is left alone.
+    results = {name.rpartition("/")[0] for name in names if name.rpartition("/")[2] in (MANIFEST, BUILDING)} - {""}
+    found = [name for name in names if pattern.fullmatch(name) and name.rpartition("/")[0] not in results]
     if not found:
         hint = f" It looks like a run: give {uri}/trajectories." if storage.exists("run.json") else ""
         raise DataError(f"{uri}: no Parquet files there.{hint}")

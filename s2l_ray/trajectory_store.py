@@ -408,9 +408,11 @@ def id_column(column: pa.Array, where: str) -> pa.Array:
         rows = np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))
         raise DataError(f"{where}: example_id is missing in {len(rows):,} rows (row {rows[0]:,} of its block, say).")
     try:
-        return column.cast(pa.string() if _is_text(column.type) else pa.int64())
+        ids = column.cast(pa.string() if _is_text(column.type) else pa.int64())
+        ids.validate(full=True)
     except pa.ArrowInvalid as error:
-        raise DataError(f"{where}: example_id does not fit into 64 bits with a sign ({error}).") from error
+        raise DataError(f"{where}: example_id is not UTF-8, or does not fit into 64 bits with a sign ({error}).") from error
+    return ids
 
 
 def label_column(column: pa.Array, name: str, where: str) -> pa.Array:
@@ -427,7 +429,7 @@ def token_count_column(column: pa.Array, ids: pa.Array, where: str) -> pa.Array:
     """Numbers of response tokens as int32. Raises DataError naming the ids of missing or negative ones."""
     if not pa.types.is_integer(column.type) and len(column):
         raise wrong_type(where, "num_response_tokens", column.type, "integers")
-    column = column.cast(pa.int64())
+    column = column.cast(pa.int64(), safe=False)  # what is too large for that becomes negative
     is_bad = pc.fill_null(pc.or_(pc.less(column, 0), pc.greater(column, np.iinfo(np.int32).max)), True)
     if len(column) == len(ids) and pc.any(is_bad).as_py():
         bad = name_examples(ids.filter(is_bad))
