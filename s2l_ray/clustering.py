@@ -50,6 +50,8 @@ from s2l_ray.trajectory_store import Trajectories, TrajectoryStore, losses_matri
 
 SAMPLE_ROWS_PER_CLUSTER = 1_024
 FAR_ROWS_PER_CLUSTER = 64
+# k-means++ takes time with rows times groups: for many groups it draws from a part of the sample.
+SEEDING_ROWS = 131_072
 # Principal components, whitening and the stability of the subset are measured on so many rows of lowest priority.
 READOUT_ROWS = 65_536
 ROWS_PER_PART = 1_048_576
@@ -391,7 +393,8 @@ class _Stratum:
         """
         wanted = FAR_ROWS_PER_CLUSTER * config.num_clusters
         [seed] = priorities([f"{self.name}/far"], config.seed)
-        centroids_KF = pool.submit(plus_plus, sample_SF, config.num_clusters, int(seed) & 0x7FFFFFFF).result()
+        seeding_SF = self._seeding_rows(sample_SF)
+        centroids_KF = pool.submit(plus_plus, seeding_SF, config.num_clusters, int(seed)).result()
 
         def one_block(start: int) -> tuple[NDArray[np.float64], Floats]:
             features = self.features.read(start, start + BLOCK_ROWS).reshape(-1, self.width)
@@ -406,14 +409,20 @@ class _Stratum:
             keys, rows = keys[lowest], rows[lowest]
         return rows
 
+    def _seeding_rows(self, sample_SF: Floats) -> Floats:
+        """What k-means++ draws from: of many rows of the sample evenly some, and all that were added for being far."""
+        stride = -(-len(self.sampled) // SEEDING_ROWS)
+        return np.concatenate([sample_SF[: len(self.sampled) : stride], sample_SF[len(self.sampled) :]])
+
     def _best_restart(self, sample_SF: Floats, config: ClusteringConfig, pool: ThreadPoolExecutor) -> Fit:
         """The fit of lowest inertia on the sample; of equal ones the first."""
         fits: list[Fit] = []
         labels = []
         names = [f"{self.name}/restart-{restart}" for restart in range(config.num_restarts)]
         tolerance = config.tolerance * float(sample_SF.var(axis=0, dtype=np.float64).mean())
-        for seed in priorities(names, config.seed) & 0x7FFFFFFF:
-            start_KF = pool.submit(plus_plus, sample_SF, config.num_clusters, int(seed)).result()
+        seeding_SF = self._seeding_rows(sample_SF)
+        seeds = priorities(names, config.seed).tolist()
+        for start_KF in pool.map(lambda seed: plus_plus(seeding_SF, config.num_clusters, seed), seeds):
             rows = LocalRows(MemoryColumn(sample_SF), self.width, pool)
             fits.append(lloyd(rows, start_KF, config.num_iterations, tolerance))
             labels.append(np.concatenate([block for block, _ in rows.results()]))

@@ -308,3 +308,34 @@ def test_an_unknown_stratum_column_leaves_nothing_that_looks_finished(tmp_path: 
         built(tmp_path, Trajectories.of(np.ones((9, 2))), num_clusters=2, stratify_by="topic")
     with pytest.raises(ArtifactError, match="unfinished"):
         Artifact.read(Storage(str(tmp_path / "clustering")))
+
+
+def test_ten_rows_among_hundreds_of_thousands_are_a_group_of_their_own() -> None:
+    rng = np.random.default_rng(18)
+    kinds = np.concatenate([np.zeros(300_000, int), np.repeat(np.arange(1, 51), 10)])
+    centers = np.concatenate([np.zeros((1, 5)), rng.normal(0, 10, (50, 5))])
+    losses = (centers[kinds] + rng.normal(0, 0.001, (len(kinds), 5))).astype(np.float32)
+    found = cluster(losses, num_clusters=51, num_iterations=5)
+    assert sorted(found.sizes_K.tolist()) == [10] * 50 + [300_000]
+    assert len(set(zip(kinds.tolist(), found.cluster_ids_N.tolist(), strict=True))) == 51
+
+
+def test_strata_far_apart_are_grouped_as_exactly_as_each_alone() -> None:
+    rng = np.random.default_rng(19)
+    losses = rng.gamma(2, 1, (60_000, 12)).astype(np.float32)
+    strata = rng.integers(0, 3, 60_000)
+    losses += np.array([0, 10, 300], np.float32)[strata][:, None]
+    found = cluster(losses, num_clusters=20, strata=strata, num_iterations=2, num_restarts=1)
+    own = found.centroids_KT.astype(np.float64)
+    for stratum in range(3):
+        groups = np.flatnonzero(found.strata_K == stratum)
+        rows = np.flatnonzero(strata == stratum)
+        squares = ((losses[rows, None].astype(np.float64) - own[groups]) ** 2).sum(-1)
+        mine = squares[np.arange(len(rows)), found.cluster_ids_N[rows] - groups[0]]
+        assert (mine - squares.min(axis=1)).max() < 2e-3 * (stratum == 2) + 1e-4
+
+
+def test_more_actors_than_processors_are_refused_with_both_numbers(ray_session: None, tmp_path: Path) -> None:
+    trajectories = Trajectories.of(np.random.default_rng(20).random((70_000, 2)))
+    with pytest.raises(ConfigError, match=r"machines.clustering.num_workers: 99 Ray actors .* has \d+ CPUs"):
+        built(tmp_path, trajectories, GroupingConfig(engine="ray", num_workers=99), num_clusters=3)

@@ -103,3 +103,22 @@ def _parquet(table: pa.Table) -> bytes:
 def test_a_bucket_that_is_not_there_is_one_clear_error(bucket):
     with pytest.raises((ConfigError, ArtifactError), match="no such run directory"):
         status_text("s3://not-there/run")
+
+
+def test_an_upload_that_fails_half_way_publishes_nothing(bucket, monkeypatch):
+    def broken(source, target, _size):
+        target.write(source.read(6 * 2**20))
+        raise OSError("the disk went away")
+
+    monkeypatch.setattr("s2l_ray.artifacts.shutil.copyfileobj", broken)
+    storage = Storage(f"{bucket}/half")
+    with pytest.raises(OSError, match="went away"), storage.beside("part.parquet") as path:
+        path.write_bytes(bytes(12 * 2**20))
+    assert not storage.exists("part.parquet")
+
+
+def test_a_subset_is_streamed_to_object_storage_whole(bucket):
+    draft = Draft.open(Storage(f"{bucket}/stream"), Key("selection", 1, {}, {}))
+    draft.write_tables("selected.parquet", (pa.table({"row": [part]}) for part in range(3)))
+    table = draft.publish({"rows": 3}).read_table("selected.parquet")
+    assert table["row"].to_pylist() == [0, 1, 2]

@@ -397,21 +397,24 @@ def test_fifty_tiny_groups_far_from_a_huge_one_are_all_found(num_clusters: int, 
         assert num_found(found.cluster_ids_N, kinds) == 50
 
 
-def test_a_stratum_that_float32_cannot_tell_apart_leaves_the_others_groups_alone() -> None:
+def test_groups_that_stay_empty_in_one_stratum_leave_the_others_groups_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def doubled(features: np.ndarray, num_clusters: int, _seed: int) -> np.ndarray:
+        return features[np.minimum(np.arange(num_clusters), 6)]
+
+    monkeypatch.setattr("s2l_ray.clustering.plus_plus", doubled)
+    monkeypatch.setattr("s2l_ray.kmeans.MAX_REPAIRS", 0)
     rng = np.random.default_rng(14)
     strata = np.repeat(["a", "b", "c"], [200, 300, 100])
-    # Half of the first stratum lies around its median and can be told apart, the others cannot.
-    near, far = rng.integers(0, 3, (102, 2)) * 2.0**-19, 100 + rng.integers(0, 40, (98, 2)) * 2.0**-17
-    losses = np.concatenate([near, far, rng.random((300, 2)), 9 + rng.random((100, 2))])
+    losses = np.array([100, 0, 9])[np.repeat([0, 1, 2], [200, 300, 100])][:, None] + rng.random((600, 2))
     for kind in ("raw", "reduction"):
         found = cluster(losses, num_clusters=10, strata=strata, features=kind)
+        assert {stratum.num_clusters for stratum in found.strata} == {7}
+        assert all("stayed empty" in str(stratum.capped_by) for stratum in found.strata)
         assert np.bincount(found.cluster_ids_N).tolist() == found.sizes_K.tolist()
         assert found.strata_K is not None
         names = np.array([stratum.name for stratum in found.strata])
         assert np.array_equal(names[found.strata_K[found.cluster_ids_N]], strata)
-        own = found.centroids_KT[found.cluster_ids_N]
-        assert kind != "raw" or np.abs(own - losses).max() < 1
-    assert "stayed empty" in str(cluster(losses, num_clusters=10, strata=strata).summary()["capped"]["a"]["because"])
+        assert np.abs(found.centroids_KT[found.cluster_ids_N] - losses).max() < 1
 
 
 def test_fewer_training_rows_than_groups_are_refused() -> None:

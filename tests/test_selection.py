@@ -379,3 +379,29 @@ def test_a_clustering_of_other_examples_is_refused(tmp_path: Path) -> None:
         store = open_trajectories(str(tmp_path / "other.parquet"), tmp_path / "scratch", pool)
     with pytest.raises(DataError, match="other examples"):
         build_selection(SelectionConfig(budget=3), store, groups, whole(lambda ids: ids), tmp_path / "more", draft)
+
+
+def test_long_texts_are_sorted_in_pieces_and_come_out_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(7)
+    table = corpus(example_id=[f"row-{row:04d}" for row in rng.permutation(600)])
+    table = table.set_column(1, "text", pa.array([f"{i} {'long ' * int(n)}" for i, n in enumerate(rng.integers(1, 900, 600))]))
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=50)
+    whole = built(tmp_path / "whole", str(tmp_path / "t.parquet"), budget=400).read_table("selected.parquet")
+    for module in ("sorting.RUN_BYTES", "selection._BLOCK_BYTES"):
+        monkeypatch.setattr(f"s2l_ray.{module}", 50_000)
+    cut = built(tmp_path / "cut", str(tmp_path / "t.parquet"), budget=400).read_table("selected.parquet")
+    assert cut.equals(whole)
+    texts = dict(zip(table["example_id"].to_pylist(), table["text"].to_pylist(), strict=True))
+    assert [texts[i] for i in cut["example_id"].to_pylist()] == cut["text"].to_pylist()
+
+
+def test_with_a_minimum_per_source_weights_count_what_each_example_stands_for() -> None:
+    rng = np.random.default_rng(8)
+    sources = np.where(np.arange(20_000) < 100, "rare", "common")
+    found = select(rng.random((20_000, 3)), budget=1_000, num_clusters=10, sources=sources, min_per_source=100)
+    rare = np.isin(found.example_ids.to_numpy(), np.arange(100))
+    assert rare.sum() == 100
+    assert found.weights_M.sum() == pytest.approx(20_000)
+    assert found.weights_M[rare].sum() == pytest.approx(100)
+    without = select(rng.random((20_000, 3)), budget=1_000, num_clusters=10, sources=sources)
+    assert without.weights_M.sum() == pytest.approx(20_000)

@@ -18,9 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs
 
+from s2l_ray import trajectory_files
 from s2l_ray.artifacts import Artifact, Draft, Key, Storage
 from s2l_ray.errors import ArtifactError, ConfigError, DataError
-from s2l_ray.trajectory_files import fetch_rows, find_artifact, read_trajectories
+from s2l_ray.trajectory_files import fetch_rows, files_identity, find_artifact, read_trajectories
 from s2l_ray.trajectory_store import Trajectories, TrajectoryStore, losses_of, priorities, trajectories_table
 
 LOSSES = np.array([[3.0, 2.0], [2.5, 2.25], [4.0, 0.5], [1.0, 1.0]], np.float32)
@@ -361,3 +362,59 @@ def test_clustering_and_selection_need_neither_torch_nor_ray() -> None:
     code = "import sys, s2l_ray.selection; print({'torch', 'ray', 'transformers', 'pandas'} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
+
+
+def test_columns_that_only_folders_name_are_read_and_passed_through(tmp_path: Path) -> None:
+    table = pa.table({"example_id": list("abcd"), "losses": lists(), "source": ["web", "a/b", "web", "a/b"]})
+    pq.write_to_dataset(table, tmp_path, partition_cols=["source"])
+    found = read_trajectories(str(tmp_path), stratify_by="source")
+    assert found.sources.to_pylist() == ["web", "a/b", "web", "a/b"]
+    assert fetched(str(tmp_path), ["b"], [0]) == {"example_id": ["b"], "source": ["a/b"]}
+
+
+def test_results_inside_the_input_folder_are_not_input(tmp_path: Path) -> None:
+    write(tmp_path / "t.parquet", losses=lists(), example_id=[0, 1, 2, 3])
+    for stage, name in (("clustering", "manifest.json"), ("selection", "building.json")):
+        write(tmp_path / "out" / stage / "assignments-00000.parquet", example_id=[0])
+        (tmp_path / "out" / stage / name).write_text("{}")
+    assert len(read_trajectories(str(tmp_path))) == 4
+
+
+def test_other_texts_of_the_same_size_are_other_files(tmp_path: Path) -> None:
+    uri = write(tmp_path / "t.parquet", losses=lists(), example_id=[0, 1, 2, 3], text=["aaaa"] * 4)
+    before, size = files_identity(uri), (tmp_path / "t.parquet").stat().st_size
+    write(tmp_path / "t.parquet", losses=lists(), example_id=[0, 1, 2, 3], text=["bbbb"] * 4)
+    assert (tmp_path / "t.parquet").stat().st_size == size
+    assert files_identity(uri) != before
+
+
+def test_views_are_passed_through_as_strings(tmp_path: Path) -> None:
+    text = pa.array(["a text longer than twelve bytes", "b", None, "d"], pa.string_view())
+    uri = write(tmp_path / "t.parquet", losses=lists(), example_id=pa.array(list("dcba"), pa.string_view()), text=text)
+    assert fetched(uri, ["a", "d"], [3, 0]) == {"example_id": ["d", "a"], "text": ["a text longer than twelve bytes", "d"]}
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"num_response_tokens": pa.array([1, 2, 3, 2**63], pa.uint64())}, "too large for example_id 3"),
+        ({"example_id": pa.array([b"a", b"b", b"c", b"\xff"]).view(pa.string())}, "not UTF-8"),
+    ],
+)
+def test_numbers_and_ids_that_do_not_fit_are_refused(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_trajectories(write(tmp_path / "t.parquet", **({"losses": lists(), "example_id": [0, 1, 2, 3]} | columns)))
+
+
+def test_a_part_that_vanishes_while_it_is_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for part in range(3):
+        write(tmp_path / f"{part}.parquet", losses=lists(), example_id=[4 * part, 4 * part + 1, 4 * part + 2, 4 * part + 3])
+    checked = trajectory_files._checked_columns
+
+    def and_then_gone(*arguments: Any) -> pa.Table:
+        (tmp_path / "2.parquet").unlink(missing_ok=True)
+        return checked(*arguments)
+
+    monkeypatch.setattr(trajectory_files, "_checked_columns", and_then_gone)
+    with pytest.raises(DataError, match=r"2.parquet: cannot be read"):
+        read_trajectories(str(tmp_path))
