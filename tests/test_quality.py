@@ -398,10 +398,12 @@ def test_fifty_tiny_groups_far_from_a_huge_one_are_all_found(num_clusters: int, 
 
 
 def test_groups_that_stay_empty_in_one_stratum_leave_the_others_groups_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    def doubled(features: np.ndarray, num_clusters: int, _seed: int) -> np.ndarray:
-        return features[np.minimum(np.arange(num_clusters), 6)]
+    def partly_far_away(features: np.ndarray, num_clusters: int, _seed: int) -> np.ndarray:
+        start = np.full((num_clusters, features.shape[1]), 1e3, np.float32)
+        start[:7] = features[:7]
+        return start
 
-    monkeypatch.setattr("s2l_ray.clustering.plus_plus", doubled)
+    monkeypatch.setattr("s2l_ray.clustering.plus_plus", partly_far_away)
     monkeypatch.setattr("s2l_ray.kmeans.MAX_REPAIRS", 0)
     rng = np.random.default_rng(14)
     strata = np.repeat(["a", "b", "c"], [200, 300, 100])
