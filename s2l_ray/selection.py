@@ -26,9 +26,10 @@ from numpy.typing import NDArray
 
 from s2l_ray import quality
 from s2l_ray.artifacts import Artifact, Draft
-from s2l_ray.clustering import RESTARTS, Groups, cluster_store, read_groups
+from s2l_ray.clustering import RESTARTS, cluster_store, read_groups
 from s2l_ray.config import ClusteringConfig, SelectionConfig, checked
 from s2l_ray.errors import ConfigError, DataError
+from s2l_ray.grouping import Groups
 from s2l_ray.progress import get_log
 from s2l_ray.sorting import SortedTable, sort_by_id
 from s2l_ray.trajectory_store import BLOCK_ROWS, TOKENS, Trajectories, TrajectoryStore, priorities, priority_cut

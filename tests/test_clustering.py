@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from s2l_ray import clustering as module
-from s2l_ray import kmeans
+from s2l_ray import grouping, kmeans
 from s2l_ray.artifacts import Artifact, Draft, Key, Storage
 from s2l_ray.clustering import Clustering, build_clustering, cluster, read_clustering
 from s2l_ray.config import ClusteringConfig, GroupingConfig
@@ -117,8 +117,8 @@ def test_large_losses_do_not_blur_small_differences() -> None:
 @pytest.mark.parametrize("stratified", [False, True])
 def test_any_order_of_rows_and_any_number_of_threads_give_the_same_bits(stratified: bool, monkeypatch: Any) -> None:
     monkeypatch.setattr(kmeans, "BLOCK_ROWS", 1_000)
-    monkeypatch.setattr(module, "BLOCK_ROWS", 1_000)
-    monkeypatch.setattr(module, "SAMPLE_ROWS_PER_CLUSTER", 50)
+    monkeypatch.setattr(grouping, "BLOCK_ROWS", 1_000)
+    monkeypatch.setattr(grouping, "SAMPLE_ROWS_PER_CLUSTER", 50)
     rng = np.random.default_rng(5)
     losses = rng.gamma(2, 1, (30_011, 5)).astype(np.float32)
     ids = np.array([f"row-{row}" for row in range(len(losses))])
@@ -156,7 +156,7 @@ def test_restarts_keep_the_best() -> None:
 
 
 def test_the_sample_is_by_priority_and_the_winner_sees_every_row(monkeypatch: Any) -> None:
-    monkeypatch.setattr(module, "SAMPLE_ROWS_PER_CLUSTER", 25)
+    monkeypatch.setattr(grouping, "SAMPLE_ROWS_PER_CLUSTER", 25)
     losses, kinds = planted(np.random.default_rng(9), num_rows=10_000)
     found = cluster(losses, num_clusters=4, num_iterations=50)
     assert len(set(zip(kinds.tolist(), found.cluster_ids_N.tolist(), strict=True))) == 4

@@ -12,7 +12,7 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score
 
-from s2l_ray import clustering as module
+from s2l_ray import grouping as module
 from s2l_ray import quality
 from s2l_ray.clustering import Clustering, cluster, cluster_store
 from s2l_ray.config import ClusteringConfig
@@ -403,7 +403,7 @@ def test_groups_that_stay_empty_in_one_stratum_leave_the_others_groups_alone(mon
         start[:7] = features[:7]
         return start
 
-    monkeypatch.setattr("s2l_ray.clustering.plus_plus", partly_far_away)
+    monkeypatch.setattr("s2l_ray.grouping.plus_plus", partly_far_away)
     monkeypatch.setattr("s2l_ray.kmeans.MAX_REPAIRS", 0)
     rng = np.random.default_rng(14)
     strata = np.repeat(["a", "b", "c"], [200, 300, 100])
