@@ -239,22 +239,22 @@ class _Stratum:
                 return self._report(config)
         if self.num_sampled < self.num_rows and training is None:
             sample_SF = np.concatenate([sample_SF, self._far_rows(sample_SF, config, engine.pool)])
-        started_KF = self._best_restart(sample_SF, config, engine.pool)
         tolerance = config.tolerance * float(sample_SF.var(axis=0, dtype=np.float64).mean())
+        started = self._best_restart(sample_SF, config, tolerance, engine.pool)
         begun = time.monotonic()
         # A sample that is all there is has had its iterations already, but `rows` must learn the outcome.
         num_iterations = config.num_iterations if self.num_training > self.num_sampled else 0
         if training is None:
             self.rows = engine.rows(self.features, self.width)
-            fit = lloyd(self.rows, started_KF.centroids_KF, num_iterations, tolerance)
+            fit = lloyd(self.rows, started.centroids_KF, num_iterations, tolerance)
         else:
             trained = engine.rows(self._column_of(training, engine), self.width)
-            fit = lloyd(trained, started_KF.centroids_KF, num_iterations, tolerance) if num_iterations else started_KF
+            fit = lloyd(trained, started.centroids_KF, num_iterations, tolerance) if num_iterations else started
             self.rows = engine.rows(self.features, self.width)
             everywhere = lloyd(self.rows, fit.centroids_KF, 0)
             fit = Fit(everywhere.centroids_KF, everywhere.sizes_K, everywhere.inertia, fit.num_iterations, fit.ended_by)
         if not num_iterations:
-            fit = Fit(fit.centroids_KF, fit.sizes_K, fit.inertia, started_KF.num_iterations, started_KF.ended_by)
+            fit = Fit(fit.centroids_KF, fit.sizes_K, fit.inertia, started.num_iterations, started.ended_by)
         self.lloyd_seconds = time.monotonic() - begun
         num_empty = int((fit.sizes_K == 0).sum())
         if num_empty:
@@ -344,12 +344,11 @@ class _Stratum:
         stride = -(-len(self.sampled) // SEEDING_ROWS)
         return np.concatenate([sample_SF[: len(self.sampled) : stride], sample_SF[len(self.sampled) :]])
 
-    def _best_restart(self, sample_SF: Floats, config: ClusteringConfig, pool: ThreadPoolExecutor) -> Fit:
+    def _best_restart(self, sample_SF: Floats, config: ClusteringConfig, tolerance: float, pool: ThreadPoolExecutor) -> Fit:
         """The fit of lowest inertia on the sample; of equal ones the first."""
         fits: list[Fit] = []
         labels = []
         names = [f"{self.name}/restart-{restart}" for restart in range(config.num_restarts)]
-        tolerance = config.tolerance * float(sample_SF.var(axis=0, dtype=np.float64).mean())
         seeding_SF = self._seeding_rows(sample_SF)
         seeds = priorities(names, config.seed).tolist()
         for start_KF in pool.map(lambda seed: plus_plus(seeding_SF, config.num_clusters, seed), seeds):

@@ -37,6 +37,7 @@ from s2l_ray.trajectory_store import BLOCK_ROWS, TOKENS, Trajectories, Trajector
 SELECTED = "selected.parquet"
 RANDOM = "random.parquet"
 _BLOCK_BYTES = 64 * 2**20
+_NO_TOKENS = f"selection.budget: a budget in tokens needs the column {TOKENS}. Add it, or give a number of examples."
 _log = get_log("selection")
 
 Integers = NDArray[np.int64]
@@ -276,10 +277,7 @@ def _first_guess(rows: Callable[[], Iterable[pa.Table]], budgets: Sequence[Budge
     total = 0
     for block in rows():
         if "num_response_tokens" not in block.column_names:
-            raise ConfigError(
-                "selection.budget: a budget in tokens needs the column num_response_tokens. "
-                "Add it, or give a number of examples."
-            )
+            raise ConfigError(_NO_TOKENS)
         total += int(block["num_response_tokens"].to_numpy().sum(dtype=np.int64))
     return max(largest, min(num_rows, int(1.1 * num_rows * tokens / max(total, 1)) + 1_000))
 
@@ -352,16 +350,7 @@ def _choose(
     check_columns(config, store)
 
     def rows() -> Iterator[pa.Table]:
-        wanted = ("example_id", "priority", "source", "num_response_tokens", "position")
-        for block, labels_M in zip(store.blocks(*wanted), labels(), strict=True):
-            columns = {"example_id": block["example_id"], "cluster_id": labels_M}
-            columns["priority"] = store.priorities(block, config.seed)
-            for name in ("position", "num_response_tokens"):
-                if store.has(name):
-                    columns[name] = block[name]
-            if has_sources:
-                columns["source"] = store.codes(block, "source")
-            yield pa.table(columns)
+        return _pool(store, labels(), lambda block: store.priorities(block, config.seed))
 
     tables = choose(
         rows,
@@ -390,6 +379,19 @@ def _choose(
     return chosen
 
 
+def _pool(
+    store: TrajectoryStore, labels: Iterator[NDArray[np.int32]], order: Callable[[pa.Table], NDArray[np.uint64]]
+) -> Iterator[pa.Table]:
+    """The rows to choose from, block by block, with their groups and what `order` says are their priorities."""
+    wanted = ("example_id", "priority", "source", TOKENS, "position")
+    for block, labels_M in zip(store.blocks(*wanted), labels, strict=True):
+        columns = {"example_id": block["example_id"], "cluster_id": labels_M, "priority": order(block)}
+        columns |= {name: block[name] for name in ("position", TOKENS) if store.has(name)}
+        if "source" in store.names:
+            columns["source"] = store.codes(block, "source")
+        yield pa.table(columns)
+
+
 def _weights_by_source(cluster_ids_M: NDArray[Any], sources_M: NDArray[Any], cells_KS: Integers) -> NDArray[np.float64]:
     """Weights where some sources were preferred: an example stands for its source's rows in its group, and all chosen of a
     group together for the whole group, those of sources without a chosen example included."""
@@ -404,9 +406,7 @@ def check_columns(config: SelectionConfig, store: TrajectoryStore) -> None:
     if config.min_per_source and "source" not in store.names:
         raise ConfigError("selection.min_per_source: these trajectories have no column source. Add it, or leave this out.")
     if any(isinstance(budget, dict) for budget in (config.budget, *config.more_budgets)) and not store.has(TOKENS):
-        raise ConfigError(
-            f"selection.budget: a budget in tokens needs the column {TOKENS}. Add it, or give a number of examples."
-        )
+        raise ConfigError(_NO_TOKENS)
 
 
 def _slices(values_N: NDArray[Any]) -> Iterator[NDArray[Any]]:
@@ -419,29 +419,23 @@ def _labels(clustering: Artifact, store: TrajectoryStore) -> Iterator[NDArray[np
 
     def assignments() -> Iterator[pa.RecordBatch]:
         for part in clustering.parts("assignments-"):
-            yield from clustering.read_table(part, columns=["cluster_id"]).to_batches()
+            yield from clustering.read_table(part, columns=["example_id", "cluster_id"]).to_batches()
 
-    if clustering.summary["rows"] != len(store) or _first_id(clustering) != store.first_id:
-        raise DataError("the clustering is of other examples than the trajectories. Build clustering again.")
-    for table in SortedTable.joined(assignments(), BLOCK_ROWS):
+    found = SortedTable.joined(assignments(), BLOCK_ROWS)
+    for block in store.blocks("example_id"):
+        table = next(found, None)
+        if table is None or not table["example_id"].equals(block["example_id"]):
+            raise DataError("the clustering is of other examples than the trajectories. Build clustering again.")
         yield table["cluster_id"].to_numpy()
-
-
-def _first_id(clustering: Artifact) -> Any:
-    part = clustering.parts("assignments-")[0]
-    return clustering.read_table(part, columns=["example_id"])["example_id"][0].as_py()
+    if next(found, None) is not None:
+        raise DataError("the clustering is of more examples than the trajectories. Build clustering again.")
 
 
 def _random_rows(store: TrajectoryStore, labels: Iterator[NDArray[np.int32]], count: int, seed: int) -> pa.Table:
     """The random control: the examples of lowest priority under another seed, with memory for them only."""
-    cut, found = np.uint64(priority_cut(count, len(store))), []
-    for block, labels_M in zip(store.blocks("example_id", "source", "num_response_tokens", "position"), labels, strict=True):
-        order_M = priorities(block["example_id"], f"random-{seed}")
-        if "source" in block.column_names:
-            codes = pa.array(store.codes(block, "source"))
-            block = block.set_column(block.column_names.index("source"), "source", codes)  # noqa: PLW2901
-        block = block.append_column("cluster_id", pa.array(labels_M)).append_column("priority", pa.array(order_M))  # noqa: PLW2901
-        found.append(block.take(pa.array(np.flatnonzero(order_M <= cut))))
+    rows = _pool(store, labels, lambda block: priorities(block["example_id"], f"random-{seed}"))
+    cut = np.uint64(priority_cut(count, len(store)))
+    found = [block.take(pa.array(np.flatnonzero(block["priority"].to_numpy() <= cut))) for block in rows]
     table = pa.concat_tables(found).combine_chunks()
     return table.take(pa.array(np.sort(np.argsort(table["priority"].to_numpy(), kind="stable")[:count])))
 

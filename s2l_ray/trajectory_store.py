@@ -222,11 +222,6 @@ class TrajectoryStore:
             yield block.append_column(TOKENS, pa.array(self.tokens_N[start : start + len(block)]))
             start += len(block)
 
-    @property
-    def first_id(self) -> Any:
-        """The smallest id."""
-        return next(self.blocks("example_id"))["example_id"][0].as_py()
-
     def names_of(self, column: str) -> list[str]:
         """The values of a column of names, in bytewise order. Raises ConfigError naming the known columns."""
         if column not in self.names:
