@@ -375,8 +375,10 @@ class _Totals:
 
     squares: float
     sums_F: NDArray[np.float64]
-    sums_by_source: NDArray[np.float64] | None
-    sizes_by_source: NDArray[np.int64] | None
+    sums_SF: NDArray[np.float64]
+    """By source; no rows where sources are unknown."""
+
+    sizes_S: NDArray[np.int64]
 
 
 def _fill(
@@ -396,23 +398,23 @@ def _fill(
         order_M = store.priorities(block, config.seed) if needs_order else np.zeros(len(block), np.uint64)
         codes_M = store.codes(block, config.stratify_by) if config.stratify_by is not None else None
         squares = float((features_MF.astype(np.float64) ** 2).sum())
-        sums_SF = sizes_S = None
+        sums_SF, sizes_S = np.zeros((num_sources, features_MF.shape[1])), np.zeros(num_sources, np.int64)
         if num_sources:
             sources_M = store.codes(block, "source")
             sums_SF, sizes_S = group_sums(sources_M, features_MF, num_sources), np.bincount(sources_M, minlength=num_sources)
         sums_F = features_MF.sum(axis=0, dtype=np.float64)
         return block["example_id"].combine_chunks(), features_MF, order_M, codes_M, squares, sums_F, sums_SF, sizes_S
 
-    totals = _Totals(0.0, np.zeros(features.num_features), None, None)
+    width = features.num_features
+    totals = _Totals(0.0, np.zeros(width), np.zeros((num_sources, width)), np.zeros(num_sources, np.int64))
     columns = ("example_id", "losses", "priority", "source", *([config.stratify_by] if config.stratify_by else []))
     for ids, features_MF, order_M, codes_M, squares, sums_F, sums_SF, sizes_S in in_order(
         pool, one_block, store.blocks(*dict.fromkeys(columns))
     ):
         totals.squares += squares
         totals.sums_F = totals.sums_F + sums_F
-        if sums_SF is not None:
-            totals.sums_by_source = sums_SF if totals.sums_by_source is None else totals.sums_by_source + sums_SF
-            totals.sizes_by_source = sizes_S if totals.sizes_by_source is None else totals.sizes_by_source + sizes_S
+        totals.sums_SF += sums_SF
+        totals.sizes_S += sizes_S
         if codes_M is None:
             strata[0].add(features_MF, order_M, ids, read_out)
             continue
@@ -444,7 +446,7 @@ class Grouping:
     ) -> None:
         self._config, self.strata, self._features = config, strata, features
         self._spectrum, self._totals = spectrum, totals
-        self._num_sources = 0 if totals.sizes_by_source is None else len(totals.sizes_by_source)
+        self._num_sources = len(totals.sizes_S)
         self._agreement: NDArray[np.int64] | None = None
         self._centroids_KT: Floats | None = None
         self._ranks: list[Ints] = []
@@ -547,8 +549,8 @@ class Grouping:
         """How good the groups are, for the manifest and the report."""
         totals = self._totals
         by_source = None
-        if totals.sums_by_source is not None and totals.sizes_by_source is not None:
-            by_source = quality.between(totals.sums_by_source, totals.sizes_by_source) / total if total > 0 else 1.0
+        if self._num_sources:
+            by_source = quality.between(totals.sums_SF, totals.sizes_S) / total if total > 0 else 1.0
         # Restarts of strata count by their rows.
         agreements = [(s.num_rows, quality.mean_agreement(s.restarts_RS)) for s in self.strata]
         known = [(weight, value) for weight, value in agreements if value is not None]
