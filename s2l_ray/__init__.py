@@ -19,9 +19,13 @@ if TYPE_CHECKING:
     from s2l_ray.errors import DataError as DataError
     from s2l_ray.errors import S2LError as S2LError
     from s2l_ray.pipeline import run as run
+    from s2l_ray.recording import finish_recording as finish_recording
+    from s2l_ray.recording import record_losses as record_losses
+    from s2l_ray.schedule import recorded_steps as recorded_steps
     from s2l_ray.selection import Selection as Selection
     from s2l_ray.selection import select as select
     from s2l_ray.selection import water_fill as water_fill
+    from s2l_ray.training.callback import RecordTrajectories as RecordTrajectories
 
 __version__ = "0.1.0"
 
@@ -31,11 +35,15 @@ _MODULE_OF = {
     "Clustering": "clustering",
     "ConfigError": "errors",
     "DataError": "errors",
+    "RecordTrajectories": "training.callback",
     "RunConfig": "config",
     "S2LError": "errors",
     "Selection": "selection",
     "cluster": "clustering",
+    "finish_recording": "recording",
     "load_config": "config",
+    "record_losses": "recording",
+    "recorded_steps": "schedule",
     "run": "pipeline",
     "select": "selection",
     "water_fill": "selection",

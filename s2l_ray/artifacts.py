@@ -37,6 +37,8 @@ SCHEMA = "s2l_ray/1"
 MANIFEST = "manifest.json"
 BUILDING = "building.json"
 WORK = ".work"
+# Below it what several stages use: tokens, and losses that are not joined yet.
+TOKENS, LOSSES = "tokens", "losses"
 _PARQUET, _ROW_GROUP = {"compression": "zstd"}, 65_536
 _COPY_BYTES = 16 * 2**20
 # Stages whose bytes depend on more than their recipe: later stages count the files and not the fingerprint.
@@ -395,6 +397,11 @@ class Draft:
             if name.endswith(".tmp"):  # a killed attempt was writing it
                 storage.delete(name)
         return cls(storage, key, work)
+
+    @property
+    def shared(self) -> Storage:
+        """Scratch directory of the whole run, for what several stages use."""
+        return Storage(self.work.uri.rpartition("/")[0])
 
     def has(self, path: str) -> bool:
         """Whether an earlier attempt has finished this file; it then belongs to the artifact."""

@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from s2l_ray.errors import ConfigError
+from s2l_ray.schedule import Schedule
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -224,7 +225,11 @@ class ProxyConfig(TrainingConfig):
     """The small model whose losses are recorded, and when."""
 
     num_checkpoints: Positive = 12
-    """T: checkpoint i follows step round(i * S / T) of S, for any number of workers (paper: 12)."""
+    """T, for any number of workers (paper: 12)."""
+
+    schedule: Schedule = "equal"
+    """When: after step round(i * S / T) of S (equal), at equal ratios (logarithmic), or dense in the first, second or last
+    third of the training and at its end (early, middle, late)."""
 
     checkpoint_every_steps: Positive | None = None
     """Instead of `num_checkpoints`: every so many steps, and the last (the reference code: 500)."""

@@ -60,8 +60,9 @@ def _build_examples(config: RunConfig, _inputs: Inputs, draft: Draft) -> Artifac
 
 def _build_proxy(config: RunConfig, inputs: Inputs, draft: Draft) -> Artifact:
     from s2l_ray.training.proxy import build_proxy
+    from s2l_ray.training.trajectories import ScoringBeside
 
-    return build_proxy(config, inputs, draft)
+    return build_proxy(config, inputs, draft, ScoringBeside(config, inputs["examples"], draft.shared))
 
 
 def _build_trajectories(config: RunConfig, inputs: Inputs, draft: Draft) -> Artifact:
@@ -183,6 +184,7 @@ STAGES = (
         ("examples", "proxy"),
         lambda config: config.trajectories.model_dump(mode="json") | {"max_tokens": config.proxy.max_tokens},
         _build_trajectories,
+        schema=2,
     ),
     Stage("clustering", ("trajectories",), _recipe("clustering"), _build_clustering, schema=2, needs_ray=False),
     Stage(

@@ -6,11 +6,11 @@ The estimate is for the output positions computed everywhere, so it is an upper 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from s2l_ray.artifacts import BUILDING, WORK, Artifact, Storage
+from s2l_ray.artifacts import BUILDING, LOSSES, WORK, Artifact, Storage
 from s2l_ray.config import RunConfig, ScratchModel, TrainedTokenizer, TrainingConfig
 from s2l_ray.errors import ArtifactError, ConfigError, DataError
 from s2l_ray.pipeline import STAGES, Decision, decide
@@ -295,25 +295,30 @@ def _stage_lines(place: Storage, name: str) -> Iterator[str]:
         return
     if storage.read_json(BUILDING) is None:
         yield f"{name:<13} not begun"
-        return
-    written = [file for file in storage.names(recursive=True) if file != BUILDING]
-    yield f"{name:<13} unfinished  {len(written)} files written"
+    else:
+        written = [file for file in storage.names(recursive=True) if file != BUILDING]
+        yield f"{name:<13} unfinished  {len(written)} files written"
     yield from _grid(place, name)
 
 
 def _grid(place: Storage, name: str) -> Iterator[str]:
-    """The grid of a stage made in units: per group of models, which parts are done (`#`) and which are not (`.`)."""
+    """The grid of a stage made in units: per model or checkpoint, which parts are done (`#`) and which are not (`.`)."""
     examples = Artifact.find(place.child("examples"))
     if examples is None or name not in ("trajectories", "evaluation"):
         return
     done: dict[str, set[str]] = {}
-    for file in place.child(WORK).child(name).names(recursive=True):
-        group, _, part = file.partition("/")
-        done.setdefault(group, set()).add(part)
-    parts: list[Any] = examples.parts()
-    for group, finished in sorted(done.items()):
+    if name == "trajectories":  # its units lie under the hash of what decides them, a checkpoint's too
+        kept = place.child("proxy").names(recursive=True)
+        done = {file.partition("/")[0]: set() for file in kept if re.fullmatch(r"step-\d+/checkpoint\.json", file)}
+    work = place.child(WORK).child(LOSSES if name == "trajectories" else name)
+    for file in work.names(recursive=True):
+        model, part = file.split("/")[-2:]
+        done.setdefault(re.sub(r"^(step-\d+)-\w+$", r"\1", model), set()).add(part)
+    parts: list[str] = examples.parts()
+    for model, finished in sorted(done.items()):
         marks = "".join("#" if part in finished else "." for part in parts)
-        yield f"{'':<13} {group:<12} {len(finished & set(parts))}/{len(parts)} {marks[:64]}{'...' if len(marks) > 64 else ''}"
+        count = f"{len(finished & set(parts))}/{len(parts)}"
+        yield f"{'':<13} {model:<12} {count} {marks[:64]}{'...' if len(marks) > 64 else ''}"
 
 
 def size(num_bytes: float) -> str:

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from s2l_ray.artifacts import BUILDING, MANIFEST, Artifact, Storage, digest
+from s2l_ray.artifacts import BUILDING, MANIFEST, WORK, Artifact, Storage, digest
 from s2l_ray.errors import ArtifactError, ConfigError, DataError
 from s2l_ray.progress import get_log
 from s2l_ray.sorting import sort_by_id
@@ -40,6 +40,8 @@ from s2l_ray.trajectory_store import (
     token_count_column,
 )
 
+# Where `recording` keeps the losses of each step until all are there.
+RECORDING = f"{WORK}/recording"
 _log = get_log("trajectories")
 
 
@@ -99,7 +101,7 @@ def files_identity(uri: str) -> str:
 def find_artifact(uri: str) -> Artifact | None:
     """The finished `trajectories/` of a run behind a path or URI, None if other files are there.
 
-    Raises ArtifactError for an unfinished directory or another stage's.
+    Raises ArtifactError for an unfinished directory or recording, or another stage's.
     """
     if re.search(r"[*?\[]", uri) or uri.endswith(".parquet"):
         return None
@@ -112,9 +114,25 @@ def find_artifact(uri: str) -> Artifact | None:
         if artifact.stage != "trajectories":
             raise ArtifactError(f"{uri}: holds the stage '{artifact.stage}'. Give the run's trajectories/ directory.")
         return artifact
+    steps = list(recorded_files(storage)) if manifest is None else []
+    if steps:
+        raise ArtifactError(
+            f"{uri}: an unfinished recording of {len(steps)} steps ({', '.join(map(str, steps))}). When all are recorded, "
+            f"`s2l_ray.finish_recording({uri!r})` finishes it."
+        )
     if manifest is None and storage.exists(BUILDING):
         raise ArtifactError(f"{uri}: unfinished ({BUILDING} but no {MANIFEST}). Run `s2l run` again to finish it first.")
     return None
+
+
+def recorded_files(storage: Storage) -> dict[int, list[str]]:
+    """The files of an unfinished recording, by step in ascending order; empty where there is none."""
+    files: dict[int, list[str]] = {}
+    for name in storage.names(RECORDING, recursive=True):
+        found = re.fullmatch(r"step-(\d+)/[^/]+\.parquet", name)
+        if found:
+            files.setdefault(int(found[1]), []).append(f"{RECORDING}/{name}")
+    return dict(sorted(files.items()))
 
 
 def fetch_rows(source: str | Artifact, example_ids: pa.Array, positions_M: NDArray[np.int64]) -> Iterator[pa.Table]:

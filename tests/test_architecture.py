@@ -31,6 +31,7 @@ MODULES = {
 # A module imports only from lines above its own. `report` shows any run, so it knows the artifacts and no stage.
 LAYERS = (
     ("errors",),
+    ("schedule",),
     ("config", "progress"),
     ("artifacts",),
     ("rows",),
@@ -50,9 +51,12 @@ LAYERS = (
     ("report.facts",),
     ("report.plots",),
     ("report",),
+    ("recording",),
     ("training",),
+    ("training.token_rows", "training.heads", "training.attention", "training.limits"),
+    ("training.losses",),
     ("training.tokens", "training.models", "training.fit"),
-    ("training.losses", "training.units"),
+    ("training.callback", "training.units", "training.token_parts"),
     ("training.recorder",),
     ("training.fine_tuning",),
     ("training.proxy",),
@@ -69,6 +73,7 @@ ALONE = {
     "sorting": {"errors"},
     "trajectory_store": {"errors", "sorting"},
     "trajectory_files": (GROUND - {"config"}) | {"sorting", "trajectory_store"},
+    "recording": (GROUND - {"config"}) | {"sorting", "trajectory_store", "trajectory_files"},
     "features": {"errors"},
     "quality": {"features"},
     "kmeans": {"errors"},
@@ -158,9 +163,10 @@ def test_the_pipeline_loads_no_stage_before_it_is_run():
 
 
 def test_ray_and_the_trainers_are_imported_where_they_are_used():
-    """No module but the Trainer's callback, which only workers import, brings them along when it is itself imported."""
-    for module in MODULES.keys() - {"training.recorder"}:
-        assert "training.recorder" not in imports_of(module, at_import_only=True)
+    """No module but the Trainer's callbacks brings them along when it is itself imported."""
+    callbacks = {"training.recorder", "training.callback"}
+    for module in MODULES.keys() - callbacks:
+        assert not callbacks & imports_of(module, at_import_only=True)
         for node in _nodes(tree_of(module), at_import_only=True):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

@@ -464,10 +464,13 @@ def test_status_of_a_stage_in_units_says_part_by_part_what_is_done(s2l, tmp_path
     for part in range(3):
         examples.write_table(f"part-{part:05d}.parquet", pa.table({"example_id": ["a"]}))
     examples.publish({"rows": 3})
-    units = Draft.open(run, Key("trajectories", 1, {}, {})).work
+    proxy = Draft.open(run, Key("proxy", 1, {}, {}))
+    for step in (10, 20):
+        proxy.write(f"step-{step:06d}/checkpoint.json", b"{}")
     for part in (0, 2):
-        units.write(f"group-000/part-{part:05d}.parquet", b"")
-    assert re.search(r"^ +group-000 +2/3 #\.#$", s2l("status", tmp_path).out, re.MULTILINE)
+        proxy.shared.write(f"losses/0123456789abcdef/step-000010-fedcba9876543210/part-{part:05d}.parquet", b"")
+    said = s2l("status", tmp_path).out
+    assert re.search(r"^trajectories +not begun\n +step-000010 +2/3 #\.#\n +step-000020 +0/3 \.\.\.$", said, re.MULTILINE)
 
 
 @pytest.mark.parametrize("arguments", [["status"], ["report"], ["export", "--format", "jsonl", "--output", "x.jsonl"]])

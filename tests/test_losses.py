@@ -8,12 +8,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from s2l_ray.config import Scratch
-from s2l_ray.training.losses import batches, example_losses, predicting_logits
+from s2l_ray.training import attention, losses
+from s2l_ray.training.heads import Head, hidden_states
+from s2l_ray.training.limits import operations
+from s2l_ray.training.losses import batches, example_losses, tiled_cross_entropy
 from s2l_ray.training.models import scratch_config
-from s2l_ray.training.tokens import TokenRows
+from s2l_ray.training.token_rows import TokenRows
 
 VOCAB = 320
-ARCHITECTURES = ["gpt_neox", "llama", "gpt2", "qwen2"]
+# Among them soft-capped logits (gemma2), scaled ones (cohere, granite) and an output layer with a bias (phi).
+ARCHITECTURES = ["gpt_neox", "llama", "gpt2", "qwen2", "gemma2", "cohere", "granite", "phi"]
 
 
 def make(architecture: str, seed: int = 0) -> torch.nn.Module:
@@ -69,11 +73,14 @@ def test_the_same_rows_give_the_same_bytes():
 
 def test_every_row_is_in_one_batch_and_batches_keep_their_limit():
     tokens = rows(np.random.default_rng(4), 200)
-    made = list(batches(tokens, 256, VOCAB))
-    assert sorted(np.concatenate([batch.rows for batch in made]).tolist()) == list(range(200))
-    assert all(batch.ids_BL.numel() <= 256 or len(batch.rows) == 1 for batch in made)
+    made = list(batches(tokens, 256, 100))
+    labels = np.bincount(np.concatenate([batch.rows_P for batch in made]), minlength=200)
+    np.testing.assert_array_equal(labels, tokens.num_labels)
     for batch in made:
-        assert int(batch.predicts_BL.sum()) == int(tokens.num_labels[batch.rows].sum()) == len(batch.labels_P)
+        is_alone = len(batch.ids_BL) == 1
+        assert is_alone or (batch.ids_BL.numel() <= 256 and len(batch.labels_P) <= 100)
+        assert len(batch.rows_P) == len(batch.positions_P) == len(batch.labels_P)
+    assert sum(len(batch.ids_BL) for batch in made) == 200
 
 
 def test_a_model_that_cannot_restrict_its_logits_gives_the_same_losses():
@@ -101,10 +108,59 @@ def test_bfloat16_losses_are_close_and_finite():
     assert 0 < np.abs(rounded - exact).mean() < 0.05
 
 
-def test_logits_are_those_of_the_position_before_the_label():
-    model = make("gpt2")
-    ids = torch.tensor([[5, 6, 7, 8]])
-    predicts = torch.tensor([[False, True, False, False]])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("tile", [(1, 320), (7, 100), (1024, 1024)])
+def test_tiles_of_any_size_give_the_cross_entropy_of_the_whole_logits(monkeypatch, architecture, tile):
+    monkeypatch.setattr(losses, "CPU_TILE", tile)
+    model, tokens = make(architecture), rows(np.random.default_rng(7), 6)
+    head = Head.of(model)
+    assert head is not None
+    batch = next(batches(tokens, 10_000))
     with torch.no_grad():
-        expected = model(input_ids=ids).logits[0, 1]
-        np.testing.assert_allclose(predicting_logits(model, ids, predicts)[0], expected, atol=1e-5)
+        hidden_PH = hidden_states(model, batch.ids_BL).flatten(0, 1)[batch.positions_P]
+        logits_PV = model(input_ids=batch.ids_BL).logits.flatten(0, 1)[batch.positions_P]
+        expected = torch.nn.functional.cross_entropy(logits_PV, batch.labels_P, reduction="none")
+        np.testing.assert_allclose(tiled_cross_entropy(head, hidden_PH, batch.labels_P), expected, atol=1e-5)
+
+
+def test_a_model_with_dropout_is_scored_without_it_and_its_output_layer_is_left_alone():
+    model, tokens = make("gpt2"), rows(np.random.default_rng(8), 5)
+    model.train()
+    first = example_losses(model, tokens, tokens_per_batch=512)
+    np.testing.assert_array_equal(first, example_losses(model, tokens, tokens_per_batch=512))
+    assert model.lm_head.weight.shape == (VOCAB, 32)
+    assert model(input_ids=torch.ones(1, 3, dtype=torch.int64)).logits.shape == (1, 3, VOCAB)
+
+
+def test_a_forward_whose_logits_depend_on_more_than_the_hidden_states_is_not_taken_apart():
+    model, tokens = make("llama"), rows(np.random.default_rng(9), 8)
+    expected = reference_losses(model, tokens)
+    first = model.forward
+
+    def forward(*args: object, **options: object) -> object:
+        outputs = first(*args, **options)
+        outputs.logits = outputs.logits + (1 if options.get("input_ids") is not None else 0) * torch.arange(VOCAB) / VOCAB
+        return outputs
+
+    model.forward = forward
+    assert Head.of(model) is None
+    assert np.abs(example_losses(model, tokens, tokens_per_batch=512) - expected).max() > 0.01
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "mistral", "mixtral"])
+def test_rows_laid_end_to_end_have_the_losses_of_rows_alone(monkeypatch, architecture):
+    """The GPU's way, with the kernel's work done row by row."""
+    model, tokens = make(architecture), rows(np.random.default_rng(10), 30)
+    if architecture == "mistral":
+        model.config.sliding_window = 4
+    expected = reference_losses(model, tokens)
+    monkeypatch.setattr(losses, "is_fused", lambda device, dtype: True)
+    found = example_losses(model, tokens, tokens_per_batch=300)
+    assert (model.config._attn_implementation == attention.NAME) == (architecture != "gemma2"), "soft-capped attention is left"
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_operations_count_the_output_layer_for_labels_and_the_backbone_for_tokens():
+    model = make("gpt_neox")
+    layer = 32 * 96 + 32 * 32 + 2 * 32 * 128
+    assert operations(model, num_tokens=10, num_labels=3) == 2 * (10 * 2 * layer + 3 * VOCAB * 32)

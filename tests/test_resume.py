@@ -38,7 +38,8 @@ from s2l_ray.training.fit import Workers, fit
 from s2l_ray.training.models import make_model
 from s2l_ray.training.proxy import TOKENIZER, train_tokenizer
 from s2l_ray.training.target import TargetJob, train_target
-from s2l_ray.training.tokens import TokenRows, load_tokenizer, pool_tokens
+from s2l_ray.training.token_rows import TokenRows
+from s2l_ray.training.tokens import load_tokenizer, pool_tokens
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -167,7 +168,7 @@ def resume_step(run: Path) -> int:
 
 
 def units(run: Path) -> list[Path]:
-    return sorted((run / ".work/trajectories").rglob("part-*.parquet"))
+    return sorted((run / ".work/losses").rglob("part-*.parquet"))
 
 
 @dataclass
@@ -225,7 +226,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     # 4. SIGKILL in the middle of scoring.
     started = Started(folder / "4.log", *story.arguments)
     started.wait_until(lambda: len(units(run)) >= 3, "units")
-    stop("trajectories", started, run / "examples", run / "proxy", run / ".work/trajectories")
+    stop("trajectories", started, run / "examples", run / "proxy", run / ".work/losses")
 
     # 5. To the end, with an eye on the units, since finished stages throw their scratch directory away.
     story.seen["last"] = {}
@@ -233,7 +234,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
 
     def is_finished() -> bool:
         with contextlib.suppress(FileNotFoundError):
-            story.seen["last"] |= times(run / ".work/trajectories")
+            story.seen["last"] |= times(run / ".work/losses")
         return (run / "trajectories" / "manifest.json").exists()
 
     started.wait_until(is_finished, "trajectories")
@@ -287,7 +288,7 @@ def test_an_interrupted_command_fails_and_says_that_the_same_one_goes_on(story):
 
 
 def test_killed_scoring_resumes_without_scoring_a_part_twice(story):
-    finished = {path: changed for path, changed in story.seen["trajectories"].items() if "/.work/trajectories/" in path}
+    finished = {path: changed for path, changed in story.seen["trajectories"].items() if "/.work/losses/" in path}
     num_units = len(list((story.run / "examples").glob("part-*.parquet")))
     assert 3 <= len(finished) < num_units, "killed in the middle"
     assert {path: story.seen["last"].get(path) for path in finished} == finished

@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from s2l_ray.errors import ConfigError, DataError
+from s2l_ray.training.token_rows import TokenRows
 from s2l_ray.training.tokens import (
-    TokenRows,
     conversation_pieces,
     encode,
     encode_conversations,

@@ -18,7 +18,7 @@ from s2l_ray.training.fine_tuning import BatchPlan, _Collator, _token_mean_loss,
 from s2l_ray.training.losses import example_losses
 from s2l_ray.training.models import load_model, make_model, save_model
 from s2l_ray.training.proxy import checkpoint_steps, split_revision, steps_of
-from s2l_ray.training.trajectories import check_finite, checkpoint_groups
+from s2l_ray.training.trajectories import check_finite, models_together
 
 from .test_losses import make, rows
 
@@ -140,18 +140,16 @@ def test_the_steps_of_given_checkpoints_come_from_their_names_if_these_ascend():
     assert split_revision("some/path") == ("some/path", None)
 
 
-def test_checkpoints_are_scored_in_groups_that_fit_in_memory():
-    assert list(checkpoint_groups(list(range(12)), 70_000_000).values()) == [list(range(12))]
-    groups = checkpoint_groups(list(range(12)), 300_000_000)
-    assert [step for group in groups.values() for step in group] == list(range(12))
-    assert {len(group) for group in groups.values()} == {3}
-    assert len(checkpoint_groups([1, 2], 10**11)) == 2
+def test_a_workers_memory_decides_how_many_checkpoints_are_scored_in_one_pass():
+    assert models_together(70_000_000) >= 12
+    assert models_together(300_000_000) == 3
+    assert models_together(10**11) == 1
 
 
 def test_a_loss_that_is_not_finite_is_named_with_example_and_step():
-    losses = np.array([[1.0, 2.0], [np.nan, 3.0], [1.0, np.inf]])
-    with pytest.raises(DataError, match=r"2 losses .*b at step 10, c at step 20.*learning_rate"):
-        check_finite(losses, pa.chunked_array([["a", "b", "c"]]), [10, 20])
+    losses = np.array([1.0, np.nan, np.inf, 2.0], np.float32)
+    with pytest.raises(DataError, match=r"2 losses at step 20 .*\(b, c\).*learning_rate"):
+        check_finite(losses, pa.chunked_array([["a", "b", "c", "d"]]), 20)
 
 
 # --- models --------------------------------------------------------------------------------------------------------

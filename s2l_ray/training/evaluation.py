@@ -29,10 +29,11 @@ from s2l_ray.errors import ConfigError, DataError
 from s2l_ray.examples import read_held_out
 from s2l_ray.progress import get_log
 from s2l_ray.training.fit import Workers
-from s2l_ray.training.losses import losses_of_models
+from s2l_ray.training.losses import example_losses
 from s2l_ray.training.models import load_model, make_model, positions
 from s2l_ray.training.target import FOLDERS, target_tokenizer
-from s2l_ray.training.tokens import TokenRows, encode_table, generation_prompt, learnable, row_counts
+from s2l_ray.training.token_rows import TokenRows
+from s2l_ray.training.tokens import encode_table, generation_prompt, learnable, row_counts
 from s2l_ray.training.units import Unit, UnitWorker, do_units
 from s2l_ray.trajectory_store import priorities
 
@@ -215,23 +216,27 @@ class Evaluator(UnitWorker):
     def _tokenizer(self) -> Any:
         return target_tokenizer(self.job.config.target, self.job.inputs["proxy"])
 
-    def load(self, group: str) -> list[Any]:
+    def load(self, model: str) -> Any:
         target = self.job.config.target
-        if group == UNTRAINED:
-            return [make_model(target, self._tokenizer)]
-        folder = self.job.inputs["target"].folder(FOLDERS[group])
-        return [load_model(folder, self._tokenizer, trust_remote_code=target.trust_remote_code)]
+        if model == UNTRAINED:
+            return make_model(target, self._tokenizer)
+        folder = self.job.inputs["target"].folder(FOLDERS[model])
+        return load_model(folder, self._tokenizer, trust_remote_code=target.trust_remote_code)
 
-    def work_on(self, part: str, models: list[Any]) -> bytes:
+    def work_on(self, part: str, models: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
+        for name, model in models.items():
+            yield name, self._evaluate(part, model)
+
+    def _evaluate(self, part: str, model: Any) -> bytes:
         if part == TASKS:
-            return json.dumps(run_tasks(models[0], self._tokenizer, self.job.config.evaluation.tasks)).encode()
+            return json.dumps(run_tasks(model, self._tokenizer, self.job.config.evaluation.tasks)).encode()
         config: RunConfig = self.job.config
         table, limit = read_held_out(self.job.inputs["examples"], part), config.target.max_tokens
         tokens, kept, changed = learnable(encode_table(self._tokenizer, table, limit), limit, self._tokenizer.eos_token_id)
         table = table.take(pa.array(kept))
-        losses = next(losses_of_models(models, tokens, TOKENS_PER_BATCH, config.target.precision))
+        losses = example_losses(model, tokens, tokens_per_batch=TOKENS_PER_BATCH, precision=config.target.precision)
         rows = table.to_pylist()
-        predictions, scores = self._answer(models[0], rows, tokens)
+        predictions, scores = self._answer(model, rows, tokens)
         columns = {
             "example_id": table["example_id"],
             "source": table["source"],

@@ -19,9 +19,9 @@ import numpy as np
 
 from s2l_ray.config import TrainingConfig
 from s2l_ray.errors import ConfigError, DataError
+from s2l_ray.training.heads import accepts_logits_to_keep
 from s2l_ray.training.losses import pad
-from s2l_ray.training.models import accepts_logits_to_keep
-from s2l_ray.training.tokens import TokenRows
+from s2l_ray.training.token_rows import TokenRows
 from s2l_ray.trajectory_store import priorities
 
 
@@ -243,12 +243,14 @@ class _Collator:
         self._restrict_logits = restrict_logits
 
     def __call__(self, rows: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
-        batch = pad(TokenRows.of(rows), np.arange(len(rows)))
-        labels_BL = batch.ids_BL.masked_fill(~batch.is_label_BL, -100)
-        made = {"input_ids": batch.ids_BL, "labels": labels_BL}
+        import torch
+
+        ids_BL, is_label_BL = pad(TokenRows.of(rows), np.arange(len(rows)))
+        made = {"input_ids": ids_BL, "labels": np.where(is_label_BL, ids_BL, -100)}
         if self._restrict_logits:
-            made["logits_to_keep"] = batch.predicts_BL
-        return made
+            # Position j predicts token j + 1.
+            made["logits_to_keep"] = np.pad(is_label_BL[:, 1:], ((0, 0), (0, 1)))
+        return {name: torch.from_numpy(array) for name, array in made.items()}
 
 
 def _token_mean_loss(outputs: Any, labels_BL: Any, num_items_in_batch: Any = None) -> Any:

@@ -1,14 +1,16 @@
 """Per-example loss: what a trajectory is made of, and what the evaluation reports.
 
 Per example, never per batch: a loss must not depend on its neighbours or on padding, or trajectories would change with
-the batch size. Rows are padded on the right, where a causal model cannot see, and logits are computed at the positions
-that predict a label and nowhere else, by the model's own forward.
+the batch size. Rows of similar length are padded on the right, where a causal model cannot see. Logits are computed at the
+positions that predict a label and nowhere else, a tile of positions and vocabulary at a time: each tile is reduced to one
+log-sum-exp while it is in the cache, so that no array of tokens x vocabulary ever exists.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,12 +18,14 @@ import torch
 from torch.nn import functional
 
 from s2l_ray.progress import get_log
-from s2l_ray.training.models import accepts_logits_to_keep
-from s2l_ray.training.tokens import TokenRows
+from s2l_ray.training.attention import attend_to_rows, is_fused, row_borders
+from s2l_ray.training.heads import Head, accepts_logits_to_keep, hidden_states
+from s2l_ray.training.token_rows import TokenRows
 
-# Logits are the largest array: positions x vocabulary in float32. 2**25 of them are 128 MB.
+# Positions and vocabulary entries of a tile of logits: 4 MB in a CPU's cache; on a GPU enough to fill it.
+CPU_TILE, GPU_TILE = (1024, 1024), (8192, 16384)
+# For a model whose head cannot be taken apart: logits of one batch (2**25 are 128 MB), positions per cross-entropy.
 LOGITS_PER_BATCH = 2**25
-# Positions per call of the cross-entropy, which makes copies of its input.
 POSITIONS_PER_CHUNK = 256
 
 
@@ -29,26 +33,40 @@ POSITIONS_PER_CHUNK = 256
 class Batch:
     """Rows of similar length, padded on the right. B rows, L tokens, P positions that predict a label."""
 
-    rows: np.ndarray
-    """Row numbers, in the order of the tensors."""
+    rows_P: np.ndarray
+    """The row number of every label."""
 
     ids_BL: torch.Tensor
     """Tokens, int64."""
 
-    is_label_BL: torch.Tensor
-    """Whether the token is a label, bool."""
-
-    predicts_BL: torch.Tensor
-    """Whether the position predicts a label, bool; P of them are true."""
+    positions_P: torch.Tensor
+    """Where labels are predicted, in the flattened batch, int64, row after row. An index: a mask would make a GPU wait."""
 
     labels_P: torch.Tensor
     """The labels, row after row."""
 
+    borders: dict[str, Any] = field(default_factory=dict)
+    """Where the rows lie end to end (B is 1 then): what the backbone is told of their borders."""
 
-def batches(tokens: TokenRows, tokens_per_batch: int, vocab_size: int) -> Iterator[Batch]:
-    """All rows in batches of similar length, within `tokens_per_batch` padded tokens and `LOGITS_PER_BATCH` logits.
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device, copied to a GPU while it computes."""
+        if device.type == "cpu":
+            return self
 
-    A function of the rows alone, so that the same part always gives the same batches, and with them the same bytes.
+        def sent(value: Any) -> Any:
+            return value.pin_memory().to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+
+        borders = {name: sent(value) for name, value in self.borders.items()}
+        return Batch(self.rows_P, sent(self.ids_BL), sent(self.positions_P), sent(self.labels_P), borders)
+
+
+def batches(
+    tokens: TokenRows, tokens_per_batch: int, max_labels: int | None = None, *, end_to_end: bool = False
+) -> Iterator[Batch]:
+    """All rows in batches of similar length, within `tokens_per_batch` padded tokens and `max_labels` labels.
+
+    `end_to_end`: laid out so instead of padded. A function of the rows alone, so that the same part always gives the same
+    batches, and with them the same bytes.
     """
     order = np.lexsort((np.arange(len(tokens)), tokens.num_labels, tokens.lengths))
     lengths, num_labels = tokens.lengths[order], tokens.num_labels[order]
@@ -57,28 +75,40 @@ def batches(tokens: TokenRows, tokens_per_batch: int, vocab_size: int) -> Iterat
         end, labels = start, 0
         while end < len(order):
             labels += int(num_labels[end])
-            too_large = lengths[end] * (end - start + 1) > tokens_per_batch or labels * vocab_size > LOGITS_PER_BATCH
+            too_large = lengths[end] * (end - start + 1) > tokens_per_batch or labels > (max_labels or labels)
             if too_large and end > start:
                 break
             end += 1
-        yield pad(tokens, order[start:end])
+        rows = order[start:end]
+        yield _laid_end_to_end(tokens.take(rows), rows) if end_to_end else _padded(tokens, rows)
         start = end
 
 
-def pad(tokens: TokenRows, rows: np.ndarray) -> Batch:
-    """The given rows as one batch."""
-    longest = int(tokens.lengths[rows].max())
-    ids_BL = np.zeros((len(rows), longest), dtype=np.int64)
-    is_label_BL = np.zeros((len(rows), longest), dtype=bool)
-    for i, row in enumerate(rows):
-        ids, marks = tokens[int(row)]
-        ids_BL[i, : len(ids)] = ids
-        is_label_BL[i, : len(ids)] = marks
-    # Position j predicts token j + 1.
-    predicts_BL = np.zeros_like(is_label_BL)
-    predicts_BL[:, :-1] = is_label_BL[:, 1:]
-    tensors = (torch.from_numpy(array) for array in (ids_BL, is_label_BL, predicts_BL, ids_BL[is_label_BL]))
-    return Batch(rows, *tensors)
+def _padded(tokens: TokenRows, rows: np.ndarray) -> Batch:
+    ids_BL, is_label_BL = pad(tokens, rows)
+    return _batch(np.repeat(rows, is_label_BL.sum(1)), ids_BL, is_label_BL)
+
+
+def _laid_end_to_end(taken: TokenRows, rows: np.ndarray) -> Batch:
+    ids_BL, is_label_BL = taken.ids[None].astype(np.int64), taken.is_label[None]
+    return _batch(np.repeat(rows, taken.num_labels), ids_BL, is_label_BL, row_borders(taken.lengths.tolist()))
+
+
+def _batch(rows_P: np.ndarray, ids_BL: np.ndarray, is_label_BL: np.ndarray, borders: dict[str, Any] | None = None) -> Batch:
+    # Position j predicts token j + 1; a row's first token is never a label.
+    positions_P = np.flatnonzero(is_label_BL) - 1
+    ids, positions, labels = (torch.from_numpy(array) for array in (ids_BL, positions_P, ids_BL[is_label_BL]))
+    return Batch(rows_P, ids, positions, labels, borders or {})
+
+
+def pad(tokens: TokenRows, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The given rows padded on the right: tokens (B, L) int64 and whether each is a label (B, L)."""
+    lengths = tokens.lengths[rows]
+    is_token_BL = np.arange(lengths.max()) < lengths[:, None]
+    taken = (tokens.starts[rows][:, None] + np.arange(lengths.max()))[is_token_BL]
+    ids_BL, is_label_BL = np.zeros(is_token_BL.shape, np.int64), np.zeros(is_token_BL.shape, bool)
+    ids_BL[is_token_BL], is_label_BL[is_token_BL] = tokens.ids[taken], tokens.is_label[taken]
+    return ids_BL, is_label_BL
 
 
 def example_losses(model: Any, tokens: TokenRows, *, tokens_per_batch: int, precision: str = "float32") -> np.ndarray:
@@ -91,43 +121,79 @@ def example_losses(model: Any, tokens: TokenRows, *, tokens_per_batch: int, prec
 
 
 def losses_of_models(models: list[Any], tokens: TokenRows, tokens_per_batch: int, precision: str) -> Iterator[np.ndarray]:
-    """`example_losses` under several models that share a vocabulary; the batches are made once."""
+    """`example_losses` under several models that share a vocabulary; the batches are made, and sent to a GPU, once."""
     if not len(tokens):
         yield from (np.zeros(0, dtype=np.float32) for _ in models)
         return
-    made = list(batches(tokens, tokens_per_batch, int(models[0].config.vocab_size)))
-    rows = np.concatenate([np.repeat(batch.rows, batch.predicts_BL.sum(1).numpy()) for batch in made])
-    for model in models:
-        device = next(model.parameters()).device
-        model.eval()
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+    device, dtype = next(models[0].parameters()).device, torch.bfloat16 if precision == "bfloat16" else torch.float32
+    heads = [model.eval() and Head.of(model) for model in models]
+    max_labels = None if all(heads) else LOGITS_PER_BATCH // int(models[0].config.vocab_size)
+    # Every model is asked: one that was not would attend over the borders.
+    end_to_end = all(heads) and is_fused(device, dtype) and all([attend_to_rows(model) for model in models])  # noqa: C419
+    made = [batch.to(device) for batch in batches(tokens, tokens_per_batch, max_labels, end_to_end=end_to_end)]
+    rows = np.concatenate([batch.rows_P for batch in made])
+    for model, head in zip(models, heads, strict=True):
+        score = _tiled(model, head.cast(dtype) if dtype == torch.bfloat16 else head) if head else _whole(model)
+        # No inference mode: a model in training may keep what it computes here, its rotary embedding for one.
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             # One transfer at the end: on a GPU nothing waits between batches.
-            losses = torch.cat([_label_losses(model, batch, device) for batch in made]).cpu().numpy()
+            losses = torch.cat([score(batch) for batch in made]).cpu().numpy()
         sums = np.bincount(rows, weights=losses.astype(np.float64), minlength=len(tokens))
         yield (sums / tokens.num_labels).astype(np.float32)
 
 
-def _label_losses(model: Any, batch: Batch, device: torch.device) -> torch.Tensor:
-    """The cross-entropy of each label of a batch, float32 (P,)."""
-    ids_BL = batch.ids_BL.to(device, non_blocking=True)
-    predicts_BL = batch.predicts_BL.to(device, non_blocking=True)
-    labels_P = batch.labels_P.to(device, non_blocking=True)
-    logits_PV = predicting_logits(model, ids_BL, predicts_BL)
-    chunks = zip(torch.split(logits_PV, POSITIONS_PER_CHUNK), torch.split(labels_P, POSITIONS_PER_CHUNK), strict=True)
-    return torch.cat([functional.cross_entropy(logits.float(), labels, reduction="none") for logits, labels in chunks])
+def _tiled(model: Any, head: Head) -> Any:
+    """Batch -> the cross-entropy of each of its labels, float32 (P,), by tiles of logits."""
+
+    def losses(batch: Batch) -> torch.Tensor:
+        hidden_PH = hidden_states(model, batch.ids_BL, **batch.borders).flatten(0, 1).index_select(0, batch.positions_P)
+        positions, _ = _tile(hidden_PH)
+        chunks = math.ceil(len(hidden_PH) / positions)
+        pairs = zip(hidden_PH.tensor_split(chunks), batch.labels_P.tensor_split(chunks), strict=True)
+        return torch.cat([tiled_cross_entropy(head, hidden, labels) for hidden, labels in pairs])
+
+    return losses
 
 
-def predicting_logits(model: Any, ids_BL: torch.Tensor, predicts_BL: torch.Tensor) -> torch.Tensor:
-    """Logits at the marked positions, row after row, (P, V).
+def tiled_cross_entropy(head: Head, hidden_PH: torch.Tensor, labels_P: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy in nats of each label, float32 (P,); of the logits one tile exists at a time."""
+    _, width = _tile(hidden_PH)
+    label_logits_P = torch.zeros(len(labels_P), device=hidden_PH.device)
+    sums_P = []
+    for start in range(0, head.vocab_size, width):
+        tile_PV = head.logits(hidden_PH, start, min(start + width, head.vocab_size)).float()
+        # log-softmax reads a tile once and in one kernel; any column of it gives the log-sum-exp of its row back.
+        sums_P.append(tile_PV[:, 0] - tile_PV.log_softmax(1)[:, 0])
+        places_P = labels_P - start
+        is_here_P = (places_P >= 0) & (places_P < tile_PV.shape[1])
+        found_P = tile_PV.gather(1, places_P.clamp(0, tile_PV.shape[1] - 1)[:, None])[:, 0]
+        label_logits_P = torch.where(is_here_P, found_P, label_logits_P)
+    return torch.stack(sums_P, 1).logsumexp(1) - label_logits_P
 
-    No attention mask: padding stands on the right, which a causal model never attends to.
-    """
-    if accepts_logits_to_keep(model):
-        logits: torch.Tensor = model(input_ids=ids_BL, logits_to_keep=predicts_BL, use_cache=False).logits
-        return logits
-    _say_full_logits(type(model).__name__)
-    full_BLV: torch.Tensor = model(input_ids=ids_BL).logits
-    return full_BLV[predicts_BL]
+
+def _tile(hidden_PH: torch.Tensor) -> tuple[int, int]:
+    return CPU_TILE if hidden_PH.device.type == "cpu" else GPU_TILE
+
+
+def _whole(model: Any) -> Any:
+    """The same for a model that does not come apart: its forward alone, restricted to the labels if it can do that."""
+    restricts = accepts_logits_to_keep(model)
+    if not restricts:
+        _say_full_logits(type(model).__name__)
+
+    def losses(batch: Batch) -> torch.Tensor:
+        if restricts:
+            is_kept = torch.zeros(batch.ids_BL.numel(), dtype=torch.bool, device=batch.ids_BL.device)
+            is_kept[batch.positions_P] = True
+            logits_PV = model(
+                input_ids=batch.ids_BL, logits_to_keep=is_kept.reshape(batch.ids_BL.shape), use_cache=False
+            ).logits
+        else:
+            logits_PV = model(input_ids=batch.ids_BL).logits.flatten(0, 1)[batch.positions_P]
+        chunks = zip(*(torch.split(tensor, POSITIONS_PER_CHUNK) for tensor in (logits_PV, batch.labels_P)), strict=True)
+        return torch.cat([functional.cross_entropy(logits.float(), labels, reduction="none") for logits, labels in chunks])
+
+    return losses
 
 
 _said: set[str] = set()

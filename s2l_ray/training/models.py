@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -126,11 +125,6 @@ def check_positions(model: Any, max_tokens: int, section: str) -> None:
     most = positions(model)
     if most is not None and max_tokens > most:
         raise ConfigError(f"{section}.max_tokens={max_tokens}: the model has {most} positions. Set it to {most} or less.")
-
-
-def accepts_logits_to_keep(model: Any) -> bool:
-    """Whether the model's forward can restrict its logits to given positions (most of transformers' models)."""
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:

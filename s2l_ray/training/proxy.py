@@ -12,19 +12,21 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from s2l_ray.artifacts import Artifact, Draft, FileRecord, Storage
 from s2l_ray.config import ProxyConfig, RunConfig, TrainedTokenizer
-from s2l_ray.errors import ArtifactError, ConfigError, DataError, S2LError, cause_of
+from s2l_ray.errors import ArtifactError, DataError, S2LError, cause_of
 from s2l_ray.examples import read_pool
 from s2l_ray.progress import get_log
+from s2l_ray.schedule import recorded_steps
 from s2l_ray.training.fine_tuning import Phase, check_steps, data_order, fine_tune, num_steps, training_loss
 from s2l_ray.training.fit import Workers, fit
 from s2l_ray.training.models import check_positions, load_model, make_model, save_model
-from s2l_ray.training.tokens import load_tokenizer, pool_tokens, row_counts
+from s2l_ray.training.token_parts import TokenParts
+from s2l_ray.training.tokens import load_tokenizer, row_counts
 
 TOKENIZER = "tokenizer"
 CHECKPOINT = "checkpoint.json"
@@ -33,21 +35,14 @@ TOKENIZER_ROWS = 200_000
 
 
 def checkpoint_steps(config: ProxyConfig, steps: int) -> list[int]:
-    """The steps after which a checkpoint is kept, ascending; 0 first where the untrained model is recorded.
-
-    Raises ConfigError where there are fewer steps than checkpoints.
-    """
-    if config.checkpoint_every_steps is not None:
-        kept = [*range(config.checkpoint_every_steps, steps + 1, config.checkpoint_every_steps)]
-        kept += [] if kept and kept[-1] == steps else [steps]
-    else:
-        if steps < config.num_checkpoints:
-            raise ConfigError(
-                f"proxy.num_checkpoints={config.num_checkpoints}, but the training has {steps} steps. "
-                "Ask for fewer, train more epochs, or use a smaller proxy.global_batch_size."
-            )
-        kept = [round(i * steps / config.num_checkpoints) for i in range(1, config.num_checkpoints + 1)]
-    return [0, *kept] if config.include_untrained else kept
+    """The steps after which a checkpoint is kept, ascending. Raises ConfigError where there are fewer steps than that."""
+    return recorded_steps(
+        steps,
+        num_checkpoints=config.num_checkpoints,
+        schedule=config.schedule,
+        every_steps=config.checkpoint_every_steps,
+        include_untrained=config.include_untrained,
+    )
 
 
 def step_folder(step: int) -> str:
@@ -62,32 +57,69 @@ class ProxyJob:
     config: ProxyConfig
     examples: Artifact
     storage: Storage
+    scratch: Storage
     batch_size: int | str
 
+    def token_parts(self) -> TokenParts:
+        """The pool's tokens, once the tokenizer is in the proxy's directory."""
+        return TokenParts.of(self.examples, self.storage.child(TOKENIZER), self.config.max_tokens, self.scratch)
 
-def build_proxy(config: RunConfig, inputs: Mapping[str, Artifact], draft: Draft) -> Artifact:
+
+class Beside(Protocol):
+    """What is done with finished checkpoints while the training goes on."""
+
+    def start(self, proxy: Storage) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+def build_proxy(config: RunConfig, inputs: Mapping[str, Artifact], draft: Draft, beside: Beside) -> Artifact:
     """Train the proxy (or take the checkpoints that the config names) and publish its checkpoints."""
     workers = Workers.resolve(config.machines.proxy, one_per_cpu=False, divides=config.proxy.global_batch_size)
-    job = ProxyJob(config.proxy, inputs["examples"], draft.storage, config.machines.proxy.device_batch_size)
+    batch_size = config.machines.proxy.device_batch_size
+    job = ProxyJob(config.proxy, inputs["examples"], draft.storage, draft.shared, batch_size)
     if config.proxy.checkpoints:
         result = _run_once(take_checkpoints, job, workers)
     else:
-        result = fit("proxy", train_proxy, job, workers, draft.work)
+        try:
+            result = fit("proxy", train_proxy, job, workers, draft.work, on_begun=lambda: beside.start(draft.storage))
+        finally:
+            beside.stop()
     for step in result["steps"]:
-        draft.add(*_checkpoint_files(draft.storage, step))
+        name = f"{step_folder(step)}/{CHECKPOINT}"
+        draft.add(*checkpoint_records(draft.storage, step), FileRecord.of(name, draft.storage.read(name)))
     for name in draft.storage.names(TOKENIZER):
         draft.has(f"{TOKENIZER}/{name}")
     get_log("proxy").info("kept %d checkpoints: steps %s", len(result["steps"]), ", ".join(map(str, result["steps"])))
     return draft.publish(result, asdict(workers))
 
 
-def _checkpoint_files(storage: Storage, step: int) -> list[FileRecord]:
-    """The files of a kept checkpoint, `checkpoint.json` among them."""
+def finished_steps(storage: Storage) -> list[int]:
+    """The steps whose checkpoints lie whole in the proxy's directory, ascending."""
+    names = [name for name in storage.names(recursive=True) if name.endswith(f"/{CHECKPOINT}")]
+    return sorted(int(name.partition("/")[0].removeprefix("step-")) for name in names)
+
+
+def checkpoint_records(storage: Storage, step: int) -> list[FileRecord]:
+    """The files of a kept checkpoint. Raises ArtifactError where it is not whole."""
     name = f"{step_folder(step)}/{CHECKPOINT}"
     record = storage.read_json(name)
     if record is None:
         raise ArtifactError(f"{storage.uri}/{name}: missing. Remove {storage.uri} and run again.")
-    return [*(FileRecord(**file) for file in record["files"]), FileRecord.of(name, storage.read(name))]
+    return [FileRecord(**file) for file in record["files"]]
+
+
+def checkpoint_folder(storage: Storage, step: int) -> Path:
+    """A local path of a kept checkpoint, its files checked against their hashes. Raises ArtifactError naming a damaged one."""
+    local = storage.local_folder(step_folder(step))
+    for record in checkpoint_records(storage, step):
+        file = local / record.path.partition("/")[2]
+        if not file.is_file() or FileRecord.of_file(record.path, file) != record:
+            raise ArtifactError(
+                f"{storage.uri}/{record.path}: damaged or missing. Remove {storage.uri} and the stages after it, and run again "
+                "to rebuild them."
+            )
+    return local
 
 
 def _run_once(function: Any, job: ProxyJob, workers: Workers) -> Any:
@@ -107,10 +139,16 @@ def _run_once(function: Any, job: ProxyJob, workers: Workers) -> Any:
 def train_proxy(job: ProxyJob, events: Any) -> dict[str, Any]:
     """The training loop of every worker."""
     import ray.train
+    import torch.distributed
 
-    config, is_first = job.config, ray.train.get_context().get_world_rank() == 0
+    config, context = job.config, ray.train.get_context()
+    is_first = context.get_world_rank() == 0
     tokenizer = shared_tokenizer(job, is_first)
-    ids, tokens, changed = pool_tokens(job.examples, tokenizer, config.max_tokens)
+    parts = job.token_parts()
+    for part in job.examples.parts()[context.get_world_rank() :: context.get_world_size()]:
+        parts.read(part)  # every worker makes its share
+    torch.distributed.barrier()
+    ids, tokens, changed = parts.pool()
     if len(ids) < config.global_batch_size:
         raise DataError(
             f"the pool has {len(ids):,} examples, fewer than one batch of proxy.global_batch_size={config.global_batch_size}. "

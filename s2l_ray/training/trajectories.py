@@ -1,49 +1,49 @@
 """Trajectories: the loss of every example under every checkpoint, each exactly once.
 
-The unit of restart is one part of examples under one group of checkpoints that fit in memory together. Rows are batched
-within their part, so a loss depends neither on the number of workers nor on what was interrupted. When the grid of units
-is full, its columns are joined into the artifact's parts.
+The unit of restart is one part of examples under one checkpoint. Rows are batched within their part, so a loss depends
+neither on the number of workers nor on what was interrupted, nor on which checkpoints are scored together. A unit's file lies
+under a name that stands for all that decides its content (corpus, tokenizer, precision, the checkpoint's files), so it can be
+made before its stage begins: while the proxy is still being trained. When the grid of units is full, its columns are
+joined into the artifact's parts.
 """
 
 from __future__ import annotations
 
 import io
-import json
-import math
+import threading
+import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from s2l_ray.artifacts import Artifact, Draft, table_bytes
+from s2l_ray.artifacts import LOSSES, TOKENS, Artifact, Draft, Storage, digest, table_bytes
 from s2l_ray.config import RunConfig
-from s2l_ray.errors import DataError
-from s2l_ray.examples import read_pool
+from s2l_ray.errors import DataError, S2LError
 from s2l_ray.progress import get_log
 from s2l_ray.training.fit import Workers
+from s2l_ray.training.limits import operations, product_rate
 from s2l_ray.training.losses import losses_of_models
 from s2l_ray.training.models import load_model
-from s2l_ray.training.proxy import TOKENIZER, step_folder
-from s2l_ray.training.tokens import encode_table, learnable, load_tokenizer, row_counts
-from s2l_ray.training.units import Unit, UnitWorker, do_units
-from s2l_ray.trajectory_store import losses_of, trajectories_table
+from s2l_ray.training.proxy import CHECKPOINT, TOKENIZER, checkpoint_folder, checkpoint_records, finished_steps, step_folder
+from s2l_ray.training.token_parts import PartTokens, TokenParts
+from s2l_ray.training.tokens import load_tokenizer, row_counts
+from s2l_ray.training.units import Effort, Unit, UnitWorker, do_units
+from s2l_ray.trajectory_store import trajectories_table
 
-# A unit's counts of tokens and of dropped and shortened rows, kept in its schema's metadata.
-COUNTS = b"counts"
-# Bytes of float32 weights that one worker keeps in memory at once; more checkpoints are scored in several groups.
-GROUP_BYTES = 4 * 2**30
+# Bytes of float32 weights that one worker keeps in memory at once; more checkpoints are scored in several passes.
+TOGETHER_BYTES = 4 * 2**30
+# How often finished checkpoints and idle machines are looked for while the proxy is trained.
+POLL_SECONDS = 2.0
 
 
-def checkpoint_groups(steps: list[int], num_parameters: int) -> dict[str, list[int]]:
-    """The checkpoints in groups of even size, each small enough to stay in one worker's memory together."""
-    size = max(1, GROUP_BYTES // (4 * num_parameters))
-    groups = np.array_split(np.asarray(steps), math.ceil(len(steps) / size))
-    return {f"group-{i:03d}": [int(step) for step in group] for i, group in enumerate(groups)}
+def models_together(num_parameters: int) -> int:
+    """How many checkpoints of a proxy one worker keeps in memory and scores in one pass over the corpus."""
+    return max(1, TOGETHER_BYTES // (4 * num_parameters))
 
 
 @dataclass(frozen=True)
@@ -51,84 +51,185 @@ class ScoringJob:
     """What a scoring worker needs; cheap to send."""
 
     config: RunConfig
-    examples: Artifact
-    proxy: Artifact
-    groups: dict[str, list[int]]
+    parts: TokenParts
+    proxy: Storage
+    steps: dict[str, int]
+    """Checkpoint's name -> its step."""
+
+    @classmethod
+    def of(cls, config: RunConfig, examples: Artifact, proxy: Storage, steps: list[int], scratch: Storage) -> ScoringJob:
+        """The scoring of checkpoints in the proxy's directory; a name holds the hash of the checkpoint's files."""
+        parts = TokenParts.of(examples, proxy.child(TOKENIZER), config.proxy.max_tokens, scratch)
+        files = {step: [asdict(record) for record in checkpoint_records(proxy, step)] for step in steps}
+        return cls(config, parts, proxy, {f"{step_folder(step)}-{digest(files[step])}": step for step in steps})
+
+    @property
+    def units(self) -> list[Unit]:
+        return [Unit(name, part) for name in self.steps for part in self.parts.examples.parts()]
+
+    def work(self, scratch: Storage) -> Storage:
+        """Where the units' files lie."""
+        recipe = self.config.trajectories.model_dump(mode="json")
+        return scratch.child(f"{LOSSES}/{digest([self.parts.name, recipe])}")
 
 
 def build_trajectories(config: RunConfig, inputs: Mapping[str, Artifact], draft: Draft) -> Artifact:
     """Score every pool example under every checkpoint of the proxy on a Ray Data actor pool, and publish the losses."""
-    examples, proxy, machines = inputs["examples"], inputs["proxy"], config.machines.trajectories
-    workers = Workers.resolve(machines, one_per_cpu=True)
+    examples, proxy = inputs["examples"], inputs["proxy"]
+    workers = Workers.resolve(config.machines.trajectories, one_per_cpu=True)
     steps: list[int] = proxy.summary["steps"]
-    groups = checkpoint_groups(steps, proxy.summary["num_parameters"])
     get_log("trajectories").info(
         "%d checkpoints x %s examples, %d workers, %s",
         *(len(steps), f"{examples.summary['pool']:,}", workers.num_workers, config.trajectories.precision),
     )
-    units = [Unit(group, part) for group in groups for part in examples.parts()]
-    job = ScoringJob(config, examples, proxy, groups)
-    do_units("trajectories", units, Scorer, job, draft.work, workers)
-    summary = join_units(examples.parts(), list(groups), draft)
+    for step in steps:  # the workers check the files that it lists
+        proxy.read_bytes(f"{step_folder(step)}/{CHECKPOINT}")
+    proxy.folder(TOKENIZER)
+    job = ScoringJob.of(config, examples, proxy.root, steps, draft.shared)
+    work, together = job.work(draft.shared), models_together(proxy.summary["num_parameters"])
+    begun = time.monotonic()
+    effort = do_units("trajectories", job.units, Scorer, job, work, workers, together=together)
+    log_effort(effort, time.monotonic() - begun)
+    summary = join_units(job, work, draft)
     summary |= {"num_checkpoints": len(steps), "steps": steps}
-    return draft.publish(summary, asdict(workers))
+    artifact = draft.publish(summary, asdict(workers))
+    for name in (LOSSES, TOKENS):
+        draft.shared.delete(name)
+    return artifact
 
 
-def join_units(parts: list[str], groups: list[str], draft: Draft) -> dict[str, Any]:
+def log_effort(effort: Effort, seconds: float) -> None:
+    """Say how fast it went, and how much of what the machine can do that is."""
+    if effort.seconds:
+        get_log("trajectories").info(
+            "%.1fk tokens/s; a worker computes %.1f GFLOP/s, %.0f%% of its measured matrix-product rate",
+            *(effort.tokens / seconds / 1e3, effort.operations / effort.seconds / 1e9, 100 * effort.share),
+        )
+
+
+def join_units(job: ScoringJob, work: Storage, draft: Draft) -> dict[str, Any]:
     """Join the units' columns into the artifact's parts; the summary's counts and mean losses."""
-    rows, counts, totals_T = 0, Counter[str](), np.zeros(1)
-    for part in parts:
-        units = [pq.read_table(io.BytesIO(draft.work.read(Unit(group, part).path))) for group in groups]
-        losses_NT = np.concatenate([losses_of(unit) for unit in units], axis=1)
-        first = units[0]
+    rows, num_tokens, counts, totals_T = 0, 0, Counter[str](), np.zeros(len(job.steps))
+    for part in job.parts.examples.parts():
+        tokens = job.parts.read(part)
+        losses_NT = np.stack([_unit_losses(work, Unit(name, part)) for name in job.steps], axis=1)
         if not draft.has(part):
-            columns = (first["example_id"], losses_NT, first["source"], first["num_response_tokens"])
+            columns = (tokens.example_ids, losses_NT, tokens.sources, tokens.tokens.num_labels)
             draft.write_table(part, trajectories_table(*columns))
-        counts.update(json.loads(first.schema.metadata[COUNTS]))
-        rows += len(first)
-        totals_T = totals_T + losses_NT.sum(0, dtype=np.float64)
+        counts.update(tokens.changed)
+        rows += len(losses_NT)
+        num_tokens += len(tokens.tokens.ids)
+        totals_T += losses_NT.sum(0, dtype=np.float64)
     if not rows:
         raise DataError("no example has a response token left within proxy.max_tokens. Raise it.")
-    tokens = counts.pop("tokens")
-    return {"rows": rows, **row_counts(counts), "tokens": tokens, "mean_losses": (totals_T / rows).round(6).tolist()}
+    return {"rows": rows, **row_counts(dict(counts)), "tokens": num_tokens, "mean_losses": (totals_T / rows).round(6).tolist()}
+
+
+def _unit_losses(work: Storage, unit: Unit) -> np.ndarray:
+    table = pq.read_table(io.BytesIO(work.read(unit.path)))
+    return np.asarray(table["loss"].combine_chunks().to_numpy())
+
+
+# --- beside the training -------------------------------------------------------------------------------------------
+
+
+class ScoringBeside:
+    """Scores finished checkpoints while the proxy's training goes on, as long as the cluster has workers to spare.
+
+    `Ray Train`'s ValidationConfig would validate a reported checkpoint as a whole; this does units, which are kept whatever
+    is interrupted, and takes only what the training leaves. What it has not done when the training ends is done by the
+    next stage on all workers.
+    """
+
+    def __init__(self, config: RunConfig, examples: Artifact, scratch: Storage) -> None:
+        self._config, self._examples, self._scratch = config, examples, scratch
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.num_units = 0
+
+    def start(self, proxy: Storage) -> None:
+        """To be called once the training holds its workers."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, args=(proxy,), daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Begin no more units, and return when those in work are done."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        if self.num_units:
+            get_log("trajectories").info("%d units were scored beside the training", self.num_units)
+
+    def _run(self, proxy: Storage) -> None:
+        scored: set[int] = set()
+        while not self._stop.wait(POLL_SECONDS):
+            for step in [step for step in finished_steps(proxy) if step not in scored]:
+                workers = spare_workers(Workers.resolve(self._config.machines.trajectories, one_per_cpu=True))
+                if workers is None or self._stop.is_set():
+                    break
+                try:
+                    self._score(proxy, step, workers)
+                except (S2LError, OSError) as error:  # the stage itself will meet it again, and say so
+                    get_log("trajectories").warning("step %d could not be scored beside the training: %s", step, error)
+                scored.add(step)
+
+    def _score(self, proxy: Storage, step: int, workers: Workers) -> None:
+        job = ScoringJob.of(self._config, self._examples, proxy, [step], self._scratch)
+        work = job.work(self._scratch)
+        do_units("trajectories", job.units, Scorer, job, work, workers, stop=self._stop)
+        self.num_units += sum(len(work.names(name)) for name in job.steps)
+
+
+def spare_workers(workers: Workers) -> Workers | None:
+    """As many of the scoring workers as the connected Ray has room for now, None if for none."""
+    import ray
+
+    free = ray.available_resources()
+    room = int(free.get("CPU", 0) // workers.cpus_per_worker)
+    if workers.gpus_per_worker:
+        room = min(room, int(free.get("GPU", 0) // workers.gpus_per_worker))
+    number = min(room, workers.num_workers)
+    return Workers(number, workers.cpus_per_worker, workers.gpus_per_worker) if number else None
 
 
 # --- on a worker ---------------------------------------------------------------------------------------------------
 
 
 class Scorer(UnitWorker):
-    """Scores parts of examples under the checkpoints of a group."""
+    """Scores parts of examples under checkpoints."""
 
-    @cached_property
-    def _tokenizer(self) -> Any:
-        return load_tokenizer(self.job.proxy.folder(TOKENIZER))
+    _rate = 0.0
 
-    def load(self, group: str) -> list[Any]:
-        trust = self.job.config.proxy.trust_remote_code
-        folders = [self.job.proxy.folder(step_folder(step)) for step in self.job.groups[group]]
-        self._steps = self.job.groups[group]
-        return [load_model(folder, self._tokenizer, trust_remote_code=trust) for folder in folders]
+    def load(self, model: str) -> Any:
+        proxy, step = self.job.proxy, self.job.steps[model]
+        tokenizer = load_tokenizer(proxy.local_folder(TOKENIZER))
+        return load_model(checkpoint_folder(proxy, step), tokenizer, trust_remote_code=self.job.config.proxy.trust_remote_code)
 
-    def work_on(self, part: str, models: list[Any]) -> bytes:
-        config: RunConfig = self.job.config
-        table, limit = read_pool(self.job.examples, part), config.proxy.max_tokens
-        tokens, kept, changed = learnable(encode_table(self._tokenizer, table, limit), limit, self._tokenizer.eos_token_id)
-        per_batch, precision = config.trajectories.tokens_per_batch, config.trajectories.precision
-        losses_NT = np.stack(list(losses_of_models(models, tokens, per_batch, precision)), axis=1)
-        table = table.take(pa.array(kept))
-        check_finite(losses_NT, table["example_id"], self._steps)
-        scored = trajectories_table(table["example_id"], losses_NT, table["source"], tokens.num_labels)
-        counts = changed | {"tokens": len(tokens.ids)}
-        return table_bytes(scored.replace_schema_metadata({COUNTS: json.dumps(counts)}))
+    def work_on(self, part: str, models: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
+        import torch
+
+        options = self.job.config.trajectories
+        if not self._rate:
+            precision = torch.bfloat16 if options.precision == "bfloat16" else torch.float32
+            self._rate = product_rate(self.device, precision)
+        begun = time.perf_counter()
+        read: PartTokens = self.job.parts.read(part)
+        losses = losses_of_models(list(models.values()), read.tokens, options.tokens_per_batch, options.precision)
+        for name, losses_N in zip(models, losses, strict=True):
+            check_finite(losses_N, read.example_ids, self.job.steps[name])
+            yield name, table_bytes(pa.table({"loss": losses_N}), [])
+            needed = operations(models[name], len(read.tokens.ids), int(read.tokens.num_labels.sum()))
+            self.effort.add(len(read.tokens.ids), needed, time.perf_counter() - begun, self._rate)
+            begun = time.perf_counter()
 
 
-def check_finite(losses_NT: np.ndarray, ids: pa.ChunkedArray, steps: list[int]) -> None:
-    """Raise DataError that names the examples and steps whose loss is not finite."""
-    rows, columns = np.nonzero(~np.isfinite(losses_NT))
+def check_finite(losses_N: np.ndarray, ids: pa.ChunkedArray, step: int) -> None:
+    """Raise DataError that names the examples whose loss under the checkpoint of a step is not finite."""
+    rows = np.flatnonzero(~np.isfinite(losses_N))
     if len(rows):
-        pairs = list(zip(rows.tolist(), columns.tolist(), strict=True))[:5]
-        named = ", ".join(f"{ids[row].as_py()} at step {steps[column]}" for row, column in pairs)
+        named = ", ".join(ids[row].as_py() for row in rows[:5].tolist())
         raise DataError(
-            f"{len(rows):,} losses are not finite ({named}{' ...' if len(rows) > 5 else ''}): the proxy's training diverged. "
-            "Lower proxy.learning_rate and train it again."
+            f"{len(rows):,} losses at step {step} are not finite ({named}{' ...' if len(rows) > 5 else ''}): the proxy's "
+            "training diverged. Lower proxy.learning_rate and train it again."
         )

@@ -1,14 +1,16 @@
 """Units of work on a Ray Data actor pool: each leaves one file, whole or absent, and is skipped where that file exists.
 
-So any number of workers may die at any moment: the same command does what is missing, and doing a unit twice changes
-nothing.
+A unit is one part of examples under one model. A task is a part under all models that a worker keeps in memory together, so
+that the part is read once for them. Any number of workers may die at any moment: the same command does what is missing,
+and doing a unit twice changes nothing.
 """
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from s2l_ray import errors
@@ -20,69 +22,136 @@ from s2l_ray.training.fit import Workers, quiet_libraries
 
 @dataclass(frozen=True)
 class Unit:
-    """One part of examples under one model or group of models."""
+    """One part of examples under one model."""
 
-    group: str
+    model: str
     part: str
 
     @property
     def path(self) -> str:
-        """Its file in the stage's scratch directory."""
-        return f"{self.group}/{self.part}"
+        """Its file in the scratch directory."""
+        return f"{self.model}/{self.part}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A part under several models."""
+
+    part: str
+    models: tuple[str, ...]
+
+
+def tasks(units: Sequence[Unit], work: Storage, together: int) -> list[Task]:
+    """The units that have no file yet, by blocks of `together` models and within a block part by part.
+
+    The blocks do not depend on what is missing, so a worker that takes one task after another keeps its models.
+    """
+    models, parts = (list(dict.fromkeys(values)) for values in zip(*((u.model, u.part) for u in units), strict=True))
+    done = {model: set(work.names(model)) for model in models}
+    wanted = set(units)
+    found = []
+    for block in (models[start : start + together] for start in range(0, len(models), together)):
+        for part in parts:
+            missing = tuple(model for model in block if Unit(model, part) in wanted and part not in done[model])
+            found += [Task(part, missing)] if missing else []
+    return found
+
+
+@dataclass
+class Effort:
+    """What the workers did, to be said beside what the machine can do."""
+
+    tokens: int = 0
+    operations: float = 0.0
+    seconds: float = 0.0
+    """Of all workers together."""
+
+    rate: float = 0.0
+    """Operations per second that a worker's matrix product reaches."""
+
+    @property
+    def share(self) -> float:
+        """Of the machine's limit, while the workers were at work."""
+        return self.operations / self.seconds / self.rate if self.seconds and self.rate else 0.0
+
+    def add(self, tokens: int, operations: float, seconds: float, rate: float) -> None:
+        self.tokens += tokens
+        self.operations += operations
+        self.seconds += seconds
+        self.rate = rate
 
 
 class UnitWorker(ABC):
-    """A worker of the pool. It keeps the models of one group in memory, so units come group by group."""
+    """A worker of the pool; it keeps the models of its last tasks in memory, `together` at most."""
 
-    def __init__(self, job: Any, work: Storage, workers: Workers) -> None:
+    def __init__(self, job: Any, work: Storage, workers: Workers, together: int) -> None:
         import torch
 
         quiet_libraries()
         torch.set_num_threads(workers.cpus_per_worker)
-        self.job, self._work = job, work
-        self.device = workers.device
-        self._group: str | None = None
-        self._models: list[Any] = []
+        self.job, self._work, self._together = job, work, together
+        self.device = torch.device(workers.device)
+        self.effort = Effort()
+        self._models: dict[str, Any] = {}
 
     @abstractmethod
-    def load(self, group: str) -> list[Any]:
-        """The models of a group."""
+    def load(self, model: str) -> Any:
+        """A model by its name."""
 
     @abstractmethod
-    def work_on(self, part: str, models: list[Any]) -> bytes:
-        """A unit's file."""
+    def work_on(self, part: str, models: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
+        """For every model its name and the unit's file, each as soon as it is there."""
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Do one unit, given as a batch of one row. What the user must mend comes back as a row, not as a crash."""
-        unit = Unit(str(batch["group"][0]), str(batch["part"][0]))
+        """Do one task, given as a batch of one row. What the user must mend comes back as a row, not as a crash."""
+        self.effort = Effort()
+        error: errors.S2LError | None = None
         try:
-            if unit.group != self._group:
-                self._models = []  # free the memory before more is taken
-                self._models, self._group = [model.to(self.device).eval() for model in self.load(unit.group)], unit.group
-            data = self.work_on(unit.part, self._models)
-        except errors.S2LError as error:
-            return {"error": [type(error).__name__], "message": [str(error)]}
-        self._work.write(unit.path, data)
-        return {"error": [""], "message": [""]}
+            models = self._loaded(str(batch["models"][0]).split())
+            for model, data in self.work_on(str(batch["part"][0]), models):
+                self._work.write(Unit(model, str(batch["part"][0])).path, data)
+        except errors.S2LError as met:
+            error = met
+        told = {"error": type(error).__name__ if error else "", "message": str(error or ""), "units": int(batch["units"][0])}
+        return {name: [value] for name, value in (told | vars(self.effort)).items()}
+
+    def _loaded(self, names: list[str]) -> dict[str, Any]:
+        missing = [name for name in names if name not in self._models]
+        if len(self._models) + len(missing) > self._together:  # free the memory before more is taken
+            self._models = {name: model for name, model in self._models.items() if name in names}
+        for name in missing:
+            self._models[name] = self.load(name).to(self.device).eval()
+        return {name: self._models[name] for name in names}
 
 
-def do_units(stage: str, units: Sequence[Unit], worker: type[UnitWorker], job: Any, work: Storage, workers: Workers) -> None:
-    """Do the units that have no file yet.
+def do_units(
+    stage: str,
+    units: Sequence[Unit],
+    worker: type[UnitWorker],
+    job: Any,
+    work: Storage,
+    workers: Workers,
+    *,
+    together: int = 1,
+    stop: threading.Event | None = None,
+) -> Effort:
+    """Do the units that have no file yet, with `together` models at a time in a worker's memory.
 
-    Raises the S2LError that a worker met.
+    Once `stop` is set no more are begun. Raises the S2LError that a worker met.
     """
     import ray.data
     from ray.data import ActorPoolStrategy
 
-    missing = [unit for unit in units if not work.exists(unit.path)]
+    missing, effort = tasks(units, work, together), Effort()
+    to_do = sum(len(task.models) for task in missing)
     with track(stage, len(units), "unit") as progress:
-        progress.at(len(units) - len(missing))
+        progress.at(len(units) - to_do)
         if not missing:
-            return
-        rows = ray.data.from_items([asdict(unit) for unit in missing], override_num_blocks=len(missing))
-        done = rows.map_batches(
+            return effort
+        items = [{"part": task.part, "models": " ".join(task.models), "units": len(task.models)} for task in missing]
+        done = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             worker,
-            fn_constructor_args=(job, work, workers),
+            fn_constructor_args=(job, work, workers, together),
             batch_size=1,
             compute=ActorPoolStrategy(size=min(workers.num_workers, len(missing))),
             num_cpus=workers.cpus_per_worker,
@@ -92,4 +161,8 @@ def do_units(stage: str, units: Sequence[Unit], worker: type[UnitWorker], job: A
             for row in done.iter_rows():
                 if row["error"]:
                     raise getattr(errors, row["error"])(row["message"])
-                progress.advance()
+                effort.add(row["tokens"], row["operations"], row["seconds"], row["rate"])
+                progress.advance(row["units"])
+                if stop is not None and stop.is_set():
+                    break
+    return effort

@@ -1,0 +1,118 @@
+"""A causal model's forward in two: its backbone once for all tokens, then its output layer where a loss is asked for.
+
+The output layer is where a small model's work is (25.7M of Pythia-70M's 44.7M matrix parameters), and its logits are the
+largest array of all. Both halves are the model's own `forward`: the backbone as it is, and a copy of the model whose
+backbone gives the hidden states that it is handed and whose output layer has some of its rows. So what a model does to its
+logits (soft-capping, scaling, a bias) stays as it is; whether it comes apart so is tried on every model.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+class Head:
+    """Hidden states to logits of a slice of the vocabulary. Made by `Head.of`."""
+
+    def __init__(self, model: Any) -> None:
+        output = model.get_output_embeddings()
+        name = next(name for name, module in model.named_children() if module is output)
+        self._given, self._rows = _Given(), _Rows(output)
+        # Shares every weight with the model; only the two children are others.
+        self._forward = copy.copy(model)
+        self._forward._modules = model._modules | {model.base_model_prefix: self._given, name: self._rows}
+        self.vocab_size = int(output.weight.shape[0])
+
+    @classmethod
+    def of(cls, model: Any) -> Head | None:
+        """The model's head, None for a model whose forward does not come apart.
+
+        Tried on a few tokens: the logits must be those of the model's own forward.
+        """
+        ids_BL = torch.arange(1, 9, device=next(model.parameters()).device).reshape(1, 8)
+        try:
+            head = cls(model)
+            cut = head.vocab_size // 2 + 1
+            with torch.no_grad():
+                whole_BLV = model(input_ids=ids_BL, use_cache=False).logits
+                hidden_PH = hidden_states(model, ids_BL).flatten(0, 1)
+                halves = [head.logits(hidden_PH, 0, cut), head.logits(hidden_PH, cut, head.vocab_size)]
+                agree = torch.allclose(torch.cat(halves, 1), whole_BLV[0], rtol=1e-4, atol=1e-4)
+                finite = bool(whole_BLV.isfinite().all())
+        except (AttributeError, IndexError, KeyError, RuntimeError, StopIteration, TypeError, ValueError):
+            return None  # another kind of forward: whatever it stumbled over, it has to be taken whole
+        return head if agree and finite else None
+
+    def cast(self, dtype: torch.dtype) -> Head:
+        """Keep the output layer in this dtype: autocast would cast a slice anew every time."""
+        self._rows.cast(dtype)
+        return self
+
+    def logits(self, hidden_PH: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Logits of the vocabulary's entries `start` to `stop`, (P, stop - start), in the dtype of the forward pass."""
+        self._given.hidden = hidden_PH[None]
+        self._rows.span = slice(start, stop)
+        logits_PV: torch.Tensor = self._forward(inputs_embeds=hidden_PH[None], use_cache=False).logits[0]
+        return logits_PV
+
+
+def hidden_states(model: Any, ids_BL: torch.Tensor, **options: Any) -> torch.Tensor:
+    """The backbone's last hidden states, (B, L, H).
+
+    No attention mask: padding stands on the right, which a causal model never attends to.
+    """
+    backbone = getattr(model, model.base_model_prefix)
+    hidden_BLH: torch.Tensor = backbone(input_ids=ids_BL, use_cache=False, **options)[0]
+    return hidden_BLH
+
+
+class _Given(nn.Module):
+    """Stands where the backbone stood, and gives the hidden states that it was handed."""
+
+    hidden: torch.Tensor
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        return _outputs_class()(last_hidden_state=self.hidden)
+
+
+@functools.cache
+def _outputs_class() -> Any:
+    from transformers.modeling_outputs import BaseModelOutputWithCrossAttentions, MoeModelOutputWithPast
+
+    class Outputs(MoeModelOutputWithPast, BaseModelOutputWithCrossAttentions):  # type: ignore[misc]
+        """All that models look for in their backbone's outputs."""
+
+    return Outputs
+
+
+class _Rows(nn.Module):
+    """Some rows of a linear output layer."""
+
+    span: slice
+
+    def __init__(self, output: nn.Linear) -> None:
+        super().__init__()
+        self._weights = [output.weight, output.bias]  # in a list: they are the model's, not this module's
+
+    def cast(self, dtype: torch.dtype) -> None:
+        self._weights = [None if weight is None else weight.detach().to(dtype) for weight in self._weights]
+
+    @property
+    def weight(self) -> Any:
+        return self._weights[0]
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        weight, bias = self._weights
+        return functional.linear(hidden, weight[self.span], None if bias is None else bias[self.span])
+
+
+def accepts_logits_to_keep(model: Any) -> bool:
+    """Whether the model's forward can restrict its logits to given positions (most of transformers' models)."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters

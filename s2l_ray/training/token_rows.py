@@ -1,0 +1,62 @@
+"""Rows of tokens laid end to end: what is learned and scored, without a Python object per example."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """The tokens of many examples, end to end: no Python list per example, 5 bytes a token."""
+
+    ids: np.ndarray
+    """int32, all tokens."""
+
+    is_label: np.ndarray
+    """bool, beside `ids`: whether the token's loss counts. Never true for the first token of a row."""
+
+    starts: np.ndarray
+    """int64 (rows + 1): row i is `ids[starts[i]:starts[i + 1]]`."""
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and label marks of one row."""
+        span = slice(self.starts[row], self.starts[row + 1])
+        return self.ids[span], self.is_label[span]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens per row."""
+        lengths: np.ndarray = np.diff(self.starts)
+        return lengths
+
+    @property
+    def num_labels(self) -> np.ndarray:
+        """Labels per row, int32; a row with none teaches nothing."""
+        counts = np.concatenate([[0], np.cumsum(self.is_label)])
+        num_labels: np.ndarray = (counts[self.starts[1:]] - counts[self.starts[:-1]]).astype(np.int32)
+        return num_labels
+
+    def take(self, rows: np.ndarray) -> TokenRows:
+        """The given rows, in the given order."""
+        return TokenRows.of([self[int(row)] for row in rows])
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> TokenRows:
+        """Rows of (tokens, label marks) laid end to end."""
+        starts = np.concatenate([[0], np.cumsum([len(ids) for ids, _ in rows])]).astype(np.int64)
+        ids = np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in rows)])
+        return cls(ids, np.concatenate([np.zeros(0, bool), *(marks for _, marks in rows)]), starts)
+
+    @classmethod
+    def join(cls, parts: Sequence[TokenRows]) -> TokenRows:
+        """Several batches of rows laid end to end."""
+        offsets = np.concatenate([[0], np.cumsum([len(part.ids) for part in parts])])
+        starts = [part.starts[:-1] + offset for part, offset in zip(parts, offsets[:-1], strict=True)]
+        ids = np.concatenate([part.ids for part in parts])
+        return cls(ids, np.concatenate([part.is_label for part in parts]), np.concatenate([*starts, offsets[-1:]]))
