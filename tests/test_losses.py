@@ -163,4 +163,6 @@ def test_rows_laid_end_to_end_have_the_losses_of_rows_alone(monkeypatch, archite
 def test_operations_count_the_output_layer_for_labels_and_the_backbone_for_tokens():
     model = make("gpt_neox")
     layer = 32 * 96 + 32 * 32 + 2 * 32 * 128
-    assert operations(model, num_tokens=10, num_labels=3) == 2 * (10 * 2 * layer + 3 * VOCAB * 32)
+    pairs = 6 + 10  # of a token and one not after it, in rows of 3 and 4
+    needed = 7 * 2 * layer + 2 * 2 * 32 * pairs + 3 * VOCAB * 32
+    assert operations(model, np.array([3, 4]), num_labels=3) == 2 * needed

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import time
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -12,13 +15,15 @@ from torch import nn
 TIMED_SECONDS = 0.05
 
 
-def operations(model: Any, num_tokens: int, num_labels: int) -> float:
-    """Multiplications and additions that the losses of so many tokens need: the matrices of the backbone for every token, the
-    output layer for every label. Attention's own products and what padding costs are left out."""
+def operations(model: Any, lengths: np.ndarray, num_labels: int) -> float:
+    """Multiplications and additions that the losses of rows of these lengths need: the matrices of the backbone for every
+    token, attention for every pair of a token and one before it, the output layer for every label. No padding."""
     head = model.get_output_embeddings().weight
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)} | {id(head)}
     body = sum(weight.numel() for weight in model.parameters() if weight.ndim == 2 and id(weight) not in embeddings)
-    return 2.0 * (body * num_tokens + head.numel() * num_labels)
+    config, pairs = model.config, float((lengths.astype(np.float64) * (lengths + 1) / 2).sum())
+    width, layers = (getattr(config, name, 0) or 0 for name in ("hidden_size", "num_hidden_layers"))
+    return 2.0 * (body * float(lengths.sum()) + 2 * width * layers * pairs + head.numel() * num_labels)
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -40,3 +45,17 @@ def _timed(matrix: torch.Tensor) -> float:
     if matrix.is_cuda:
         torch.cuda.synchronize(matrix.device)
     return time.perf_counter() - begun
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep large arrays that it frees, instead of giving them back to the system and asking for them again.
+
+    glibc does that for every array above a threshold, and the system clears each page anew: on a CPU half of the time
+    that tiles of logits take. Where there is another C library it stays as it is.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # from malloc.h
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        # Older versions take at most 32 MB.
+        if mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25):
+            mallopt(trim_threshold, 2**31 - 1)

@@ -8,7 +8,6 @@ log-sum-exp while it is in the cache, so that no array of tokens x vocabulary ev
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +23,8 @@ from s2l_ray.training.token_rows import TokenRows
 
 # Positions and vocabulary entries of a tile of logits: 4 MB in a CPU's cache; on a GPU enough to fill it.
 CPU_TILE, GPU_TILE = (1024, 1024), (8192, 16384)
+# A batch of more padded tokens than this ends where padding would be a larger share of it.
+SMALL_BATCH, RAGGED = 1024, 1.04
 # For a model whose head cannot be taken apart: logits of one batch (2**25 are 128 MB), positions per cross-entropy.
 LOGITS_PER_BATCH = 2**25
 POSITIONS_PER_CHUNK = 256
@@ -70,13 +71,16 @@ def batches(
     """
     order = np.lexsort((np.arange(len(tokens)), tokens.num_labels, tokens.lengths))
     lengths, num_labels = tokens.lengths[order], tokens.num_labels[order]
+    ends = np.cumsum(lengths)
     start = 0
     while start < len(order):
         end, labels = start, 0
         while end < len(order):
             labels += int(num_labels[end])
-            too_large = lengths[end] * (end - start + 1) > tokens_per_batch or labels > (max_labels or labels)
-            if too_large and end > start:
+            padded = int(lengths[end]) * (end - start + 1)
+            too_large = padded > tokens_per_batch or labels > (max_labels or labels)
+            is_ragged = padded > SMALL_BATCH and padded > RAGGED * (ends[end] - ends[start] + lengths[start])
+            if (too_large or is_ragged) and end > start:
                 break
             end += 1
         rows = order[start:end]
@@ -133,26 +137,32 @@ def losses_of_models(models: list[Any], tokens: TokenRows, tokens_per_batch: int
     made = [batch.to(device) for batch in batches(tokens, tokens_per_batch, max_labels, end_to_end=end_to_end)]
     rows = np.concatenate([batch.rows_P for batch in made])
     for model, head in zip(models, heads, strict=True):
-        score = _tiled(model, head.cast(dtype) if dtype == torch.bfloat16 else head) if head else _whole(model)
+        if head is not None and dtype == torch.bfloat16:
+            head.cast(dtype)
         # No inference mode: a model in training may keep what it computes here, its rotary embedding for one.
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             # One transfer at the end: on a GPU nothing waits between batches.
-            losses = torch.cat([score(batch) for batch in made]).cpu().numpy()
+            pieces = _whole(model, made) if head is None else _tiled(model, head, made)
+            losses = torch.cat(list(pieces)).cpu().numpy()
         sums = np.bincount(rows, weights=losses.astype(np.float64), minlength=len(tokens))
         yield (sums / tokens.num_labels).astype(np.float32)
 
 
-def _tiled(model: Any, head: Head) -> Any:
-    """Batch -> the cross-entropy of each of its labels, float32 (P,), by tiles of logits."""
-
-    def losses(batch: Batch) -> torch.Tensor:
-        hidden_PH = hidden_states(model, batch.ids_BL, **batch.borders).flatten(0, 1).index_select(0, batch.positions_P)
-        positions, _ = _tile(hidden_PH)
-        chunks = math.ceil(len(hidden_PH) / positions)
-        pairs = zip(hidden_PH.tensor_split(chunks), batch.labels_P.tensor_split(chunks), strict=True)
-        return torch.cat([tiled_cross_entropy(head, hidden, labels) for hidden, labels in pairs])
-
-    return losses
+def _tiled(model: Any, head: Head, made: list[Batch]) -> Iterator[torch.Tensor]:
+    """The cross-entropy of every label, float32, batch after batch, by tiles of logits."""
+    waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for i, batch in enumerate(made, 1):
+        hidden_BLH = hidden_states(model, batch.ids_BL, **batch.borders)
+        waiting.append((hidden_BLH.flatten(0, 1).index_select(0, batch.positions_P), batch.labels_P))
+        # The output layer's weights are read once for so many positions, however few a batch has.
+        positions, _ = _tile(hidden_BLH)
+        count = sum(len(labels) for _, labels in waiting)
+        if count >= positions or i == len(made):
+            hidden_PH, labels_P = (torch.cat(tensors) for tensors in zip(*waiting, strict=True))
+            chunks = max(1, round(count / positions))
+            for hidden, labels in zip(hidden_PH.tensor_split(chunks), labels_P.tensor_split(chunks), strict=True):
+                yield tiled_cross_entropy(head, hidden, labels)
+            waiting = []
 
 
 def tiled_cross_entropy(head: Head, hidden_PH: torch.Tensor, labels_P: torch.Tensor) -> torch.Tensor:
@@ -175,25 +185,22 @@ def _tile(hidden_PH: torch.Tensor) -> tuple[int, int]:
     return CPU_TILE if hidden_PH.device.type == "cpu" else GPU_TILE
 
 
-def _whole(model: Any) -> Any:
+def _whole(model: Any, made: list[Batch]) -> Iterator[torch.Tensor]:
     """The same for a model that does not come apart: its forward alone, restricted to the labels if it can do that."""
     restricts = accepts_logits_to_keep(model)
     if not restricts:
         _say_full_logits(type(model).__name__)
-
-    def losses(batch: Batch) -> torch.Tensor:
+    for batch in made:
         if restricts:
             is_kept = torch.zeros(batch.ids_BL.numel(), dtype=torch.bool, device=batch.ids_BL.device)
             is_kept[batch.positions_P] = True
-            logits_PV = model(
-                input_ids=batch.ids_BL, logits_to_keep=is_kept.reshape(batch.ids_BL.shape), use_cache=False
-            ).logits
+            kept_BL = is_kept.reshape(batch.ids_BL.shape)
+            logits_PV = model(input_ids=batch.ids_BL, logits_to_keep=kept_BL, use_cache=False).logits
         else:
             logits_PV = model(input_ids=batch.ids_BL).logits.flatten(0, 1)[batch.positions_P]
         chunks = zip(*(torch.split(tensor, POSITIONS_PER_CHUNK) for tensor in (logits_PV, batch.labels_P)), strict=True)
-        return torch.cat([functional.cross_entropy(logits.float(), labels, reduction="none") for logits, labels in chunks])
-
-    return losses
+        for logits, labels in chunks:
+            yield functional.cross_entropy(logits.float(), labels, reduction="none")
 
 
 _said: set[str] = set()

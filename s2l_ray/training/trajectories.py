@@ -219,7 +219,7 @@ class Scorer(UnitWorker):
         for name, losses_N in zip(models, losses, strict=True):
             check_finite(losses_N, read.example_ids, self.job.steps[name])
             yield name, table_bytes(pa.table({"loss": losses_N}), [])
-            needed = operations(models[name], len(read.tokens.ids), int(read.tokens.num_labels.sum()))
+            needed = operations(models[name], read.tokens.lengths, int(read.tokens.num_labels.sum()))
             self.effort.add(len(read.tokens.ids), needed, time.perf_counter() - begun, self._rate)
             begun = time.perf_counter()
 

@@ -18,6 +18,7 @@ from s2l_ray.artifacts import Storage
 from s2l_ray.examples import quiet_ray_data
 from s2l_ray.progress import track
 from s2l_ray.training.fit import Workers, quiet_libraries
+from s2l_ray.training.limits import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class UnitWorker(ABC):
         import torch
 
         quiet_libraries()
+        keep_freed_memory()
         torch.set_num_threads(workers.cpus_per_worker)
         self.job, self._work, self._together = job, work, together
         self.device = torch.device(workers.device)
