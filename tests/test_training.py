@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from s2l_ray.config import ProxyConfig, RunConfig
 from s2l_ray.errors import ConfigError, DataError
 from s2l_ray.training.evaluation import pattern_score, rouge_l, scorers, summarize
-from s2l_ray.training.fine_tuning import BatchPlan, _Collator, _token_mean_loss, data_order, deal, num_steps
+from s2l_ray.training.fine_tuning import BatchPlan, Collator, data_order, deal, num_steps, token_mean_loss
 from s2l_ray.training.losses import example_losses
 from s2l_ray.training.models import load_model, make_model, save_model
 from s2l_ray.training.proxy import checkpoint_steps, split_revision, steps_of
@@ -91,9 +91,9 @@ def test_the_gradient_equals_that_of_transformers_own_loss(architecture):
     """Logits at predicting positions only, without an attention mask: the same gradient as the plain path."""
     model = make(architecture)
     tokens = rows(np.random.default_rng(7), 9)
-    batch = _Collator(restrict_logits=True)([tokens[i] for i in range(len(tokens))])
+    batch = Collator(restrict_logits=True)([tokens[i] for i in range(len(tokens))])
     labels = batch.pop("labels")
-    _token_mean_loss(model(**batch), labels).backward()
+    token_mean_loss(model(**batch), labels).backward()
     ours = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
     model.zero_grad()
     lengths = torch.from_numpy(tokens.lengths)

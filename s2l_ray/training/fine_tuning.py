@@ -149,15 +149,15 @@ def fine_tune(
             saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
             (model or self.model).load_state_dict(saved.state_dict())
 
-    rows = _Rows(phase.tokens, deal(phase.order, phase.tokens.lengths, plan))
+    rows = TrainingRows(phase.tokens, deal(phase.order, phase.tokens.lengths, plan))
     folder = _node_folder(phase)
     trainer = InOrder(
         model=model,
         args=_arguments(phase, plan, folder, deepspeed),
         train_dataset=rows,
         processing_class=tokenizer,
-        data_collator=_Collator(accepts_logits_to_keep(model)),
-        compute_loss_func=_token_mean_loss,
+        data_collator=Collator(accepts_logits_to_keep(model)),
+        compute_loss_func=token_mean_loss,
         callbacks=[Recorder(phase, folder, events, on_keep)],
     )
     trainer.remove_callback(PrinterCallback)
@@ -223,7 +223,7 @@ def _arguments(phase: Phase, plan: BatchPlan, folder: Path, deepspeed: dict[str,
     )
 
 
-class _Rows:
+class TrainingRows:
     """The training rows in order, as the Trainer's dataset."""
 
     def __init__(self, tokens: TokenRows, order: np.ndarray) -> None:
@@ -236,7 +236,7 @@ class _Rows:
         return self._tokens[int(self._order[i])]
 
 
-class _Collator:
+class Collator:
     """Rows as a batch: padded on the right; where the model allows it, logits at predicting positions only."""
 
     def __init__(self, restrict_logits: bool) -> None:
@@ -253,7 +253,7 @@ class _Collator:
         return {name: torch.from_numpy(array) for name, array in made.items()}
 
 
-def _token_mean_loss(outputs: Any, labels_BL: Any, num_items_in_batch: Any = None) -> Any:
+def token_mean_loss(outputs: Any, labels_BL: Any, num_items_in_batch: Any = None) -> Any:
     """Mean cross-entropy per label over the global batch, from full or restricted logits."""
     from torch.nn import functional
 

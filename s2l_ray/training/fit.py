@@ -144,7 +144,10 @@ def _guarded(train_loop_config: dict[str, Any]) -> None:
     import ray.train
     import torch
 
+    from s2l_ray.training.limits import keep_freed_memory
+
     quiet_libraries()
+    keep_freed_memory()
     torch.set_num_threads(train_loop_config["threads"])
     work, context = train_loop_config["work"], ray.train.get_context()
     if work.exists(OUTCOME):  # a worker met the user's mistake and took the group down

@@ -23,7 +23,7 @@ def operations(model: Any, lengths: np.ndarray, num_labels: int) -> float:
     body = sum(weight.numel() for weight in model.parameters() if weight.ndim == 2 and id(weight) not in embeddings)
     config, pairs = model.config, float((lengths.astype(np.float64) * (lengths + 1) / 2).sum())
     width, layers = (getattr(config, name, 0) or 0 for name in ("hidden_size", "num_hidden_layers"))
-    return 2.0 * (body * float(lengths.sum()) + 2 * width * layers * pairs + head.numel() * num_labels)
+    return 2.0 * float(body * lengths.sum() + 2 * width * layers * pairs + head.numel() * num_labels)
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
