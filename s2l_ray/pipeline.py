@@ -137,6 +137,13 @@ def _recipe(section: str) -> Callable[[RunConfig], dict[str, Any]]:
     return lambda config: getattr(config, section).model_dump(mode="json")
 
 
+def _proxy_recipe(config: RunConfig) -> dict[str, Any]:
+    recipe = config.proxy.model_dump(mode="json")
+    if recipe["schedule"] == "equal":  # as it was before there were others: what was trained then is still good
+        del recipe["schedule"]
+    return recipe
+
+
 def _selection_recipe(config: RunConfig) -> dict[str, Any]:
     recipe = config.selection.model_dump(mode="json") | {"random_control": config.evaluation.random_control}
     counted_by = config.target.model_dump(mode="json", include={"model", "revision", "tokenizer", "max_tokens"})
@@ -178,7 +185,7 @@ class Stage:
 
 STAGES = (
     Stage("examples", (), _examples_recipe, _build_examples),
-    Stage("proxy", ("examples",), _recipe("proxy"), _build_proxy),
+    Stage("proxy", ("examples",), _proxy_recipe, _build_proxy),
     Stage(
         "trajectories",
         ("examples", "proxy"),

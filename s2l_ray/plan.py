@@ -6,16 +6,16 @@ The estimate is for the output positions computed everywhere, so it is an upper 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from s2l_ray.artifacts import BUILDING, LOSSES, WORK, Artifact, Storage
+from s2l_ray.artifacts import BUILDING, WORK, Artifact, Storage
 from s2l_ray.config import RunConfig, ScratchModel, TrainedTokenizer, TrainingConfig
 from s2l_ray.errors import ArtifactError, ConfigError, DataError
 from s2l_ray.pipeline import STAGES, Decision, decide
 from s2l_ray.progress import duration
 from s2l_ray.session import resolve_revisions
+from s2l_ray.trajectory_files import unit_grid
 
 # Dense peak rates in operations per second (makers' data sheets): bfloat16 (float16 on T4, V100), float32.
 ACCELERATORS = {
@@ -303,18 +303,13 @@ def _stage_lines(place: Storage, name: str) -> Iterator[str]:
 
 def _grid(place: Storage, name: str) -> Iterator[str]:
     """The grid of a stage made in units: per model or checkpoint, which parts are done (`#`) and which are not (`.`)."""
+    parts, done = unit_grid(place) if name == "trajectories" else ([], {})
     examples = Artifact.find(place.child("examples"))
-    if examples is None or name not in ("trajectories", "evaluation"):
-        return
-    done: dict[str, set[str]] = {}
-    if name == "trajectories":  # its units lie under the hash of what decides them, a checkpoint's too
-        kept = place.child("proxy").names(recursive=True)
-        done = {file.partition("/")[0]: set() for file in kept if re.fullmatch(r"step-\d+/checkpoint\.json", file)}
-    work = place.child(WORK).child(LOSSES if name == "trajectories" else name)
-    for file in work.names(recursive=True):
-        model, part = file.split("/")[-2:]
-        done.setdefault(re.sub(r"^(step-\d+)-\w+$", r"\1", model), set()).add(part)
-    parts: list[str] = examples.parts()
+    if name == "evaluation" and examples is not None:
+        parts = examples.parts()
+        for file in place.child(WORK).child(name).names(recursive=True):
+            model, _, part = file.partition("/")
+            done.setdefault(model, set()).add(part)
     for model, finished in sorted(done.items()):
         marks = "".join("#" if part in finished else "." for part in parts)
         count = f"{len(finished & set(parts))}/{len(parts)}"

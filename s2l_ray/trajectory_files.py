@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from s2l_ray.artifacts import BUILDING, MANIFEST, WORK, Artifact, Storage, digest
+from s2l_ray.artifacts import BUILDING, LOSSES, MANIFEST, WORK, Artifact, Storage, digest
 from s2l_ray.errors import ArtifactError, ConfigError, DataError
 from s2l_ray.progress import get_log
 from s2l_ray.sorting import sort_by_id
@@ -120,9 +120,46 @@ def find_artifact(uri: str) -> Artifact | None:
             f"{uri}: an unfinished recording of {len(steps)} steps ({', '.join(map(str, steps))}). When all are recorded, "
             f"`s2l_ray.finish_recording({uri!r})` finishes it."
         )
-    if manifest is None and storage.exists(BUILDING):
-        raise ArtifactError(f"{uri}: unfinished ({BUILDING} but no {MANIFEST}). Run `s2l run` again to finish it first.")
+    run = Storage(storage.uri.rpartition("/")[0])
+    is_of_run = storage.uri.endswith("/trajectories") and run.exists("run.json")
+    if manifest is None and (storage.exists(BUILDING) or is_of_run):
+        raise ArtifactError(
+            f"{uri}: unfinished: {_missing_units(run)}. Run the same `s2l run` again to finish it (`s2l status {run.uri}` "
+            "shows how far it is)."
+        )
     return None
+
+
+def _missing_units(run: Storage) -> str:
+    """Which losses of a run are not there yet, in a few words."""
+    parts, grid = unit_grid(run)
+    missing = {step: [part for part in parts if part not in done] for step, done in grid.items()}
+    named = [f"{step} lacks {', '.join(left[:3])}{' ...' if len(left) > 3 else ''}" for step, left in missing.items() if left]
+    if not grid:
+        return "no checkpoint of the proxy has been scored"
+    count = sum(map(len, missing.values()))
+    if not count:
+        return "its parts are not joined yet"
+    return f"{count} of {len(grid) * len(parts)} units are missing ({'; '.join(named[:3])}{' ...' if len(named) > 3 else ''})"
+
+
+def unit_grid(run: Storage) -> tuple[list[str], dict[str, set[str]]]:
+    """The parts of a run's examples, and per kept checkpoint (`step-000010`) those whose losses are there.
+
+    A unit lies under the hash of its checkpoint's files: one of other files is none.
+    """
+    examples, proxy = Artifact.find(run.child("examples")), run.child("proxy")
+    if examples is None:
+        return [], {}
+    grid: dict[str, set[str]] = {}
+    for file in proxy.names(recursive=True):
+        if re.fullmatch(r"step-\d+/checkpoint\.json", file):
+            grid[f"{file.partition('/')[0]}-{digest((proxy.read_json(file) or {}).get('files'))}"] = set()
+    for file in run.child(WORK).child(LOSSES).names(recursive=True):
+        model, part = file.split("/")[-2:]
+        if model in grid:
+            grid[model].add(part)
+    return examples.parts(), {model.rpartition("-")[0]: done for model, done in sorted(grid.items())}
 
 
 def recorded_files(storage: Storage) -> dict[int, list[str]]:

@@ -24,7 +24,7 @@ import pytest
 import yaml
 
 from s2l_ray import cli
-from s2l_ray.artifacts import Draft, Key, Storage
+from s2l_ray.artifacts import Draft, Key, Storage, digest
 from s2l_ray.config import load_config
 from s2l_ray.pipeline import ANOTHER_RUN
 
@@ -466,11 +466,18 @@ def test_status_of_a_stage_in_units_says_part_by_part_what_is_done(s2l, tmp_path
     examples.publish({"rows": 3})
     proxy = Draft.open(run, Key("proxy", 1, {}, {}))
     for step in (10, 20):
-        proxy.write(f"step-{step:06d}/checkpoint.json", b"{}")
-    for part in (0, 2):
-        proxy.shared.write(f"losses/0123456789abcdef/step-000010-fedcba9876543210/part-{part:05d}.parquet", b"")
+        proxy.write(f"step-{step:06d}/checkpoint.json", json.dumps({"files": [step]}).encode())
+    for part, files in ((0, [10]), (1, ["of an older checkpoint"]), (2, [10])):
+        proxy.shared.write(f"losses/0123456789abcdef/step-000010-{digest(files)}/part-{part:05d}.parquet", b"")
     said = s2l("status", tmp_path).out
     assert re.search(r"^trajectories +not begun\n +step-000010 +2/3 #\.#\n +step-000020 +0/3 \.\.\.$", said, re.MULTILINE)
+
+    # Handed to the grouping as if it were finished: which units are missing, and how to finish.
+    run.write("run.json", b"{}")
+    refused = s2l("select", tmp_path / "trajectories", "--budget", 2, "--output", tmp_path / "out")
+    assert refused.code == 2
+    assert "4 of 6 units are missing (step-000010 lacks part-00001.parquet; step-000020 lacks part-00000" in refused.err
+    assert "Run the same `s2l run` again" in refused.err
 
 
 @pytest.mark.parametrize("arguments", [["status"], ["report"], ["export", "--format", "jsonl", "--output", "x.jsonl"]])

@@ -147,17 +147,53 @@ def test_a_forward_whose_logits_depend_on_more_than_the_hidden_states_is_not_tak
     assert np.abs(example_losses(model, tokens, tokens_per_batch=512) - expected).max() > 0.01
 
 
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "mistral", "mixtral"])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "mixtral", "qwen3"])
 def test_rows_laid_end_to_end_have_the_losses_of_rows_alone(monkeypatch, architecture):
     """The GPU's way, with the kernel's work done row by row."""
     model, tokens = make(architecture), rows(np.random.default_rng(10), 30)
-    if architecture == "mistral":
-        model.config.sliding_window = 4
-    expected = reference_losses(model, tokens)
+    expected, seen = reference_losses(model, tokens), []
+    attend = attention._attend
+    monkeypatch.setattr(attention, "_attend", lambda *args: seen.append(1) or attend(*args))
     monkeypatch.setattr(losses, "is_fused", lambda device, dtype: True)
-    found = example_losses(model, tokens, tokens_per_batch=300)
-    assert (model.config._attn_implementation == attention.NAME) == (architecture != "gemma2"), "soft-capped attention is left"
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(example_losses(model, tokens, tokens_per_batch=300), expected, atol=1e-5)
+    assert bool(seen) == (architecture != "gemma2"), "soft-capped attention is left alone"
+
+
+@pytest.mark.parametrize("architecture", ["mistral", "qwen2_moe"])
+def test_attention_to_a_window_is_left_alone(monkeypatch, architecture):
+    model, tokens = make(architecture), rows(np.random.default_rng(11), 10)
+    model.config.sliding_window, model.config.use_sliding_window = 4, True
+    monkeypatch.setattr(losses, "is_fused", lambda device, dtype: True)
+    np.testing.assert_allclose(example_losses(model, tokens, tokens_per_batch=300), reference_losses(model, tokens), atol=1e-5)
+
+
+def test_a_scored_model_generates_and_trains_as_before(monkeypatch):
+    model, tokens = make("llama"), rows(np.random.default_rng(12), 5)
+    padded = {"input_ids": torch.tensor([[0, 0, 5, 6, 7]]), "attention_mask": torch.tensor([[0, 0, 1, 1, 1]])}
+    before = model(**padded).logits, model.generate(**padded, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    monkeypatch.setattr(losses, "is_fused", lambda device, dtype: True)
+    example_losses(model, tokens, tokens_per_batch=300)
+    after = model(**padded).logits, model.generate(**padded, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    for one, other in zip(before, after, strict=True):
+        torch.testing.assert_close(one, other, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("bias", [-1e4, -1e9])
+def test_a_vocabulary_entry_that_is_masked_by_its_bias_costs_no_digits(bias):
+    model, tokens = make("phi"), rows(np.random.default_rng(13), 10)
+    with torch.no_grad():
+        model.lm_head.bias[0] = bias
+    np.testing.assert_allclose(example_losses(model, tokens, tokens_per_batch=300), reference_losses(model, tokens), atol=1e-5)
+
+
+def test_a_rotary_embedding_that_looks_at_the_longest_row_sees_rows_of_one_length_only():
+    model, tokens = make("llama"), rows(np.random.default_rng(14), 20)
+    factors = {"long_factor": [4.0] * 4, "short_factor": [1.0] * 4, "original_max_position_embeddings": 16}
+    model.config.rope_parameters = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
+    model = type(model)(model.config).eval()
+    np.testing.assert_allclose(
+        example_losses(model, tokens, tokens_per_batch=100_000), reference_losses(model, tokens), atol=1e-5
+    )
 
 
 def test_operations_count_the_output_layer_for_labels_and_the_backbone_for_tokens():

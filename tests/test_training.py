@@ -149,7 +149,9 @@ def test_a_workers_memory_decides_how_many_checkpoints_are_scored_in_one_pass():
 def test_a_loss_that_is_not_finite_is_named_with_example_and_step():
     losses = np.array([1.0, np.nan, np.inf, 2.0], np.float32)
     with pytest.raises(DataError, match=r"2 losses at step 20 .*\(b, c\).*learning_rate"):
-        check_finite(losses, pa.chunked_array([["a", "b", "c", "d"]]), 20)
+        check_finite(losses, pa.chunked_array([["a", "b", "c", "d"]]), 20, "float32")
+    with pytest.raises(DataError, match=r"or score in float32"):
+        check_finite(losses, pa.chunked_array([["a", "b", "c", "d"]]), 20, "bfloat16")
 
 
 # --- models --------------------------------------------------------------------------------------------------------
@@ -262,3 +264,31 @@ def config(examples: dict[str, object] | None = None, **evaluation: object) -> R
             "evaluation": evaluation,
         }
     )
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda weights: {name: value for name, value in weights.items() if "dense_4h" not in name}, "lack 4 weights"),
+        (lambda weights: {f"base.{name}": value for name, value in weights.items()}, "lack"),
+        (lambda weights: {name: value[:-1] for name, value in weights.items()}, "cannot be loaded|lack"),
+    ],
+)
+def test_a_checkpoint_that_lacks_weights_is_refused_not_made_up(tmp_path, damage, named):
+    from safetensors.torch import load_file, save_file
+
+    model = make("gpt_neox")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({name: value.contiguous() for name, value in damage(load_file(file)).items()}, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=named):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", None])
+def test_a_checkpoint_whose_file_is_damaged_is_refused(tmp_path, content):
+    make("gpt_neox").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000] if content is None else content)
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        load_model(tmp_path)

@@ -67,12 +67,12 @@ class Workers:
 
 
 def fit(
-    stage: str, loop: Loop, job: Any, workers: Workers, work: Storage, on_begun: Callable[[], None] | None = None
+    stage: str, loop: Loop, job: Any, workers: Workers, work: Storage, on_event: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
     """Run `loop(job, events)` on a Ray Train worker group until it has finished; what rank 0 returned.
 
-    Calling it again with the same `work` directory resumes from the last registered checkpoint. `on_begun` is called when
-    the workers are there and the first of them says something. Raises the S2LError that the loop raised, if it did.
+    Calling it again with the same `work` directory resumes from the last registered checkpoint. `on_event` is called
+    whenever the workers say something. Raises the S2LError that the loop raised, if it did.
     """
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -82,7 +82,7 @@ def fit(
     if workers.gpus_per_worker:
         resources["GPU"] = workers.gpus_per_worker
     events = Queue(actor_options={"num_cpus": 0})
-    listener = threading.Thread(target=_show_events, args=(stage, events, on_begun), daemon=True)
+    listener = threading.Thread(target=_show_events, args=(stage, events, on_event), daemon=True)
     storage = work.child("ray")
     trainer = TorchTrainer(
         _guarded,
@@ -120,13 +120,11 @@ def fit(
     return dict(outcome["result"])
 
 
-def _show_events(stage: str, events: Any, on_begun: Callable[[], None] | None) -> None:
+def _show_events(stage: str, events: Any, on_event: Callable[[], None]) -> None:
     """Show what rank 0 sends until None comes: (steps done, steps in all, note), or a line for the log."""
     with track(stage, 0, "step") as progress:
         while (event := events.get()) is not None:
-            if on_begun is not None:
-                on_begun()
-                on_begun = None
+            on_event()
             if isinstance(event, str):
                 get_log(stage).info(event)
             else:

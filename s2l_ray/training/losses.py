@@ -8,6 +8,7 @@ log-sum-exp while it is in the cache, so that no array of tokens x vocabulary ev
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,8 +17,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from s2l_ray.progress import get_log
-from s2l_ray.training.attention import attend_to_rows, is_fused, row_borders
+from s2l_ray.training.attention import attending_to_rows, is_fused, row_borders
 from s2l_ray.training.heads import Head, accepts_logits_to_keep, hidden_states
 from s2l_ray.training.token_rows import TokenRows
 
@@ -25,6 +25,8 @@ from s2l_ray.training.token_rows import TokenRows
 CPU_TILE, GPU_TILE = (1024, 1024), (8192, 16384)
 # A batch of more padded tokens than this ends where padding would be a larger share of it.
 SMALL_BATCH, RAGGED = 1024, 1.04
+# Classes of models that this process had to compute all logits of, though only those of the labels are read.
+full_path: set[str] = set()
 # For a model whose head cannot be taken apart: logits of one batch (2**25 are 128 MB), positions per cross-entropy.
 LOGITS_PER_BATCH = 2**25
 POSITIONS_PER_CHUNK = 256
@@ -62,7 +64,12 @@ class Batch:
 
 
 def batches(
-    tokens: TokenRows, tokens_per_batch: int, max_labels: int | None = None, *, end_to_end: bool = False
+    tokens: TokenRows,
+    tokens_per_batch: int,
+    max_labels: int | None = None,
+    *,
+    end_to_end: bool = False,
+    of_one_length: bool = False,
 ) -> Iterator[Batch]:
     """All rows in batches of similar length, within `tokens_per_batch` padded tokens and `max_labels` labels.
 
@@ -80,6 +87,7 @@ def batches(
             padded = int(lengths[end]) * (end - start + 1)
             too_large = padded > tokens_per_batch or labels > (max_labels or labels)
             is_ragged = padded > SMALL_BATCH and padded > RAGGED * (ends[end] - ends[start] + lengths[start])
+            is_ragged |= of_one_length and lengths[end] != lengths[start]
             if (too_large or is_ragged) and end > start:
                 break
             end += 1
@@ -125,27 +133,57 @@ def example_losses(model: Any, tokens: TokenRows, *, tokens_per_batch: int, prec
 
 
 def losses_of_models(models: list[Any], tokens: TokenRows, tokens_per_batch: int, precision: str) -> Iterator[np.ndarray]:
-    """`example_losses` under several models that share a vocabulary; the batches are made, and sent to a GPU, once."""
+    """`example_losses` under several models of one shape; the batches are made, and sent to a GPU, once."""
     if not len(tokens):
         yield from (np.zeros(0, dtype=np.float32) for _ in models)
         return
     device, dtype = next(models[0].parameters()).device, torch.bfloat16 if precision == "bfloat16" else torch.float32
-    heads = [model.eval() and Head.of(model) for model in models]
-    max_labels = None if all(heads) else LOGITS_PER_BATCH // int(models[0].config.vocab_size)
-    # Every model is asked: one that was not would attend over the borders.
-    end_to_end = all(heads) and is_fused(device, dtype) and all([attend_to_rows(model) for model in models])  # noqa: C419
-    made = [batch.to(device) for batch in batches(tokens, tokens_per_batch, max_labels, end_to_end=end_to_end)]
-    rows = np.concatenate([batch.rows_P for batch in made])
+    for model in models:
+        model.eval()
+    heads = [Head.of(model) for model in models]
+    is_alike = _has_rows_of_one_length(models[0])
+    end_to_end = all(heads) and is_fused(device, dtype) and not is_alike and _all_attend_to_rows(models, device, dtype)
+    limit, max_labels = (tokens_per_batch, None) if all(heads) else _limits(models, tokens_per_batch)
+    made = batches(tokens, limit, max_labels, end_to_end=end_to_end, of_one_length=is_alike)
+    sent = [batch.to(device) for batch in made]
+    rows = np.concatenate([batch.rows_P for batch in sent])
     for model, head in zip(models, heads, strict=True):
         if head is not None and dtype == torch.bfloat16:
             head.cast(dtype)
-        # No inference mode: a model in training may keep what it computes here, its rotary embedding for one.
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with _computing(device, dtype), attending_to_rows([model]) if end_to_end else contextlib.nullcontext():
             # One transfer at the end: on a GPU nothing waits between batches.
-            pieces = _whole(model, made) if head is None else _tiled(model, head, made)
+            pieces = _whole(model, sent) if head is None else _tiled(model, head, sent)
             losses = torch.cat(list(pieces)).cpu().numpy()
         sums = np.bincount(rows, weights=losses.astype(np.float64), minlength=len(tokens))
         yield (sums / tokens.num_labels).astype(np.float32)
+
+
+@contextlib.contextmanager
+def _computing(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    # No inference mode: a model in training may keep what it computes here, its rotary embedding for one.
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        yield
+
+
+def _all_attend_to_rows(models: list[Any], device: torch.device, dtype: torch.dtype) -> bool:
+    with _computing(device, dtype), attending_to_rows(models) as can:
+        return can
+
+
+def _limits(models: list[Any], tokens_per_batch: int) -> tuple[int, int]:
+    """Tokens and labels of a batch where a model builds the logits of all labels at once, or even of all tokens."""
+    labels = max(1, LOGITS_PER_BATCH // int(models[0].config.get_text_config().vocab_size))
+    return (tokens_per_batch if all(map(accepts_logits_to_keep, models)) else min(tokens_per_batch, labels)), labels
+
+
+def _has_rows_of_one_length(model: Any) -> bool:
+    """Whether a row's rotary embedding depends on the longest row of its batch, so that only equals may share one.
+
+    (The `dynamic` one does beyond the model's positions, which no row exceeds.)
+    """
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [rope.get("rope_type"), *(kind.get("rope_type") for kind in rope.values() if isinstance(kind, dict))]
+    return "longrope" in kinds
 
 
 def _tiled(model: Any, head: Head, made: list[Batch]) -> Iterator[torch.Tensor]:
@@ -172,8 +210,8 @@ def tiled_cross_entropy(head: Head, hidden_PH: torch.Tensor, labels_P: torch.Ten
     sums_P = []
     for start in range(0, head.vocab_size, width):
         tile_PV = head.logits(hidden_PH, start, min(start + width, head.vocab_size)).float()
-        # log-softmax reads a tile once and in one kernel; any column of it gives the log-sum-exp of its row back.
-        sums_P.append(tile_PV[:, 0] - tile_PV.log_softmax(1)[:, 0])
+        # log-softmax reads a tile in one kernel, and at the largest logit it gives the log-sum-exp back to the last digit.
+        sums_P.append(tile_PV.amax(1) - tile_PV.log_softmax(1).amax(1))
         places_P = labels_P - start
         is_here_P = (places_P >= 0) & (places_P < tile_PV.shape[1])
         found_P = tile_PV.gather(1, places_P.clamp(0, tile_PV.shape[1] - 1)[:, None])[:, 0]
@@ -189,7 +227,7 @@ def _whole(model: Any, made: list[Batch]) -> Iterator[torch.Tensor]:
     """The same for a model that does not come apart: its forward alone, restricted to the labels if it can do that."""
     restricts = accepts_logits_to_keep(model)
     if not restricts:
-        _say_full_logits(type(model).__name__)
+        full_path.add(type(model).__name__)
     for batch in made:
         if restricts:
             is_kept = torch.zeros(batch.ids_BL.numel(), dtype=torch.bool, device=batch.ids_BL.device)
@@ -201,13 +239,3 @@ def _whole(model: Any, made: list[Batch]) -> Iterator[torch.Tensor]:
         chunks = zip(*(torch.split(tensor, POSITIONS_PER_CHUNK) for tensor in (logits_PV, batch.labels_P)), strict=True)
         for logits, labels in chunks:
             yield functional.cross_entropy(logits.float(), labels, reduction="none")
-
-
-_said: set[str] = set()
-
-
-def _say_full_logits(name: str) -> None:
-    """Say once per process that a model computes logits that nobody reads."""
-    if name not in _said:
-        _said.add(name)
-        get_log("trajectories").warning("%s cannot restrict its logits to the response: the full path is slower", name)

@@ -72,21 +72,27 @@ def load_model(
     the tokenizer.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     place = str(location)
     if "://" in place:
         place = str(Storage(place.rpartition("/")[0]).local_folder(place.rpartition("/")[2]))
+    options = {"revision": revision, "dtype": torch.float32, "trust_remote_code": trust_remote_code}
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            place, revision=revision, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
-        )
-    except (OSError, ValueError) as error:
+        model, loading = AutoModelForCausalLM.from_pretrained(place, use_safetensors=True, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise ConfigError(
             f"model '{location}': cannot be loaded ({reason}). Give the path of a folder with config.json and *.safetensors, "
             "a URI, or a Hub id (a gated one needs HF_TOKEN in the environment)."
         ) from error
+    absent = sorted({*loading["missing_keys"], *(str(key) for key in loading["mismatched_keys"])})
+    if absent:  # transformers would make them up
+        raise ConfigError(
+            f"model '{location}': its files lack {len(absent)} weights of a {type(model).__name__} ({', '.join(absent[:3])}"
+            f"{' ...' if len(absent) > 3 else ''}). Give a whole checkpoint of that architecture."
+        )
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer is not None and len(tokenizer) > rows:
         raise ConfigError(

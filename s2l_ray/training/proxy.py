@@ -18,7 +18,7 @@ import numpy as np
 
 from s2l_ray.artifacts import Artifact, Draft, FileRecord, Storage
 from s2l_ray.config import ProxyConfig, RunConfig, TrainedTokenizer
-from s2l_ray.errors import ArtifactError, DataError, S2LError, cause_of
+from s2l_ray.errors import ArtifactError, ConfigError, DataError, S2LError, cause_of
 from s2l_ray.examples import read_pool
 from s2l_ray.progress import get_log
 from s2l_ray.schedule import recorded_steps
@@ -68,7 +68,7 @@ class ProxyJob:
 class Beside(Protocol):
     """What is done with finished checkpoints while the training goes on."""
 
-    def start(self, proxy: Storage) -> None: ...
+    def hear(self, proxy: Storage) -> None: ...
 
     def stop(self) -> None: ...
 
@@ -82,7 +82,7 @@ def build_proxy(config: RunConfig, inputs: Mapping[str, Artifact], draft: Draft,
         result = _run_once(take_checkpoints, job, workers)
     else:
         try:
-            result = fit("proxy", train_proxy, job, workers, draft.work, on_begun=lambda: beside.start(draft.storage))
+            result = fit("proxy", train_proxy, job, workers, draft.work, on_event=lambda: beside.hear(draft.storage))
         finally:
             beside.stop()
     for step in result["steps"]:
@@ -185,6 +185,7 @@ def train_proxy(job: ProxyJob, events: Any) -> dict[str, Any]:
 
 def keep_checkpoint(storage: Storage, step: int, model: Any, tokenizer: Any) -> None:
     """Write a checkpoint's folder into the proxy's directory, its `checkpoint.json` last."""
+    storage.delete(f"{step_folder(step)}/{CHECKPOINT}")  # a resumed training comes by again: half of it must not look whole
     with tempfile.TemporaryDirectory() as folder:
         save_model(model, tokenizer, Path(folder))
         records = storage.upload(folder, step_folder(step))
@@ -272,11 +273,31 @@ def take_checkpoints(job: ProxyJob) -> dict[str, Any]:
     config = job.config
     tokenizer = shared_tokenizer(job, is_first=True)
     steps = steps_of(config.checkpoints)
-    num_parameters = 0
+    num_parameters, shapes = 0, {}
     for step, location in zip(steps, config.checkpoints, strict=True):
         place, revision = split_revision(location)
         model = load_model(place, tokenizer, revision=revision, trust_remote_code=config.trust_remote_code)
         check_positions(model, config.max_tokens, "proxy")
+        check_own_tokenizer(place, revision, tokenizer)
+        shapes[location] = (type(model).__name__, int(model.num_parameters()), model.get_input_embeddings().weight.shape[0])
+        if len(set(shapes.values())) > 1:
+            raise ConfigError(
+                f"proxy.checkpoints: '{location}' and '{config.checkpoints[0]}' differ in class, parameters or vocabulary "
+                f"({shapes[location]}, {shapes[config.checkpoints[0]]}). Give checkpoints of one training."
+            )
         num_parameters = int(model.num_parameters())
         keep_checkpoint(job.storage, step, model, tokenizer)
     return {"steps": steps, "checkpoints": config.checkpoints, "num_parameters": num_parameters, "vocab_size": len(tokenizer)}
+
+
+def check_own_tokenizer(place: str, revision: str | None, tokenizer: Any) -> None:
+    """Raise ConfigError where a checkpoint comes with a tokenizer of another vocabulary than the run's."""
+    try:
+        own = load_tokenizer(place, revision)
+    except ConfigError:  # it comes with none, or none that can be used
+        return
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(
+            f"proxy.checkpoints: '{place}' has a tokenizer of {len(own):,} entries, not the run's of {len(tokenizer):,}. "
+            "Set proxy.tokenizer to the one that the checkpoints were trained with."
+        )

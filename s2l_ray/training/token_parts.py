@@ -8,7 +8,6 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -19,6 +18,8 @@ from s2l_ray.training.tokens import encode_table, learnable, load_tokenizer
 
 # The schema's metadata field with the counts of dropped and shortened rows.
 _CHANGED = b"changed"
+# Raised when the same text gives other tokens than before.
+SCHEMA = 1
 _tokenizer = functools.lru_cache(maxsize=2)(load_tokenizer)
 
 
@@ -49,8 +50,10 @@ class TokenParts:
     @classmethod
     def of(cls, examples: Artifact, tokenizer: Storage, max_tokens: int, scratch: Storage) -> TokenParts:
         """Tokens below a run's scratch directory."""
-        files = {name: FileRecord.of(name, tokenizer.read(name)).sha256 for name in tokenizer.names()}
-        return cls(examples, tokenizer, max_tokens, scratch.child(TOKENS), digest([examples.identity, files, max_tokens]))
+        files = {name: FileRecord.of(name, tokenizer.read(name)).sha256 for name in tokenizer.names(recursive=True)}
+        return cls(
+            examples, tokenizer, max_tokens, scratch.child(TOKENS), digest([SCHEMA, examples.identity, files, max_tokens])
+        )
 
     def read(self, part: str) -> PartTokens:
         """A part's tokens; where nobody has made them they are made and kept."""
@@ -60,7 +63,7 @@ class TokenParts:
             table = self._make(part)
             self.storage.write(f"{self.name}/{part}", table_bytes(table, ["source", "tokens"]))
         ids, marks = table["tokens"].combine_chunks(), table["is_label"].combine_chunks()
-        starts = ids.offsets.to_numpy().astype(np.int64)
+        starts = ids.offsets.to_numpy()
         tokens = TokenRows(ids.flatten().to_numpy(), marks.flatten().to_numpy(zero_copy_only=False), starts - starts[:1])
         changed = json.loads(table.schema.metadata[_CHANGED])
         return PartTokens(table["example_id"], table["source"], tokens, changed)
@@ -81,11 +84,11 @@ class TokenParts:
         table = read_pool(self.examples, part)
         encoded = encode_table(tokenizer, table, self.max_tokens)
         tokens, kept, changed = learnable(encoded, self.max_tokens, tokenizer.eos_token_id)
-        starts = pa.array(tokens.starts, pa.int32())
+        starts = pa.array(tokens.starts)
         columns = {
             "example_id": table["example_id"].take(pa.array(kept)),
             "source": table["source"].take(pa.array(kept)),
-            "tokens": pa.ListArray.from_arrays(starts, pa.array(tokens.ids)),
-            "is_label": pa.ListArray.from_arrays(starts, pa.array(tokens.is_label)),
+            "tokens": pa.LargeListArray.from_arrays(starts, pa.array(tokens.ids)),
+            "is_label": pa.LargeListArray.from_arrays(starts, pa.array(tokens.is_label)),
         }
         return pa.table(columns).replace_schema_metadata({_CHANGED: json.dumps(changed)})

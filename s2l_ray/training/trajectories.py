@@ -14,7 +14,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,11 +25,11 @@ import pyarrow.parquet as pq
 
 from s2l_ray.artifacts import LOSSES, TOKENS, Artifact, Draft, Storage, digest, table_bytes
 from s2l_ray.config import RunConfig
-from s2l_ray.errors import DataError, S2LError
+from s2l_ray.errors import DataError
 from s2l_ray.progress import get_log
 from s2l_ray.training.fit import Workers
 from s2l_ray.training.limits import operations, product_rate
-from s2l_ray.training.losses import losses_of_models
+from s2l_ray.training.losses import full_path, losses_of_models
 from s2l_ray.training.models import load_model
 from s2l_ray.training.proxy import CHECKPOINT, TOKENIZER, checkpoint_folder, checkpoint_records, finished_steps, step_folder
 from s2l_ray.training.token_parts import PartTokens, TokenParts
@@ -39,6 +41,14 @@ from s2l_ray.trajectory_store import trajectories_table
 TOGETHER_BYTES = 4 * 2**30
 # How often finished checkpoints and idle machines are looked for while the proxy is trained.
 POLL_SECONDS = 2.0
+# A training that says nothing for so long may be down, and waiting for the machines that scoring holds.
+SILENT_SECONDS = 30.0
+# Units per call while the training goes on: between calls its needs are looked at again.
+UNITS_BESIDE = 16
+# Raised when the same checkpoint gives other losses than before.
+SCHEMA = 1
+# Files read at once where they are far away.
+READERS = 8
 
 
 def models_together(num_parameters: int) -> int:
@@ -56,12 +66,17 @@ class ScoringJob:
     steps: dict[str, int]
     """Checkpoint's name -> its step."""
 
+    device: str
+    """Where it is computed: another kind of processor gives other last bits."""
+
     @classmethod
-    def of(cls, config: RunConfig, examples: Artifact, proxy: Storage, steps: list[int], scratch: Storage) -> ScoringJob:
+    def of(
+        cls, config: RunConfig, examples: Artifact, proxy: Storage, steps: list[int], scratch: Storage, device: str = "cpu"
+    ) -> ScoringJob:
         """The scoring of checkpoints in the proxy's directory; a name holds the hash of the checkpoint's files."""
         parts = TokenParts.of(examples, proxy.child(TOKENIZER), config.proxy.max_tokens, scratch)
         files = {step: [asdict(record) for record in checkpoint_records(proxy, step)] for step in steps}
-        return cls(config, parts, proxy, {f"{step_folder(step)}-{digest(files[step])}": step for step in steps})
+        return cls(config, parts, proxy, {f"{step_folder(step)}-{digest(files[step])}": step for step in steps}, device)
 
     @property
     def units(self) -> list[Unit]:
@@ -70,7 +85,7 @@ class ScoringJob:
     def work(self, scratch: Storage) -> Storage:
         """Where the units' files lie."""
         recipe = self.config.trajectories.model_dump(mode="json")
-        return scratch.child(f"{LOSSES}/{digest([self.parts.name, recipe])}")
+        return scratch.child(f"{LOSSES}/{digest([SCHEMA, self.parts.name, recipe, self.device])}")
 
 
 def build_trajectories(config: RunConfig, inputs: Mapping[str, Artifact], draft: Draft) -> Artifact:
@@ -85,7 +100,7 @@ def build_trajectories(config: RunConfig, inputs: Mapping[str, Artifact], draft:
     for step in steps:  # the workers check the files that it lists
         proxy.read_bytes(f"{step_folder(step)}/{CHECKPOINT}")
     proxy.folder(TOKENIZER)
-    job = ScoringJob.of(config, examples, proxy.root, steps, draft.shared)
+    job = ScoringJob.of(config, examples, proxy.root, steps, draft.shared, workers.device)
     work, together = job.work(draft.shared), models_together(proxy.summary["num_parameters"])
     begun = time.monotonic()
     effort = do_units("trajectories", job.units, Scorer, job, work, workers, together=together)
@@ -110,16 +125,19 @@ def log_effort(effort: Effort, seconds: float) -> None:
 def join_units(job: ScoringJob, work: Storage, draft: Draft) -> dict[str, Any]:
     """Join the units' columns into the artifact's parts; the summary's counts and mean losses."""
     rows, num_tokens, counts, totals_T = 0, 0, Counter[str](), np.zeros(len(job.steps))
-    for part in job.parts.examples.parts():
-        tokens = job.parts.read(part)
-        losses_NT = np.stack([_unit_losses(work, Unit(name, part)) for name in job.steps], axis=1)
-        if not draft.has(part):
-            columns = (tokens.example_ids, losses_NT, tokens.sources, tokens.tokens.num_labels)
-            draft.write_table(part, trajectories_table(*columns))
-        counts.update(tokens.changed)
-        rows += len(losses_NT)
-        num_tokens += len(tokens.tokens.ids)
-        totals_T += losses_NT.sum(0, dtype=np.float64)
+    with ThreadPoolExecutor(READERS) as pool:
+        for part in job.parts.examples.parts():
+            reading = pool.submit(job.parts.read, part)
+            units = [Unit(name, part) for name in job.steps]
+            losses_NT = np.stack(list(pool.map(partial(_unit_losses, work), units)), axis=1)
+            read = reading.result()
+            if not draft.has(part):
+                columns = (read.example_ids, losses_NT, read.sources, read.tokens.num_labels)
+                draft.write_table(part, trajectories_table(*columns))
+            counts.update(read.changed)
+            rows += len(losses_NT)
+            num_tokens += len(read.tokens.ids)
+            totals_T += losses_NT.sum(0, dtype=np.float64)
     if not rows:
         raise DataError("no example has a response token left within proxy.max_tokens. Raise it.")
     return {"rows": rows, **row_counts(dict(counts)), "tokens": num_tokens, "mean_losses": (totals_T / rows).round(6).tolist()}
@@ -136,60 +154,73 @@ def _unit_losses(work: Storage, unit: Unit) -> np.ndarray:
 class ScoringBeside:
     """Scores finished checkpoints while the proxy's training goes on, as long as the cluster has workers to spare.
 
-    `Ray Train`'s ValidationConfig would validate a reported checkpoint as a whole; this does units, which are kept whatever
-    is interrupted, and takes only what the training leaves. What it has not done when the training ends is done by the
-    next stage on all workers.
+    Ray Train's ValidationConfig would validate a reported checkpoint as a whole; this does units, which are kept whatever
+    is interrupted, takes only what the training leaves, and gives it back when the training falls silent, since its
+    workers may be starting again. What it has not done when the training ends is done by the next stage on all workers.
     """
 
     def __init__(self, config: RunConfig, examples: Artifact, scratch: Storage) -> None:
         self._config, self._examples, self._scratch = config, examples, scratch
-        self._stop = threading.Event()
+        self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
+        self._heard = time.monotonic()
         self.num_units = 0
 
-    def start(self, proxy: Storage) -> None:
-        """To be called once the training holds its workers."""
+    def hear(self, proxy: Storage) -> None:
+        """To be called whenever the training says something: it holds its workers."""
+        self._heard = time.monotonic()
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, args=(proxy,), daemon=True)
             self._thread.start()
 
     def stop(self) -> None:
-        """Begin no more units, and return when those in work are done."""
-        self._stop.set()
+        """Begin no more units, and return when those in work are done, or have not been for long."""
+        self._stopped.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(SILENT_SECONDS)
         if self.num_units:
             get_log("trajectories").info("%d units were scored beside the training", self.num_units)
 
-    def _run(self, proxy: Storage) -> None:
-        scored: set[int] = set()
-        while not self._stop.wait(POLL_SECONDS):
-            for step in [step for step in finished_steps(proxy) if step not in scored]:
-                workers = spare_workers(Workers.resolve(self._config.machines.trajectories, one_per_cpu=True))
-                if workers is None or self._stop.is_set():
-                    break
-                try:
-                    self._score(proxy, step, workers)
-                except (S2LError, OSError) as error:  # the stage itself will meet it again, and say so
-                    get_log("trajectories").warning("step %d could not be scored beside the training: %s", step, error)
-                scored.add(step)
+    def _must_stop(self) -> bool:
+        return self._stopped.is_set() or time.monotonic() - self._heard > SILENT_SECONDS
 
-    def _score(self, proxy: Storage, step: int, workers: Workers) -> None:
-        job = ScoringJob.of(self._config, self._examples, proxy, [step], self._scratch)
-        work = job.work(self._scratch)
-        do_units("trajectories", job.units, Scorer, job, work, workers, stop=self._stop)
-        self.num_units += sum(len(work.names(name)) for name in job.steps)
+    def _run(self, proxy: Storage) -> None:
+        complained = False
+        while not self._stopped.wait(POLL_SECONDS):
+            try:
+                while not self._must_stop() and self._score_some(proxy):
+                    pass
+            except Exception as error:  # noqa: BLE001 - whatever it is, it must not end the training; the stage itself meets it
+                if not complained:
+                    get_log("trajectories").warning("not scored beside the training: %s", str(error).strip() or repr(error))
+                complained = True
+
+    def _score_some(self, proxy: Storage) -> bool:
+        """Score a few units of the first checkpoint that has any left; False where there is nothing to do, or no room."""
+        workers = spare_workers(Workers.resolve(self._config.machines.trajectories, one_per_cpu=True))
+        if workers is None:
+            return False
+        for step in finished_steps(proxy):
+            job = ScoringJob.of(self._config, self._examples, proxy, [step], self._scratch, workers.device)
+            work = job.work(self._scratch)
+            done = {name for model in job.steps for name in work.names(model)}
+            left = [unit for unit in job.units if unit.part not in done][: UNITS_BESIDE * workers.num_workers]
+            if left:
+                do_units("trajectories", left, Scorer, job, work, workers, stop=self._must_stop, show=False)
+                self.num_units += len({unit.part for unit in left} & set(work.names(left[0].model)))
+                return True
+        return False
 
 
 def spare_workers(workers: Workers) -> Workers | None:
-    """As many of the scoring workers as the connected Ray has room for now, None if for none."""
-    import ray
+    """As many of the scoring workers as the nodes of the connected Ray have room for now, None if for none."""
+    from ray._private.state import available_resources_per_node
 
-    free = ray.available_resources()
-    room = int(free.get("CPU", 0) // workers.cpus_per_worker)
-    if workers.gpus_per_worker:
-        room = min(room, int(free.get("GPU", 0) // workers.gpus_per_worker))
-    number = min(room, workers.num_workers)
+    def room(free: Mapping[str, float]) -> int:
+        cpus = int(free.get("CPU", 0) // workers.cpus_per_worker)
+        return min(cpus, int(free.get("GPU", 0) // workers.gpus_per_worker)) if workers.gpus_per_worker else cpus
+
+    number = min(workers.num_workers, sum(map(room, available_resources_per_node().values())))
     return Workers(number, workers.cpus_per_worker, workers.gpus_per_worker) if number else None
 
 
@@ -217,19 +248,23 @@ class Scorer(UnitWorker):
         read: PartTokens = self.job.parts.read(part)
         losses = losses_of_models(list(models.values()), read.tokens, options.tokens_per_batch, options.precision)
         for name, losses_N in zip(models, losses, strict=True):
-            check_finite(losses_N, read.example_ids, self.job.steps[name])
+            check_finite(losses_N, read.example_ids, self.job.steps[name], options.precision)
             yield name, table_bytes(pa.table({"loss": losses_N}), [])
             needed = operations(models[name], read.tokens.lengths, int(read.tokens.num_labels.sum()))
             self.effort.add(len(read.tokens.ids), needed, time.perf_counter() - begun, self._rate)
+            if full_path:
+                self.effort.note = f"{min(full_path)} cannot restrict its logits to the response: the full path is slower"
             begun = time.perf_counter()
 
 
-def check_finite(losses_N: np.ndarray, ids: pa.ChunkedArray, step: int) -> None:
+def check_finite(losses_N: np.ndarray, ids: pa.ChunkedArray, step: int, precision: str) -> None:
     """Raise DataError that names the examples whose loss under the checkpoint of a step is not finite."""
     rows = np.flatnonzero(~np.isfinite(losses_N))
     if len(rows):
         named = ", ".join(ids[row].as_py() for row in rows[:5].tolist())
+        remedy = "Lower proxy.learning_rate and train it again"
+        remedy += ", or score in float32 (trajectories.precision)" if precision != "float32" else ""
         raise DataError(
             f"{len(rows):,} losses at step {step} are not finite ({named}{' ...' if len(rows) > 5 else ''}): the proxy's "
-            "training diverged. Lower proxy.learning_rate and train it again."
+            f"training diverged. {remedy}."
         )

@@ -7,16 +7,16 @@ and doing a unit twice changes nothing.
 
 from __future__ import annotations
 
-import threading
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from s2l_ray import errors
 from s2l_ray.artifacts import Storage
 from s2l_ray.examples import quiet_ray_data
-from s2l_ray.progress import track
+from s2l_ray.progress import Progress, get_log, track
 from s2l_ray.training.fit import Workers, quiet_libraries
 from s2l_ray.training.limits import keep_freed_memory
 
@@ -69,6 +69,9 @@ class Effort:
 
     rate: float = 0.0
     """Operations per second that a worker's matrix product reaches."""
+
+    note: str = ""
+    """Something that the user should know, said once by the driver."""
 
     @property
     def share(self) -> float:
@@ -135,18 +138,20 @@ def do_units(
     workers: Workers,
     *,
     together: int = 1,
-    stop: threading.Event | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    show: bool = True,
 ) -> Effort:
     """Do the units that have no file yet, with `together` models at a time in a worker's memory.
 
-    Once `stop` is set no more are begun. Raises the S2LError that a worker met.
+    Once `stop()` is true no more are begun. `show`: a bar, or lines, that say how far it is. Raises the S2LError that a
+    worker met.
     """
     import ray.data
     from ray.data import ActorPoolStrategy
 
     missing, effort = tasks(units, work, together), Effort()
     to_do = sum(len(task.models) for task in missing)
-    with track(stage, len(units), "unit") as progress:
+    with track(stage, len(units), "unit") if show else contextlib.nullcontext(Progress(stage, 0, "")) as progress:
         progress.at(len(units) - to_do)
         if not missing:
             return effort
@@ -165,6 +170,9 @@ def do_units(
                     raise getattr(errors, row["error"])(row["message"])
                 effort.add(row["tokens"], row["operations"], row["seconds"], row["rate"])
                 progress.advance(row["units"])
-                if stop is not None and stop.is_set():
+                if row["note"] and row["note"] != effort.note:
+                    effort.note = row["note"]
+                    get_log(stage).warning(effort.note)
+                if stop():
                     break
     return effort
