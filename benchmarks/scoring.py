@@ -254,6 +254,8 @@ def million(arguments: argparse.Namespace) -> None:
             "examples.dataset": corpus,
             "examples.id_field": "id",
             "examples.held_out_fraction": 0,
+            "examples.prompt_template": json.dumps("{instruction} "),
+            "examples.prompt_template_if_empty": "null",
             "proxy.checkpoints": json.dumps([str(place) for place in checkpoints]),
             "proxy.tokenizer": json.dumps({"train": "bpe", "vocab_size": 512}),
             "proxy.max_tokens": 128,

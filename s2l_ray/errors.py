@@ -36,9 +36,11 @@ class ArtifactError(S2LError):
 def cause_of(error: BaseException | None) -> S2LError | None:
     """What the user must mend behind an error that Ray wrapped on its way from a worker, None if it is something else."""
     while error is not None:
-        if isinstance(error, S2LError):
+        inner = getattr(error, "cause", None)
+        # Ray's wrapper is of the wrapped error's class, too, but its text is a worker's traceback.
+        if isinstance(error, S2LError) and not isinstance(inner, S2LError):
             return error
-        error = getattr(error, "cause", None) or error.__cause__
+        error = inner or error.__cause__
     return None
 
 

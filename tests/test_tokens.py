@@ -116,3 +116,9 @@ def test_a_tokenizer_that_cannot_be_found_or_has_no_end_is_refused_by_name(tmp_p
     endless.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="no end-of-sequence token"):
         load_tokenizer(tmp_path)
+
+
+def test_a_model_folder_without_a_tokenizer_is_said_to_have_none(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt_neox"}')
+    with pytest.raises(ConfigError, match="no tokenizer in that folder"):
+        load_tokenizer(tmp_path)

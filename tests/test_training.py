@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s2l_ray.config import ProxyConfig, RunConfig
-from s2l_ray.errors import ConfigError, DataError
+from s2l_ray.errors import ConfigError, DataError, cause_of
 from s2l_ray.training.evaluation import pattern_score, rouge_l, scorers, summarize
 from s2l_ray.training.fine_tuning import BatchPlan, Collator, data_order, deal, num_steps, token_mean_loss
 from s2l_ray.training.losses import example_losses
@@ -292,3 +292,28 @@ def test_a_checkpoint_whose_file_is_damaged_is_refused(tmp_path, content):
     file.write_bytes(file.read_bytes()[:1000] if content is None else content)
     with pytest.raises(ConfigError, match="cannot be loaded"):
         load_model(tmp_path)
+
+
+def test_checkpoints_of_another_tokenizer_are_refused(tmp_path):
+    from s2l_ray.training.proxy import check_own_tokenizer
+
+    from .test_tokens import tokenizer
+
+    tokenizer().save_pretrained(tmp_path / "same")
+    other = tokenizer()
+    other.add_tokens(["more"])
+    other.save_pretrained(tmp_path / "other")
+    (tmp_path / "none").mkdir()
+    check_own_tokenizer(str(tmp_path / "same"), None, tokenizer())
+    check_own_tokenizer(str(tmp_path / "none"), None, tokenizer())
+    with pytest.raises(ConfigError, match="14 entries, not the run's of 13"):
+        check_own_tokenizer(str(tmp_path / "other"), None, tokenizer())
+
+
+def test_an_error_of_a_ray_task_keeps_its_own_words():
+    from ray.exceptions import RayTaskError
+
+    inner = ConfigError("lower it")
+    wrapped = RayTaskError("task", "Traceback ...", inner).as_instanceof_cause()
+    assert isinstance(wrapped, ConfigError)
+    assert cause_of(wrapped) is inner

@@ -20,6 +20,8 @@ from s2l_ray.errors import ConfigError, DataError
 from s2l_ray.examples import read_pool
 from s2l_ray.training.token_rows import TokenRows
 
+# One of these is in every folder that holds a tokenizer.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 # ChatML, for tokenizers that bring no chat template.
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -41,6 +43,8 @@ def load_tokenizer(location: str | Path, revision: str | None = None, trust_remo
 
             tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(path))
             tokenizer.eos_token = next((t for t in ("<|endoftext|>", "</s>") if t in tokenizer.get_vocab()), None)
+        elif path.is_dir() and not any((path / name).exists() for name in TOKENIZER_FILES):
+            raise OSError("there is no tokenizer in that folder")  # transformers would make up one of two entries
         else:
             tokenizer = AutoTokenizer.from_pretrained(str(location), revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
