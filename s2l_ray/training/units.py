@@ -16,7 +16,7 @@ from typing import Any
 from s2l_ray import errors
 from s2l_ray.artifacts import Storage
 from s2l_ray.examples import quiet_ray_data
-from s2l_ray.progress import Progress, get_log, track
+from s2l_ray.progress import get_log, track
 from s2l_ray.training.fit import Workers, quiet_libraries
 from s2l_ray.training.limits import keep_freed_memory
 
@@ -151,8 +151,9 @@ def do_units(
 
     missing, effort = tasks(units, work, together), Effort()
     to_do = sum(len(task.models) for task in missing)
-    with track(stage, len(units), "unit") if show else contextlib.nullcontext(Progress(stage, 0, "")) as progress:
-        progress.at(len(units) - to_do)
+    with track(stage, len(units), "unit") if show else contextlib.nullcontext() as progress:
+        if progress is not None:
+            progress.at(len(units) - to_do)
         if not missing:
             return effort
         items = [{"part": task.part, "models": " ".join(task.models), "units": len(task.models)} for task in missing]
@@ -169,7 +170,8 @@ def do_units(
                 if row["error"]:
                     raise getattr(errors, row["error"])(row["message"])
                 effort.add(row["tokens"], row["operations"], row["seconds"], row["rate"])
-                progress.advance(row["units"])
+                if progress is not None:
+                    progress.advance(row["units"])
                 if row["note"] and row["note"] != effort.note:
                     effort.note = row["note"]
                     get_log(stage).warning(effort.note)
