@@ -304,8 +304,7 @@ def _stage_lines(place: Storage, name: str) -> Iterator[str]:
 def _grid(place: Storage, name: str) -> Iterator[str]:
     """The grid of a stage made in units: per model or checkpoint, which parts are done (`#`) and which are not (`.`)."""
     parts, done = unit_grid(place) if name == "trajectories" else ([], {})
-    examples = Artifact.find(place.child("examples"))
-    if name == "evaluation" and examples is not None:
+    if name == "evaluation" and (examples := Artifact.find(place.child("examples"))) is not None:
         parts = examples.parts()
         for file in place.child(WORK).child(name).names(recursive=True):
             model, _, part = file.partition("/")

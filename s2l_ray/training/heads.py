@@ -49,10 +49,9 @@ class Head:
             return None  # another kind of forward: whatever it stumbled over, it has to be taken whole
         return head if difference <= 1e-4 * largest.clamp(min=1) and largest.isfinite() else None
 
-    def cast(self, dtype: torch.dtype) -> Head:
+    def cast(self, dtype: torch.dtype) -> None:
         """Keep the output layer in this dtype: autocast would cast a slice anew every time."""
         self._rows.cast(dtype)
-        return self
 
     def logits(self, hidden_PH: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Logits of the vocabulary's entries `start` to `stop`, (P, stop - start), in the dtype of the forward pass."""

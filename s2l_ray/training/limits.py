@@ -27,7 +27,7 @@ def operations(model: Any, lengths: np.ndarray, num_labels: int) -> float:
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a square matrix product in this precision, the best of three, large enough to be timed."""
+    """Operations per second of a square matrix product in this precision, the best of four, large enough to be timed."""
     size = 256
     while True:
         matrix = torch.randn(size, size, device=device).to(dtype)

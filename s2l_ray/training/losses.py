@@ -3,7 +3,8 @@
 Per example, never per batch: a loss must not depend on its neighbours or on padding, or trajectories would change with
 the batch size. Rows of similar length are padded on the right, where a causal model cannot see. Logits are computed at the
 positions that predict a label and nowhere else, a tile of positions and vocabulary at a time: each tile is reduced to one
-log-sum-exp while it is in the cache, so that no array of tokens x vocabulary ever exists.
+log-sum-exp while it is in the cache, so that no array of tokens x vocabulary exists. A model whose forward does not come apart
+like that is scored whole, in batches small enough for its logits.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from s2l_ray.progress import get_log
 from s2l_ray.training.attention import attending_to_rows, is_fused, row_borders
 from s2l_ray.training.heads import Head, accepts_logits_to_keep, hidden_states
 from s2l_ray.training.token_rows import TokenRows
@@ -25,7 +27,7 @@ from s2l_ray.training.token_rows import TokenRows
 CPU_TILE, GPU_TILE = (1024, 1024), (8192, 16384)
 # A batch of more padded tokens than this ends where padding would be a larger share of it.
 SMALL_BATCH, RAGGED = 1024, 1.04
-# Classes of models that this process had to compute all logits of, though only those of the labels are read.
+# What this process had to say of models that compute all logits, though only those of the labels are read.
 full_path: set[str] = set()
 # For a model whose head cannot be taken apart: logits of one batch (2**25 are 128 MB), positions per cross-entropy.
 LOGITS_PER_BATCH = 2**25
@@ -34,7 +36,7 @@ POSITIONS_PER_CHUNK = 256
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of similar length, padded on the right. B rows, L tokens, P positions that predict a label."""
+    """Rows of similar length, padded on the right or laid end to end. B rows, L tokens, P positions that predict a label."""
 
     rows_P: np.ndarray
     """The row number of every label."""
@@ -73,8 +75,8 @@ def batches(
 ) -> Iterator[Batch]:
     """All rows in batches of similar length, within `tokens_per_batch` padded tokens and `max_labels` labels.
 
-    `end_to_end`: laid out so instead of padded. A function of the rows alone, so that the same part always gives the same
-    batches, and with them the same bytes.
+    `end_to_end`: laid out so instead of padded. `of_one_length`: only rows of equal length share a batch. A function of the
+    rows alone, so that the same part always gives the same batches, and with them the same bytes.
     """
     order = np.lexsort((np.arange(len(tokens)), tokens.num_labels, tokens.lengths))
     lengths, num_labels = tokens.lengths[order], tokens.num_labels[order]
@@ -115,7 +117,7 @@ def _batch(rows_P: np.ndarray, ids_BL: np.ndarray, is_label_BL: np.ndarray, bord
 
 def pad(tokens: TokenRows, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The given rows padded on the right: tokens (B, L) int64 and whether each is a label (B, L)."""
-    lengths = tokens.lengths[rows]
+    lengths = tokens.starts[rows + 1] - tokens.starts[rows]
     is_token_BL = np.arange(lengths.max()) < lengths[:, None]
     taken = (tokens.starts[rows][:, None] + np.arange(lengths.max()))[is_token_BL]
     ids_BL, is_label_BL = np.zeros(is_token_BL.shape, np.int64), np.zeros(is_token_BL.shape, bool)
@@ -141,7 +143,7 @@ def losses_of_models(models: list[Any], tokens: TokenRows, tokens_per_batch: int
     for model in models:
         model.eval()
     heads = [Head.of(model) for model in models]
-    is_alike = _has_rows_of_one_length(models[0])
+    is_alike = _needs_rows_of_one_length(models[0])
     end_to_end = all(heads) and is_fused(device, dtype) and not is_alike and _all_attend_to_rows(models, device, dtype)
     limit, max_labels = (tokens_per_batch, None) if all(heads) else _limits(models, tokens_per_batch)
     made = batches(tokens, limit, max_labels, end_to_end=end_to_end, of_one_length=is_alike)
@@ -176,7 +178,7 @@ def _limits(models: list[Any], tokens_per_batch: int) -> tuple[int, int]:
     return (tokens_per_batch if all(map(accepts_logits_to_keep, models)) else min(tokens_per_batch, labels)), labels
 
 
-def _has_rows_of_one_length(model: Any) -> bool:
+def _needs_rows_of_one_length(model: Any) -> bool:
     """Whether a row's rotary embedding depends on the longest row of its batch, so that only equals may share one.
 
     (The `dynamic` one does beyond the model's positions, which no row exceeds.)
@@ -227,7 +229,10 @@ def _whole(model: Any, made: list[Batch]) -> Iterator[torch.Tensor]:
     """The same for a model that does not come apart: its forward alone, restricted to the labels if it can do that."""
     restricts = accepts_logits_to_keep(model)
     if not restricts:
-        full_path.add(type(model).__name__)
+        said = f"{type(model).__name__} cannot restrict its logits to the response: the full path is slower"
+        if said not in full_path:
+            get_log("trajectories").warning(said)
+        full_path.add(said)
     for batch in made:
         if restricts:
             is_kept = torch.zeros(batch.ids_BL.numel(), dtype=torch.bool, device=batch.ids_BL.device)

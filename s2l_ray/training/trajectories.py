@@ -2,9 +2,9 @@
 
 The unit of restart is one part of examples under one checkpoint. Rows are batched within their part, so a loss depends
 neither on the number of workers nor on what was interrupted, nor on which checkpoints are scored together. A unit's file lies
-under a name that stands for all that decides its content (corpus, tokenizer, precision, the checkpoint's files), so it can be
-made before its stage begins: while the proxy is still being trained. When the grid of units is full, its columns are
-joined into the artifact's parts.
+under a name that stands for all that decides its content (corpus, tokenizer, precision, device, the checkpoint's files), so it
+can be made before its stage begins: while the proxy is still being trained. When the grid of units is full, its columns
+are joined into the artifact's parts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from s2l_ray.training.models import load_model
 from s2l_ray.training.proxy import CHECKPOINT, TOKENIZER, checkpoint_folder, checkpoint_records, finished_steps, step_folder
 from s2l_ray.training.token_parts import PartTokens, TokenParts
 from s2l_ray.training.tokens import load_tokenizer, row_counts
-from s2l_ray.training.units import Effort, Unit, UnitWorker, do_units
+from s2l_ray.training.units import Effort, Unit, UnitWorker, do_units, tasks
 from s2l_ray.trajectory_store import trajectories_table
 
 # Bytes of float32 weights that one worker keeps in memory at once; more checkpoints are scored in several passes.
@@ -196,20 +196,19 @@ class ScoringBeside:
                 complained = True
 
     def _score_some(self, proxy: Storage) -> bool:
-        """Score a few units of the first checkpoint that has any left; False where there is nothing to do, or no room."""
+        """Score a few units, of the first checkpoints before later ones; False where there is nothing to do, or no room."""
         workers = spare_workers(Workers.resolve(self._config.machines.trajectories, one_per_cpu=True))
-        if workers is None:
+        steps = finished_steps(proxy)
+        if workers is None or not steps:
             return False
-        for step in finished_steps(proxy):
-            job = ScoringJob.of(self._config, self._examples, proxy, [step], self._scratch, workers.device)
-            work = job.work(self._scratch)
-            done = {name for model in job.steps for name in work.names(model)}
-            left = [unit for unit in job.units if unit.part not in done][: UNITS_BESIDE * workers.num_workers]
-            if left:
-                do_units("trajectories", left, Scorer, job, work, workers, stop=self._must_stop, show=False)
-                self.num_units += len({unit.part for unit in left} & set(work.names(left[0].model)))
-                return True
-        return False
+        job = ScoringJob.of(self._config, self._examples, proxy, steps, self._scratch, workers.device)
+        work = job.work(self._scratch)
+        some = [Unit(task.models[0], task.part) for task in tasks(job.units, work, 1)[: UNITS_BESIDE * workers.num_workers]]
+        if not some:
+            return False
+        do_units("trajectories", some, Scorer, job, work, workers, stop=self._must_stop, show=False)
+        self.num_units += len(some) - len(tasks(some, work, 1))
+        return True
 
 
 def spare_workers(workers: Workers) -> Workers | None:
@@ -253,7 +252,7 @@ class Scorer(UnitWorker):
             needed = operations(models[name], read.tokens.lengths, int(read.tokens.num_labels.sum()))
             self.effort.add(len(read.tokens.ids), needed, time.perf_counter() - begun, self._rate)
             if full_path:
-                self.effort.note = f"{min(full_path)} cannot restrict its logits to the response: the full path is slower"
+                self.effort.note = min(full_path)
             begun = time.perf_counter()
 
 
