@@ -2,11 +2,13 @@
 
     python benchmarks/scoring.py train --data 'rows/*.jsonl' --tokenizer tokenizer.json
     python benchmarks/scoring.py actors --data 'rows/*.jsonl' --tokenizer tokenizer.json
+    python benchmarks/scoring.py recording --data 'rows/*.jsonl' --tokenizer tokenizer.json
     python benchmarks/scoring.py million --work /tmp/million
     python benchmarks/scoring.py bfloat16 --run RUN_DIR
 
 `train`: tokens per second beside transformers' Trainer as it comes, Pythia-70M's shape. `actors`: two Ray Data actors beside
-one process with two threads, start-up taken off. `million`: `s2l run` to `trajectories` on short examples with four checkpoints
+one process with two threads, start-up taken off. `recording`: wall time of a run's `trajectories` over that of its `proxy`.
+`million`: `s2l run` to `trajectories` on short examples with four checkpoints
 of a tiny proxy; the largest process, the time, and four passes for one. `bfloat16`: the checkpoints of a finished run scored
 in both precisions. Scoring itself beside the one-by-one loop: `gpu_scoring.py`. Every run adds a line to
 `results/scoring/MEASURE.jsonl`.
@@ -15,6 +17,7 @@ in both precisions. Scoring itself beside the one-by-one loop: `gpu_scoring.py`.
 from __future__ import annotations
 
 import argparse
+import glob
 import json
 import os
 import statistics
@@ -32,7 +35,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from gpu_scoring import make_models, real_rows
+from gpu_scoring import SHAPES, make_models, real_rows
 
 from s2l_ray.artifacts import Artifact, Storage, provenance
 from s2l_ray.training.limits import keep_freed_memory, product_rate
@@ -183,6 +186,49 @@ def actors(arguments: argparse.Namespace) -> None:
             print(seconds)
         ratio = statistics.median(pair["here"] / pair["actors"] for pair in pairs)
         keep("actors", {"shape": arguments.shape, "parts": len(units), "ratio": ratio, "pairs": pairs})
+
+
+def recording(arguments: argparse.Namespace) -> None:
+    """Wall time of recording twelve checkpoints over that of training for three epochs, each stage as `s2l run` does it."""
+    import transformers
+
+    from s2l_ray.config import load_config
+    from s2l_ray.pipeline import run
+
+    layers, hidden, heads = SHAPES[arguments.shape]
+    shape = {"architecture": "gpt_neox", "layers": layers, "hidden": hidden, "heads": heads, "max_positions": 512}
+    lines = [line for path in sorted(glob.glob(arguments.data)) for line in Path(path).read_text("utf-8").splitlines()]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        taken = np.random.default_rng(0).permutation(len(lines))[: arguments.rows]
+        (folder / "rows.jsonl").write_text("".join(lines[i] + "\n" for i in taken), "utf-8")
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=arguments.tokenizer)
+        tokenizer.eos_token = "<|endoftext|>"  # noqa: S105 - a token of text
+        tokenizer.save_pretrained(folder / "tokenizer")
+        auto = json.dumps({"num_workers": "auto", "cpus_per_worker": "auto"})
+        overrides = {
+            "examples.dataset": folder / "rows.jsonl",
+            "examples.held_out_fraction": 0,
+            "examples.rows_per_part": arguments.rows_per_part,
+            "proxy.model": json.dumps({"scratch": shape}),
+            "proxy.tokenizer": folder / "tokenizer",
+            "proxy.max_tokens": 512,
+            "proxy.global_batch_size": 32,
+            "machines.proxy": auto,
+            "machines.trajectories": auto,
+        }
+        configs = Path(__file__).parents[1] / "configs"
+        config = load_config(configs / "jsonl-cpu.yaml", [f"{name}={value}" for name, value in overrides.items()])
+        found = run(config, str(folder / "run"), until="trajectories")
+        seconds = {stage: artifact.manifest["provenance"]["seconds"] for stage, artifact in found.items()}
+        result = {
+            "shape": arguments.shape,
+            "rows": found["examples"].summary["pool"],
+            "steps": found["proxy"].summary["steps"],
+            "ratio": seconds["trajectories"] / seconds["proxy"],
+            "seconds": seconds,
+        }
+        keep("recording", result)
 
 
 # --- a million examples --------------------------------------------------------------------------------------------
@@ -364,11 +410,11 @@ def bfloat16(arguments: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     measures = parser.add_subparsers(required=True)
-    for measure in (train, actors, million, bfloat16):
+    for measure in (train, actors, recording, million, bfloat16):
         options = measures.add_parser(measure.__name__, help=(measure.__doc__ or "").partition("\n")[0])
         options.set_defaults(measure=measure)
         options.add_argument("--pairs", type=int, default=3)
-        if measure in (train, actors):
+        if measure in (train, actors, recording):
             options.add_argument("--data", required=True, help="JSON Lines, a glob")
             options.add_argument("--tokenizer", required=True, help="tokenizer.json")
         if measure is train:
@@ -379,6 +425,10 @@ def main() -> None:
             options.add_argument("--shape", default="7m")
             options.add_argument("--rows-per-part", type=int, default=256)
             options.add_argument("--parts", type=int, default=48)
+        if measure is recording:
+            options.add_argument("--shape", choices=SHAPES, default="7m")
+            options.add_argument("--rows", type=int, default=1000)
+            options.add_argument("--rows-per-part", type=int, default=128)
         if measure is million:
             options.add_argument("--work", required=True, help="a folder with room for a few GB")
             options.add_argument("--sizes", type=int, nargs=2, default=[250_000, 1_000_000])

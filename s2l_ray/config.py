@@ -340,11 +340,39 @@ class SelectionConfig(Section):
         return budget
 
 
+class Lora(Section):
+    """Low-rank adapters (peft): the model's own weights stay as they are, small matrices beside them are trained."""
+
+    rank: Positive = 16
+    """Rank of the matrices."""
+
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """Their products count `alpha / rank` times."""
+
+    dropout: Fraction = 0.0
+    """Dropout before them."""
+
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    """Names of the layers that get them; all-linear: every linear layer but the output layer."""
+
+    save: Literal["merged", "adapter"] = "merged"
+    """A whole model with the adapters added in, or the adapters alone: a few MB, loaded with peft and the base model."""
+
+
 class TargetConfig(TrainingConfig):
     """The large model that is fine-tuned on the subset."""
 
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage: 1 shards optimizer states over the workers, 2 gradients too, 3 parameters too."""
+
+    lora: Lora | None = None
+    """Train adapters instead of all weights (`pip install 's2l_ray[lora]'`)."""
+
+    @model_validator(mode="after")
+    def _adapters_have_a_base(self) -> TargetConfig:
+        if self.lora is not None and self.lora.save == "adapter" and isinstance(self.model, ScratchModel):
+            raise ValueError("lora.save=adapter: a model from scratch is nowhere to be loaded from. Set lora.save=merged")
+        return self
 
 
 class EvaluationConfig(Section):
@@ -388,8 +416,8 @@ class WorkerConfig(Section):
     """Where and how fast a stage runs. Decides no result."""
 
     num_workers: Positive | Annotated[list[Positive], Field(min_length=2, max_length=2)] | Literal["auto"] = "auto"
-    """Worker processes, or `[min, max]`; auto: one per GPU, on a machine without GPUs one for all CPUs in training
-    and one per CPU in scoring."""
+    """Worker processes, or `[min, max]` as there is room; auto: one per GPU, on a machine without GPUs one for all CPUs in
+    training and one per CPU in scoring."""
 
     cpus_per_worker: Positive | Literal["auto"] = "auto"
     """CPUs that Ray reserves per worker, and threads of its matrix products."""
@@ -399,6 +427,29 @@ class WorkerConfig(Section):
 
     device_batch_size: Positive | Literal["auto"] = "auto"
     """Examples per forward pass in training; auto: the largest that divides the worker's share, at most 32."""
+
+    @field_validator("num_workers")
+    @classmethod
+    def _bounds_ascend(cls, bounds: Any) -> Any:
+        if isinstance(bounds, list) and bounds[0] > bounds[1]:
+            raise ValueError(f"[min, max] with min above max: {bounds}")
+        return bounds
+
+
+class TrainingWorkerConfig(WorkerConfig):
+    """Workers that train. With `num_workers: [min, max]` the group shrinks when it loses a worker and grows when there is
+    room again, to sizes that divide the global batch."""
+
+    checkpoint_every_minutes: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """How often a resume point (weights, optimizer) is kept, two at a time; auto: every half minute, and at most fifty."""
+
+
+class TargetWorkerConfig(TrainingWorkerConfig):
+    """Workers that train the target."""
+
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """What ZeRO keeps in the machines' memory instead of the GPUs': the optimizer's states (stage 1 and up), and the
+    parameters too (stage 3)."""
 
 
 class GroupingConfig(Section):
@@ -419,11 +470,14 @@ class MachinesConfig(Section):
     """One section per stage that works in parallel."""
 
     examples: WorkerConfig = WorkerConfig()
-    proxy: WorkerConfig = WorkerConfig()
+    proxy: TrainingWorkerConfig = TrainingWorkerConfig()
     trajectories: WorkerConfig = WorkerConfig()
     clustering: GroupingConfig = GroupingConfig()
-    target: WorkerConfig = WorkerConfig()
+    target: TargetWorkerConfig = TargetWorkerConfig()
     evaluation: WorkerConfig = WorkerConfig()
+
+    wait_minutes: Annotated[float, Field(gt=0)] = 15.0
+    """How long a stage waits for workers that the cluster has no room for yet, before it says what is missing and ends."""
 
 
 class PlanConfig(Section):
@@ -460,6 +514,10 @@ class RunConfig(Section):
             batch, workers = getattr(self, name).global_batch_size, getattr(self.machines, name).num_workers
             if isinstance(workers, int) and batch % workers:
                 raise ValueError(f"machines.{name}.num_workers={workers} does not divide {name}.global_batch_size={batch}")
+        offload, zero_stage = self.machines.target.offload, self.target.zero_stage
+        if zero_stage < {"none": 0, "optimizer": 1, "parameters": 3}[offload]:
+            needed = "3" if offload == "parameters" else "1, 2 or 3"
+            raise ValueError(f"machines.target.offload={offload} needs target.zero_stage {needed}, found {zero_stage}")
         if self.clustering.stratify_by not in (None, "source"):
             raise ValueError(
                 f"clustering.stratify_by='{self.clustering.stratify_by}': a run knows strata by 'source'. Set "

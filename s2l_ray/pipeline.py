@@ -151,7 +151,10 @@ def _selection_recipe(config: RunConfig) -> dict[str, Any]:
 
 
 def _target_recipe(config: RunConfig) -> dict[str, Any]:
-    return config.target.model_dump(mode="json") | {"random_control": config.evaluation.random_control}
+    recipe = config.target.model_dump(mode="json") | {"random_control": config.evaluation.random_control}
+    if recipe["lora"] is None:  # as it was before there were adapters
+        del recipe["lora"]
+    return recipe
 
 
 def _evaluation_recipe(config: RunConfig) -> dict[str, Any]:
