@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from s2l_ray.errors import ConfigError as ConfigError
     from s2l_ray.errors import DataError as DataError
     from s2l_ray.errors import S2LError as S2LError
+    from s2l_ray.errors import StorageError as StorageError
     from s2l_ray.pipeline import run as run
     from s2l_ray.recording import finish_recording as finish_recording
     from s2l_ray.recording import record_losses as record_losses
@@ -39,6 +40,7 @@ _MODULE_OF = {
     "RunConfig": "config",
     "S2LError": "errors",
     "Selection": "selection",
+    "StorageError": "errors",
     "cluster": "clustering",
     "finish_recording": "recording",
     "load_config": "config",

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import functools
 import hashlib
 import io
@@ -31,7 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from s2l_ray.errors import ArtifactError, ConfigError
+from s2l_ray.errors import ArtifactError, ConfigError, StorageError, storage_problem
 
 SCHEMA = "s2l_ray/1"
 MANIFEST = "manifest.json"
@@ -61,7 +62,20 @@ def _filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     try:
         return fs.FileSystem.from_uri(uri)  # type: ignore[no-any-return]
     except (pa.ArrowInvalid, OSError, ValueError) as error:
+        problem = storage_problem(error, uri)
+        if problem is not None:
+            raise StorageError(problem) from error
         raise ConfigError(f"{uri}: not a place that can be opened ({error}). Give a local path, s3:// or gs://.") from error
+
+
+@functools.lru_cache(maxsize=64)
+def _check_bucket(uri: str) -> None:
+    """Raises StorageError where a bucket does not exist: what lies in it looks only missing. Asked once a process."""
+    filesystem, bucket = _filesystem(uri)
+    # Who may use a bucket need not be allowed to ask for it; what it then answers says nothing.
+    with contextlib.suppress(OSError):
+        if filesystem.get_file_info(bucket).type == fs.FileType.NotFound:
+            raise StorageError(str(storage_problem(OSError(f"Bucket '{bucket}' not found"), uri)))
 
 
 @dataclass(frozen=True)
@@ -95,24 +109,79 @@ class Storage:
         """A directory inside this one."""
         return Storage(f"{self.uri.rstrip('/')}/{name}")
 
+    @contextlib.contextmanager
+    def explained(self, name: str = "") -> Iterator[None]:
+        """Turns what the user can mend of a disk or of object storage into a StorageError; other errors stay.
+
+        FileNotFoundError stays too, unless there is not even the bucket. What is transient the stores' libraries have tried
+        again before.
+        """
+        try:
+            yield
+        except OSError as error:
+            if isinstance(error, FileNotFoundError):
+                self._require_bucket()
+            is_elsewhere = not self.is_local and error.errno == errno.ENOSPC  # on the way there
+            place = tempfile.gettempdir() if is_elsewhere else f"{self.uri}/{name}".rstrip("/")
+            problem = storage_problem(self._with_reason(error), place)
+            if problem is None:
+                raise
+            raise StorageError(problem) from error
+
+    def _with_reason(self, error: OSError) -> OSError:
+        """The store's reason for an error: S3 answers a question for one file (HEAD) with a number alone."""
+        if "No response body" in str(error) and "status 5" not in str(error):
+            try:
+                self.filesystem.get_file_info(fs.FileSelector(self.path(), allow_not_found=True))
+            except OSError as with_reason:
+                return with_reason
+        return error
+
+    def _require_bucket(self) -> None:
+        """Raises StorageError where the directory is in a bucket that does not exist."""
+        if not self.is_local:
+            scheme, _, path = self.uri.partition("://")
+            _check_bucket(f"{scheme}://{path.partition('/')[0]}")
+
+    def info(self, name: str = "") -> fs.FileInfo:
+        """Type, size and time of a file or directory; of type NotFound if it is not there."""
+        with self.explained(name):
+            info = self.filesystem.get_file_info(self.path(name))
+        if info.type == fs.FileType.NotFound:
+            self._require_bucket()
+        return info
+
+    def infos(self, directory: str = "", recursive: bool = False) -> dict[str, fs.FileInfo]:
+        """The files below a directory by their names relative to it, sorted; empty if there is no directory."""
+        selector = fs.FileSelector(self.path(directory), recursive=recursive, allow_not_found=True)
+        prefix = len(self.path(directory)) + 1
+        with self.explained(directory):
+            found = self.filesystem.get_file_info(selector)
+        if not found:
+            self._require_bucket()
+        return {i.path[prefix:]: i for i in sorted(found, key=lambda i: i.path) if i.type == fs.FileType.File}
+
     def size(self, name: str) -> int | None:
         """Bytes of a file, None if there is no such file."""
-        info = self.filesystem.get_file_info(self.path(name))
+        info = self.info(name)
         return info.size if info.type == fs.FileType.File else None
 
     def exists(self, name: str = "") -> bool:
         """Whether there is such a file or directory."""
-        return bool(self.filesystem.get_file_info(self.path(name)).type != fs.FileType.NotFound)
+        return bool(self.info(name).type != fs.FileType.NotFound)
 
     def names(self, directory: str = "", recursive: bool = False) -> list[str]:
         """Names of the files below a directory, relative to it, sorted; empty if there is no directory."""
-        selector = fs.FileSelector(self.path(directory), recursive=recursive, allow_not_found=True)
-        prefix = len(self.path(directory)) + 1
-        return sorted(i.path[prefix:] for i in self.filesystem.get_file_info(selector) if i.type == fs.FileType.File)
+        return sorted(self.infos(directory, recursive))
+
+    def open(self, name: str = "") -> pa.NativeFile:
+        """A file, to be read at any place. Raises FileNotFoundError; what reading it raises needs `explained` again."""
+        with self.explained(name):
+            return self.filesystem.open_input_file(self.path(name))
 
     def read(self, name: str) -> bytes:
         """All bytes of a file. Raises FileNotFoundError."""
-        with self.filesystem.open_input_stream(self.path(name), compression=None) as stream:
+        with self.explained(name), self.filesystem.open_input_stream(self.path(name), compression=None) as stream:
             return bytes(stream.read())
 
     def write(self, name: str, data: bytes) -> None:
@@ -122,7 +191,7 @@ class Storage:
         starts, since pyarrow publishes a truncated object when a writer raises half-way (apache/arrow#40502).
         """
         if not self.is_local:
-            with self.filesystem.open_output_stream(self.path(name)) as stream:
+            with self.explained(name), self.filesystem.open_output_stream(self.path(name)) as stream:
                 stream.write(data)
             return
         with self.beside(name) as path:
@@ -131,6 +200,11 @@ class Storage:
     @contextlib.contextmanager
     def beside(self, name: str) -> Iterator[Path]:
         """A local path to write to; at the end of the block what is there becomes the file, whole or not at all."""
+        with self.explained(name), self._beside(name) as path:
+            yield path
+
+    @contextlib.contextmanager
+    def _beside(self, name: str) -> Iterator[Path]:
         if self.is_local:
             target = Path(self.path(name))
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -189,25 +263,28 @@ class Storage:
         """A local path of a directory; what lies in object storage is fetched once per machine, and again if it changed."""
         if self.is_local:
             return Path(self.path(name))
-        selector = fs.FileSelector(self.path(name), recursive=True, allow_not_found=True)
-        state = [[info.path, info.size, str(info.mtime)] for info in self.filesystem.get_file_info(selector)]
+        state = [[info.path, info.size, str(info.mtime)] for info in self.infos(name, recursive=True).values()]
         target = Path(tempfile.gettempdir()) / "s2l_ray" / digest([self.uri, name, state])
         if not target.exists():
             beside = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}")
-            beside.mkdir(parents=True)
-            fs.copy_files(self.path(name), str(beside), source_filesystem=self.filesystem)
             try:
-                beside.rename(target)
-            except OSError:  # another process of this machine was first
-                shutil.rmtree(beside)
+                with self.explained(name):
+                    beside.mkdir(parents=True)
+                    fs.copy_files(self.path(name), str(beside), source_filesystem=self.filesystem)
+                with contextlib.suppress(OSError):  # another process of this machine was first
+                    beside.rename(target)
+            finally:
+                shutil.rmtree(beside, ignore_errors=True)
         return target
 
     def delete(self, name: str = "") -> None:
         """Remove a file, or a directory with all that is in it, if it is there."""
-        if name and self.size(name) is not None:
-            self.filesystem.delete_file(self.path(name))
-        elif self.exists(name):
-            self.filesystem.delete_dir(self.path(name))
+        kind = self.info(name).type
+        with self.explained(name):
+            if kind == fs.FileType.File:
+                self.filesystem.delete_file(self.path(name))
+            elif kind == fs.FileType.Directory:
+                self.filesystem.delete_dir(self.path(name))
 
 
 @dataclass(frozen=True)
@@ -323,7 +400,8 @@ class Artifact:
 
     def check_sizes(self) -> None:
         """Raise ArtifactError if a file is missing or has another size."""
-        infos = self.root.filesystem.get_file_info([self.root.path(path) for path in self.manifest["files"]])
+        with self.root.explained():
+            infos = self.root.filesystem.get_file_info([self.root.path(path) for path in self.manifest["files"]])
         for (path, record), info in zip(self.manifest["files"].items(), infos, strict=True):
             found = info.size if info.type == fs.FileType.File else None
             if found != record["bytes"]:
@@ -451,7 +529,7 @@ class Draft:
             "provenance": provenance() | {"seconds": round(seconds, 2), "machines": machines or {}},
         }
         self.storage.write_json(MANIFEST, manifest)
-        self.storage.filesystem.delete_file(self.storage.path(BUILDING))
+        self.storage.delete(BUILDING)
         self.work.delete()
         return Artifact(self.storage, manifest)
 

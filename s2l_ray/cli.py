@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from s2l_ray.errors import S2LError, disk_problem
+from s2l_ray.errors import S2LError, cause_of, storage_problem
 from s2l_ray.progress import log_to_console
 
 app = typer.Typer(
@@ -35,12 +35,24 @@ def plan(
     reuse: Reuse = None,
     accelerator: Annotated[str | None, typer.Option(help="Price it for this accelerator, such as H100 or A100.")] = None,
     price_per_hour: Annotated[float | None, typer.Option(help="Price of one accelerator per hour.")] = None,
+    num_accelerators: Annotated[
+        int | None, typer.Option(min=1, help="How many train the target; default: its workers in the config, else 8.")
+    ] = None,
+    accelerators_per_node: Annotated[int, typer.Option(min=1, help="How many of them share a machine.")] = 8,
 ) -> None:
     """Say what would be built, reused or refused, and what it will cost. Builds nothing and needs no accelerator."""
     from s2l_ray.config import load_config
     from s2l_ray.plan import make_plan
 
-    made = make_plan(load_config(config, set_), run_dir, reuse=reuse, accelerator=accelerator, price_per_hour=price_per_hour)
+    made = make_plan(
+        load_config(config, set_),
+        run_dir,
+        reuse=reuse,
+        accelerator=accelerator,
+        price_per_hour=price_per_hour,
+        num_accelerators=num_accelerators,
+        accelerators_per_node=accelerators_per_node,
+    )
     print(made.text())
     if made.is_refused:
         raise typer.Exit(2)
@@ -150,11 +162,9 @@ def main() -> None:
     log_to_console()
     try:
         app(standalone_mode=True)
-    except S2LError as error:
-        print(f"s2l: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        problem = disk_problem(error)
+    except Exception as error:
+        is_foreign = type(error).__module__.startswith("ray.")  # it may carry what a worker met
+        problem = cause_of(error) if is_foreign or isinstance(error, S2LError) else storage_problem(error)
         if problem is None:
             raise
         print(f"s2l: {problem}", file=sys.stderr)

@@ -428,6 +428,9 @@ class WorkerConfig(Section):
     device_batch_size: Positive | Literal["auto"] = "auto"
     """Examples per forward pass in training; auto: the largest that divides the worker's share, at most 32."""
 
+    wait_minutes: Annotated[float, Field(gt=0)] = 15.0
+    """How long to wait for a cluster that has no room for the (fewest) workers yet, before it ends saying what is missing."""
+
     @field_validator("num_workers")
     @classmethod
     def _bounds_ascend(cls, bounds: Any) -> Any:
@@ -476,9 +479,6 @@ class MachinesConfig(Section):
     target: TargetWorkerConfig = TargetWorkerConfig()
     evaluation: WorkerConfig = WorkerConfig()
 
-    wait_minutes: Annotated[float, Field(gt=0)] = 15.0
-    """How long a stage waits for workers that the cluster has no room for yet, before it says what is missing and ends."""
-
 
 class PlanConfig(Section):
     """What `s2l plan` assumes where it cannot look: nothing is computed from it."""
@@ -512,7 +512,8 @@ class RunConfig(Section):
     def _sections_fit_together(self) -> RunConfig:
         for name in ("proxy", "target"):
             batch, workers = getattr(self, name).global_batch_size, getattr(self.machines, name).num_workers
-            if isinstance(workers, int) and batch % workers:
+            low, high = workers if isinstance(workers, list) else [workers, workers] if isinstance(workers, int) else [1, 1]
+            if all(batch % number for number in range(low, high + 1)):
                 raise ValueError(f"machines.{name}.num_workers={workers} does not divide {name}.global_batch_size={batch}")
         offload, zero_stage = self.machines.target.offload, self.target.zero_stage
         if zero_stage < {"none": 0, "optimizer": 1, "parameters": 3}[offload]:

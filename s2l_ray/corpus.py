@@ -81,7 +81,7 @@ def _files_at(place: str) -> list[CorpusFile]:
     kind = _kind_of(place)
     if kind == fs.FileType.File:
         storage = Storage(absolute_uri(place))
-        return [_known(_corpus_file(place, storage.filesystem.get_file_info(storage.path())))]
+        return [_known(_corpus_file(place, storage.info()))]
     if kind == fs.FileType.Directory:
         found = _files_below(place)
         known = [file for file in found if file.format]
@@ -99,8 +99,7 @@ def _files_at(place: str) -> list[CorpusFile]:
 def _kind_of(place: str) -> fs.FileType | None:
     """File or directory, None for neither."""
     try:
-        storage = Storage(absolute_uri(place))
-        info = storage.filesystem.get_file_info(storage.path())
+        info = Storage(absolute_uri(place)).info()
     except ConfigError:
         if any(mark in place for mark in "*?["):  # a glob need not be a URI
             return None
@@ -134,11 +133,9 @@ def _matches(parts: list[str], pattern: list[str]) -> bool:
 def _files_below(place: str) -> list[CorpusFile]:
     """Every file below a directory, hidden ones and markers such as _SUCCESS apart."""
     storage = Storage(absolute_uri(place))
-    prefix = len(storage.path()) + 1
     found = []
-    for info in storage.filesystem.get_file_info(fs.FileSelector(storage.path(), recursive=True)):
-        relative = info.path[prefix:]
-        if info.type == fs.FileType.File and not any(part[0] in "._" for part in relative.split("/")):
+    for relative, info in storage.infos(recursive=True).items():
+        if not any(part[0] in "._" for part in relative.split("/")):
             found.append(_corpus_file(f"{place.rstrip('/')}/{relative}", info))
     return found
 

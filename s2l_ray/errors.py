@@ -3,7 +3,8 @@
     S2LError
     ├── ConfigError      a key or value in a config, or an argument, cannot be used
     ├── DataError        the corpus or the trajectories lack what the recipe needs
-    └── ArtifactError    a stage is missing, stale (another recipe), unfinished or damaged
+    ├── ArtifactError    a stage is missing, stale (another recipe), unfinished or damaged
+    └── StorageError     a disk, a shared filesystem or object storage does not let us read or write
 
 Every message says what, where, what was found, and what to do. The command line prints it and exits with 2.
 """
@@ -11,6 +12,8 @@ Every message says what, where, what was found, and what to do. The command line
 from __future__ import annotations
 
 import errno
+import re
+import socket
 
 
 class S2LError(Exception):
@@ -33,29 +36,95 @@ class ArtifactError(S2LError):
     """A stage's directory is missing, stale, unfinished or damaged."""
 
 
+class StorageError(S2LError):
+    """A disk, a shared filesystem or object storage does not let us read or write. What was finished stays."""
+
+
 def cause_of(error: BaseException | None) -> S2LError | None:
     """What the user must mend behind an error that Ray wrapped on its way from a worker, None if it is something else."""
-    while error is not None:
-        inner = getattr(error, "cause", None)
-        # Ray's wrapper is of the wrapped error's class, too, but its text is a worker's traceback.
-        if isinstance(error, S2LError) and not isinstance(inner, S2LError):
+    found, host = [error], socket.gethostname()
+    while found:
+        error = found.pop(0)
+        if error is None:
+            continue
+        # Ray's wrapper is of the wrapped error's class, too, but its text is a worker's traceback. What a training worker
+        # raised is in `worker_failures` by rank, and there once more in `_base_exc`.
+        inner = [getattr(error, name, None) for name in ("cause", "_base_exc", "controller_failure")]
+        inner += (getattr(error, "worker_failures", None) or {}).values()
+        inner = [one for one in inner if isinstance(one, BaseException)]
+        if not inner and isinstance(error, S2LError):
             return error
-        error = inner or error.__cause__
+        problem = storage_problem(error, host=host) if not inner else None
+        if problem is not None:
+            return StorageError(problem)
+        if inner:
+            host = getattr(error, "ip", None) or "a worker"
+        found += inner or [error.__cause__]
     return None
 
 
-def disk_problem(error: OSError) -> str | None:
-    """What the user must mend where writing failed, None for any other operating-system error."""
-    kinds = {
-        errno.ENOSPC: "the disk is full. Free some space; the same command goes on.",
-        errno.EDQUOT: "the disk quota is used up. Free some space; the same command goes on.",
-        errno.EACCES: "may not be written or read. Check its permissions.",
-        errno.EROFS: "is on a read-only filesystem. Give another directory.",
-        errno.EISDIR: "is a directory where a file is needed. Give the path of a file.",
-        errno.ENOTDIR: "has a file where a directory is needed. Give another directory.",
-        errno.EEXIST: "is a file where a directory is needed. Give another directory.",
-    }
-    if error.errno is None and "AWS Error" in str(error):
-        return f"object storage: {str(error).splitlines()[0]} Check the bucket, its region and your credentials."
-    reason = kinds.get(error.errno or 0)
-    return None if reason is None else f"{error.filename or 'writing'}: {reason}"
+_GOES_ON = "the same command goes on."
+_ON_DISK = {
+    errno.ENOSPC: f"the disk is full. Free some space; {_GOES_ON}",
+    errno.EDQUOT: f"the disk quota is used up. Free some space; {_GOES_ON}",
+    errno.EACCES: "may not be written or read. Check its permissions.",
+    errno.EROFS: "is on a read-only filesystem. Give another directory.",
+    errno.EISDIR: "is a directory where a file is needed. Give the path of a file.",
+    errno.ENOTDIR: "has a file where a directory is needed. Give another directory.",
+    errno.EEXIST: "is a file where a directory is needed. Give another directory.",
+}
+# What the stores' libraries say, since they give no numbers: the first that is found counts.
+_IN_OBJECT_STORAGE = (
+    (
+        r"NO_SUCH_BUCKET|specified bucket does not exist|Bucket '.*' not found",
+        "there is no such bucket. Create it or give another; for a store that is not AWS's set AWS_ENDPOINT_URL.",
+    ),
+    (r"Expired|EXPIRED|TokenRefreshRequired", f"the credentials have expired. Renew them; {_GOES_ON}"),
+    (r"TIME_TOO_SKEWED|TimeTooSkewed", "this machine's clock is wrong. Set it."),
+    (
+        r"INVALID_ACCESS_KEY|SIGNATURE|INVALID_CLIENT_TOKEN|InvalidToken|UNRECOGNIZED_CLIENT|MISSING_AUTH|UNAUTHENTICATED"
+        r"|status 401",
+        "the credentials are not valid there. Check them (AWS_ACCESS_KEY_ID, AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS or "
+        "the machine's role) and AWS_ENDPOINT_URL.",
+    ),
+    (
+        r"status 30\d|PermanentRedirect|AuthorizationHeaderMalformed|IllegalLocationConstraint",
+        "the bucket is in another region. Set AWS_DEFAULT_REGION to its region.",
+    ),
+    (
+        r"ACCESS_DENIED|PERMISSION_DENIED|status 403|AllAccessDisabled",
+        "access denied. The credentials must allow to list, read, write and delete there.",
+    ),
+    (r"NETWORK_CONNECTION|curlCode", f"cannot be reached. Check AWS_ENDPOINT_URL and the network; {_GOES_ON}"),
+    (
+        r"SLOW_DOWN|THROTTL|UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT|status 5\d\d|Retry policy exhausted",
+        f"the store does not do its work, asked again and again. Wait; {_GOES_ON}",
+    ),
+)
+
+
+def storage_problem(error: BaseException, place: str = "", host: str = "") -> str | None:
+    """What the user must mend where reading or writing failed, None for anything else.
+
+    `place` is what was read or written, where the error does not say it; `host` where that was, if not here: any node's disk
+    may be full.
+    """
+    host, text = host or socket.gethostname(), str(error).strip()
+    if type(error).__name__ == "OutOfDiskError":  # Ray's, which is not imported here: its objects no longer fit
+        return f"Ray's directory for objects, on {host} or another node: {_ON_DISK[errno.ENOSPC]}"
+    if "No space left on device" in text:  # safetensors and others have errors of their own for it
+        return f"{getattr(error, 'filename', None) or place or 'writing'} on {host}: {_ON_DISK[errno.ENOSPC]}"
+    if not isinstance(error, OSError):
+        return None
+    if isinstance(error, FileNotFoundError) and "specified bucket" not in text:
+        return None
+    said = re.search(r"AWS Error (.*)|google::cloud::Status\((.*?)(?: error_info|$)|(Bucket '.*' not found.*)", text)
+    if said is not None:
+        detail = " ".join(next(filter(None, said.groups())).split())
+        named = re.search(r"key '(.*?)' in bucket '(.*?)'", text)
+        place = place or (f"{named[2]}/{named[1]}" if named else "object storage")
+        reasons = (reason for pattern, reason in _IN_OBJECT_STORAGE if re.search(pattern, detail))
+        reason = next(reasons, "refused. Check the bucket, its region and the credentials.")
+        return f"{place}: {reason} (Seen from {host}: {detail[:300].rstrip('.')}.)"
+    reason = _ON_DISK.get(error.errno or 0, "")
+    return f"{error.filename or place or 'writing'} on {host}: {reason}" if reason else None

@@ -33,10 +33,11 @@ from s2l_ray.artifacts import Artifact, Draft, FileRecord, Storage, digest, tabl
 from s2l_ray.config import ExamplesConfig, ReasoningGymDataset, WorkerConfig
 from s2l_ray.corpus import Unit, cut_corpus
 from s2l_ray.corpus import corpus_identity as corpus_identity  # noqa: PLC0414  it goes with examples_recipe
-from s2l_ray.errors import ArtifactError, DataError, S2LError
+from s2l_ray.errors import ArtifactError, DataError
 from s2l_ray.fields import DUPLICATE, HELD_OUT, POOL, normalise
 from s2l_ray.progress import get_log, track
 from s2l_ray.rows import Columns, Records, join_columns
+from s2l_ray.session import await_room
 
 SMALLEST_PART, MOST_PARTS = 512, 1024
 # Rows of a unit that are read together. A run of parts needs a few from every unit: smaller groups waste less.
@@ -220,13 +221,17 @@ def _results(dataset: Any, task: Callable[[pa.Table], dict[str, Any]], workers: 
         batch_size=None,
         batch_format="pyarrow",
         compute=ray.data.TaskPoolStrategy(size if isinstance(size, int) else None),
-        num_cpus=workers.cpus_per_worker if isinstance(workers.cpus_per_worker, int) else 1,
+        num_cpus=_cpus(workers),
     )
     for batch in done.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         for row in batch.to_pylist():
             if row["problem"] is not None:
                 raise getattr(errors, row["kind"])(row["problem"])
             yield row
+
+
+def _cpus(workers: WorkerConfig) -> int:
+    return workers.cpus_per_worker if isinstance(workers.cpus_per_worker, int) else 1
 
 
 @dataclass(frozen=True)
@@ -238,7 +243,10 @@ class _ReportsProblems:
     def __call__(self, batch: pa.Table) -> pa.Table:
         try:
             result: dict[str, Any] = {"kind": None, "problem": None} | self.task(batch)
-        except S2LError as error:
+        except Exception as met:
+            error = errors.cause_of(met)
+            if error is None:
+                raise
             result = {"kind": type(error).__name__, "problem": str(error)}
         return pa.Table.from_pylist([result])
 
@@ -252,6 +260,7 @@ def _read_units(units: list[Unit], config: ExamplesConfig, workers: WorkerConfig
 
     indexes: dict[int, UnitIndex] = {}
     num_reused = 0
+    await_room("examples", {"CPU": _cpus(workers)}, 1, workers.wait_minutes)
     with quiet_ray_data(), track("examples", len(units), "units read") as progress:
         dataset = ray.data.range(len(units), override_num_blocks=len(units))
         for result in _results(dataset, _ReadUnit(tuple(units), config, work), workers):
@@ -362,7 +371,8 @@ class _WriteParts:
         tables = []
         for unit in np.unique(units):
             wanted = np.sort(positions[units == unit])
-            table = take_rows(self.work.filesystem, self.work.path(_unit_path(unit)), wanted)
+            with self.work.explained(_unit_path(unit)):
+                table = take_rows(self.work.filesystem, self.work.path(_unit_path(unit)), wanted)
             tables.append(_with_original(table.drop_columns(["content", "row"]), self.original))
         place = np.empty_like(order)
         place[order] = np.arange(len(order))

@@ -68,8 +68,7 @@ class CorpusFile:
 
     def open(self) -> Any:
         """The file, to be read at any place."""
-        storage = Storage(self.uri)
-        return storage.filesystem.open_input_file(storage.path())
+        return Storage(self.uri).open()
 
     def stream(self, compression: str | None = None) -> Any:
         """The file, to be read from its start."""
@@ -80,7 +79,8 @@ class CorpusFile:
     def readable(self) -> Iterator[None]:
         """Turns what goes wrong while the file is read into a DataError that says what to do."""
         try:
-            yield
+            with Storage(self.uri).explained():
+                yield
         except FileNotFoundError as error:
             raise DataError(
                 f"{self.name}: not found on {socket.gethostname()}. Put the corpus where every node can read it, "

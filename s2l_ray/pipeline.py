@@ -36,8 +36,9 @@ from s2l_ray.artifacts import (
 )
 from s2l_ray.config import ClusteringConfig, GroupingConfig, RunConfig, SelectionConfig
 from s2l_ray.errors import ArtifactError, ConfigError
+from s2l_ray.lock import exclusive
 from s2l_ray.progress import duration, get_log
-from s2l_ray.session import connect_ray, exclusive, resolve_revisions, write_run
+from s2l_ray.session import connect_ray, resolve_revisions, write_run
 
 if TYPE_CHECKING:
     from s2l_ray.trajectory_store import TrajectoryStore

@@ -1,24 +1,28 @@
-"""What surrounds the stages of a run: the lock on its directory, run.json, pinned revisions, and Ray."""
+"""What surrounds the stages of a run: run.json, pinned revisions, and Ray."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import getpass
 import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
-from s2l_ray.artifacts import SCHEMA, WORK, Storage, provenance
+from s2l_ray.artifacts import SCHEMA, Storage, provenance
 from s2l_ray.config import RunConfig
 from s2l_ray.corpus import hub_id
-from s2l_ray.errors import ArtifactError, ConfigError
+from s2l_ray.errors import ConfigError
+from s2l_ray.lock import user
 from s2l_ray.progress import duration, get_log
 
 RUN = "run.json"
+WAIT_LINE_SECONDS = 30.0
+AUTHENTICATION = (
+    "Where the cluster asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH (a file with it) on this side too."
+)
+# Whether Ray was started by this process, for this machine alone.
+_started_here = False
 
 
 def connect_ray() -> None:
@@ -32,9 +36,10 @@ def connect_ray() -> None:
     defaults = {"RAY_LOG_TO_DRIVER": "0", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     # Relative paths of models and tokenizers mean the same in a training worker as on the command line.
     defaults["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+    # Ray Data restarts actors whose arguments are objects, and Ray's core calls that an error every time.
+    defaults["RAY_BACKEND_LOG_LEVEL"] = "fatal"
     if is_ours:
-        # Ray Data restarts actors whose arguments are objects, and Ray's core calls that an error every time.
-        defaults |= {"RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+        defaults["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
         # One machine is not preempted, and its controller need not poll as rarely as that of a cluster.
         defaults |= {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
     for name, value in defaults.items():
@@ -44,47 +49,81 @@ def connect_ray() -> None:
     if ray.is_initialized():
         return
     begun = time.monotonic()
+    global _started_here  # noqa: PLW0603 - Ray is one per process, too
+    _started_here = is_ours
+    address = os.environ.get("RAY_ADDRESS", "a new one on this machine")
+    _check_address(address)
     try:
         ray.init(include_dashboard=False if is_ours else None, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError) as error:
-        address = os.environ.get("RAY_ADDRESS", "a new one on this machine")
-        raise ConfigError(f"Ray ({address}): cannot be reached ({error}). Check RAY_ADDRESS, or unset it.") from error
-    found = {name: int(amount) for name, amount in ray.cluster_resources().items() if name in ("CPU", "GPU")}
-    get_log("run").info(
-        "Ray: %s (%s)", ", ".join(f"{amount} {name}" for name, amount in found.items()), duration(time.monotonic() - begun)
-    )
+    except ray.exceptions.AuthenticationError as error:
+        raise ConfigError(f"Ray ({address}): {str(error).partition('. ')[0]}. {AUTHENTICATION}") from error
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"Ray ({address}): cannot be used ({error}). Check RAY_ADDRESS, or unset it. {AUTHENTICATION}"
+        ) from error
+    found = _amounts(ray.cluster_resources())
+    get_log("run").info("Ray: %s on %d nodes (%s)", found, _num_nodes(), duration(time.monotonic() - begun))
 
 
-def user() -> str:
-    """Who runs this; the number of a user without a name, as containers have them."""
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return str(os.getuid())
-
-
-@contextlib.contextmanager
-def exclusive(place: Storage) -> Iterator[None]:
-    """Hold the run directory: a second run on it is refused with who holds it. The lock of a dead process is free."""
-    if not place.is_local:
-        yield
-        return
-    path = place.child(WORK).path("lock")
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held for the whole run
-    except OSError as error:
-        raise ArtifactError(f"{place.uri}: cannot be written ({error.strerror}). Give another --run-dir.") from error
-    with file:
+def _check_address(address: str) -> None:
+    """Raise ConfigError where nobody listens at the address of a Ray: Ray itself tries for minutes."""
+    if "://" in address:
+        raise ConfigError(
+            f"RAY_ADDRESS={address}: a driver outside of its cluster is not supported. Submit a job: "
+            "ray job submit --address http://HEAD:8265 --working-dir . -- s2l run ..."
+        )
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise ArtifactError(f"{place.uri}: another run holds it ({file.read().strip()}). Wait for it or end it.") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} of {user()} on {socket.gethostname()}\n")
-        file.flush()
-        yield
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        except OSError as error:
+            raise ConfigError(
+                f"Ray ({address}): nobody answers there ({error.strerror or error}). Check RAY_ADDRESS and that the head node "
+                "is up, or unset RAY_ADDRESS to work on this machine alone."
+            ) from error
+
+
+def await_room(stage: str, worker: Mapping[str, float], count: int, minutes: float) -> None:
+    """Wait until the connected Ray has room for `count` workers with such resources; what it lacks an autoscaler is asked for.
+
+    Raises ConfigError that says what is missing: after `minutes`, and at once on this machine alone, which never grows.
+    """
+    import ray
+    from ray.util import placement_group, remove_placement_group
+
+    begun = told = time.monotonic()
+    asked = f"{count} worker{'s' * (count > 1)} of {_amounts(worker)}"
+    room = placement_group([dict(worker)] * count, strategy="PACK")
+    try:
+        while not room.wait(2):
+            there = ray.cluster_resources()
+            grows = not _started_here or all(there.get(name, 0) >= amount * count for name, amount in worker.items())
+            waited = time.monotonic() - begun
+            if waited > 60 * minutes or not grows:
+                raise ConfigError(
+                    f"machines.{stage} asks for {asked}; Ray has {_amounts(there)} on {_num_nodes()} nodes"
+                    + (f" after {duration(waited)}. " if grows else ". ")
+                    + f"Ask for less, add machines, or raise machines.{stage}.wait_minutes; the same command goes on."
+                )
+            if told == begun or time.monotonic() - told > WAIT_LINE_SECONDS:
+                told = time.monotonic()
+                get_log(stage).info(
+                    "waiting for %s; free: %s on %d nodes", asked, _amounts(ray.available_resources()), _num_nodes()
+                )
+    finally:
+        remove_placement_group(room)
+
+
+def _num_nodes() -> int:
+    import ray
+
+    return sum(node["Alive"] for node in ray.nodes())
+
+
+def _amounts(resources: Mapping[str, float]) -> str:
+    """CPUs and GPUs in words."""
+    named = {name: resources.get(name, 0) for name in ("CPU", "GPU")}
+    return " and ".join(f"{amount:g} {name}" for name, amount in named.items() if amount) or "nothing"
 
 
 def write_run(config: RunConfig, place: Storage) -> None:

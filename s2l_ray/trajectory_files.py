@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from s2l_ray.artifacts import BUILDING, LOSSES, MANIFEST, WORK, Artifact, Storage, digest
-from s2l_ray.errors import ArtifactError, ConfigError, DataError
+from s2l_ray.errors import ArtifactError, ConfigError, DataError, S2LError, StorageError, storage_problem
 from s2l_ray.progress import get_log
 from s2l_ray.sorting import sort_by_id
 from s2l_ray.trajectory_store import (
@@ -90,7 +90,7 @@ def files_identity(uri: str) -> str:
     storage, names = _files(uri)
 
     def identity(name: str) -> list[Any]:
-        with storage.filesystem.open_input_file(storage.path(name)) as file:
+        with storage.explained(name), storage.open(name) as file:
             size = file.size()
             file.seek(max(0, size - 65_536))
             return [name, size, hashlib.blake2b(file.read(), digest_size=8).hexdigest()]
@@ -303,7 +303,10 @@ class _Part:
         except (OSError, pa.ArrowException) as error:
             raise self._unreadable(error) from error
 
-    def _unreadable(self, error: Exception) -> DataError:
+    def _unreadable(self, error: Exception) -> S2LError:
+        problem = storage_problem(error, self.name)
+        if problem is not None:
+            return StorageError(problem)
         return DataError(f"{self.name}: cannot be read as Parquet, it may be truncated ({error}). Write this file again.")
 
 
@@ -322,7 +325,7 @@ def _parts(place: str | Artifact) -> list[_Part]:
     uri = str(place)
 
     def source(storage: Storage, name: str) -> Callable[[], Any]:
-        return lambda: storage.filesystem.open_input_file(storage.path(name))
+        return lambda: storage.open(name)
 
     try:
         storage, names = _files(uri)

@@ -34,7 +34,7 @@ LAYERS = (
     ("schedule",),
     ("config", "progress"),
     ("artifacts",),
-    ("rows",),
+    ("rows", "lock"),
     ("pieces", "fields"),
     ("corpus",),
     ("session",),
@@ -63,6 +63,7 @@ LAYERS = (
     ("training.trajectories", "training.target"),
     ("training.evaluation",),
     ("pipeline",),
+    ("memory",),
     ("plan",),
     ("cli",),
 )
@@ -158,7 +159,7 @@ def test_stages_are_joined_in_the_pipeline_alone():
 
 
 def test_the_pipeline_loads_no_stage_before_it_is_run():
-    assert imports_of("pipeline", at_import_only=True) <= GROUND | {"session"}
+    assert imports_of("pipeline", at_import_only=True) <= GROUND | {"session", "lock"}
     assert imports_of("cli", at_import_only=True) <= GROUND
 
 

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import errno
+import http.server
+import os
+import re
+import socket
+import sys
+import tempfile
+import threading
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import boto3
 import numpy as np
@@ -10,10 +21,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from moto.server import ThreadedMotoServer
+from pyarrow import fs
 
+from s2l_ray import cli
 from s2l_ray.artifacts import Artifact, Draft, Key, Storage, adopt
 from s2l_ray.config import ClusteringConfig, SelectionConfig
-from s2l_ray.errors import ArtifactError, ConfigError
+from s2l_ray.errors import ArtifactError, StorageError, cause_of, storage_problem
+from s2l_ray.lock import exclusive
 from s2l_ray.pipeline import export_subset, select_trajectories
 from s2l_ray.plan import status_text
 
@@ -100,11 +114,6 @@ def _parquet(table: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def test_a_bucket_that_is_not_there_is_one_clear_error(bucket):
-    with pytest.raises((ConfigError, ArtifactError), match="no such run directory"):
-        status_text("s3://not-there/run")
-
-
 def test_an_upload_that_fails_half_way_publishes_nothing(bucket, monkeypatch):
     def broken(source, target, _size):
         target.write(source.read(6 * 2**20))
@@ -122,3 +131,197 @@ def test_a_subset_is_streamed_to_object_storage_whole(bucket):
     draft.write_tables("selected.parquet", (pa.table({"row": [part]}) for part in range(3)))
     table = draft.publish({"rows": 3}).read_table("selected.parquet")
     assert table["row"].to_pylist() == [0, 1, 2]
+
+
+# --- what the user can mend ----------------------------------------------------------------------------------------
+
+# Every way in which a stage touches storage.
+OPERATIONS: dict[str, Callable[[Storage], object]] = {
+    "exists": lambda storage: storage.exists("file"),
+    "size": lambda storage: storage.size("file"),
+    "names": lambda storage: storage.names(recursive=True),
+    "read": lambda storage: storage.read("file"),
+    "read_json": lambda storage: storage.read_json("file"),
+    "open": lambda storage: storage.open("file"),
+    "write": lambda storage: storage.write("file", b"data"),
+    "upload": lambda storage: storage.upload(Path(cli.__file__).parent / "report", "folder"),
+    "local_folder": lambda storage: storage.local_folder("folder"),
+    "delete": lambda storage: storage.delete("file"),
+    "lock": lambda storage: exclusive(storage).__enter__(),
+}
+# What stores answer, and what the user is told.
+ANSWERS = {
+    "AccessDenied": (403, r"access denied\. The credentials must allow to list, read, write and delete"),
+    "ExpiredToken": (400, r"the credentials have expired\. Renew them; the same command goes on"),
+    "InvalidAccessKeyId": (403, r"the credentials are not valid there\. Check them"),
+    "SignatureDoesNotMatch": (403, r"the credentials are not valid there\. Check them"),
+    "PermanentRedirect": (301, r"the bucket is in another region\. Set AWS_DEFAULT_REGION"),
+    "AuthorizationHeaderMalformed": (400, r"the bucket is in another region\. Set AWS_DEFAULT_REGION"),
+    "NotOurs": (418, r"refused\. Check the bucket"),
+}
+
+
+@contextlib.contextmanager
+def store_that_answers(status: int, code: str) -> Iterator[str]:
+    """A server that gives the same answer to every request, with S3's XML where the answer to it may have a body."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def answer(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>It says so.</Message></Error>".encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/xml")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = answer
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("code", ANSWERS)
+def test_what_a_store_refuses_is_one_clear_error_whatever_was_asked(bucket, monkeypatch, code):
+    status, message = ANSWERS[code]
+    with store_that_answers(status, code) as endpoint:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        for name, operation in OPERATIONS.items():
+            with pytest.raises(StorageError, match=message) as raised:
+                operation(Storage(f"s3://refuses-{code.lower()}/run"))
+            assert str(raised.value).startswith(f"s3://refuses-{code.lower()}/run"), name
+            assert socket.gethostname() in str(raised.value)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_bucket_that_is_not_there_is_one_clear_error(bucket, name):
+    with pytest.raises(StorageError, match=r"^s3://not-there.*: there is no such bucket\. Create it"):
+        OPERATIONS[name](Storage("s3://not-there/run"))
+
+
+def test_a_missing_file_in_a_bucket_is_only_a_missing_file(bucket):
+    storage = Storage(f"{bucket}/empty")
+    with pytest.raises(FileNotFoundError):
+        storage.read("file")
+    assert storage.read_json("file") is None
+    assert storage.names() == []
+    assert not storage.exists()
+
+
+@pytest.mark.parametrize("trouble", ["refused", "overloaded"])
+def test_a_store_that_cannot_be_reached_or_does_not_work_is_one_clear_error(bucket, monkeypatch, trouble):
+    with contextlib.ExitStack() as stack:
+        if trouble == "refused":
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"
+        else:
+            endpoint = stack.enter_context(store_that_answers(503, "SlowDown"))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        message = {"refused": "cannot be reached. Check AWS_ENDPOINT_URL", "overloaded": "the store does not do its work"}
+        with pytest.raises(StorageError, match=message[trouble]):
+            Storage(f"s3://{trouble}/run").write("file", b"data")
+
+
+def test_the_command_line_says_it_in_one_line_and_exits_with_2(bucket, monkeypatch, capsys, tmp_path):
+    (tmp_path / "t.parquet").write_bytes(_parquet(pa.table({"example_id": ["a", "b"], "losses": [[1.0, 2.0]] * 2})))
+    arguments = ["select", str(tmp_path / "t.parquet"), "--budget", "1", "--output", "s3://not-there/out"]
+    monkeypatch.setattr(cli, "log_to_console", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["s2l", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    told = capsys.readouterr().err
+    assert re.fullmatch(r"s2l: s3://not-there/out/\S+: there is no such bucket\..*\n", told), told
+
+
+def test_credentials_that_end_on_the_way_leave_what_was_finished(bucket):
+    def let_in(requests: str) -> None:  # so many more, before credentials are asked for that moto does not know
+        url = f"{os.environ['AWS_ENDPOINT_URL']}/moto-api/reset-auth"
+        urllib.request.urlopen(urllib.request.Request(url, requests.encode(), {"Content-Type": "text/plain"})).close()
+
+    run, key = Storage(f"{bucket}/ends"), Key("examples", 1, {}, {})
+    draft = Draft.open(run, key)
+    draft.write("part-00000.parquet", b"first")
+    try:
+        let_in("0")
+        with pytest.raises(StorageError, match="the credentials are not valid there"):
+            draft.write("part-00001.parquet", b"second")
+        with pytest.raises(StorageError, match="the credentials are not valid there"):
+            draft.publish({})
+    finally:
+        let_in("inf")
+    assert Artifact.find(run.child("examples")) is None
+    again = Draft.open(run, key)
+    assert again.has("part-00000.parquet")
+    assert not again.has("part-00001.parquet")
+
+
+def test_a_full_disk_on_the_way_to_object_storage_is_that_disks(bucket, monkeypatch):
+    def no_space(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("s2l_ray.artifacts.shutil.copyfile", no_space)
+    with pytest.raises(StorageError, match=rf"^{tempfile.gettempdir()} on {socket.gethostname()}: the disk is full"):
+        Storage(f"{bucket}/full").upload(Path(__file__).parent, "folder")
+
+
+def _wrapped_by_ray(error: Exception) -> dict[str, Exception]:
+    from ray.exceptions import RayTaskError
+    from ray.train import WorkerGroupError
+    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+
+    task = RayTaskError("task", "Traceback (most recent call last) ...", error)
+    group = WorkerGroupError("Traceback ...", {1: UserExceptionWithTraceback(error, "Traceback ...")})
+    return {"task": task, "task of its class": task.as_instanceof_cause(), "training": group}
+
+
+@pytest.mark.parametrize("wrapping", ["task", "task of its class", "training"])
+def test_an_error_of_storage_comes_out_of_rays_wrapping(wrapping, monkeypatch, capsys):
+    full = OSError(errno.ENOSPC, "No space left on device", "/scratch/part")
+    assert str(cause_of(_wrapped_by_ray(StorageError("told"))[wrapping])) == "told"
+    where = r"\d+\.\d+\.\d+\.\d+" if wrapping == "task" else "a worker"  # this host is not where it happened
+    assert re.match(f"/scratch/part on {where}: the disk is full", str(cause_of(_wrapped_by_ray(full)[wrapping])))
+    rust = RuntimeError('IoError(Os { code: 28, kind: StorageFull, message: "No space left on device" })')
+    assert re.match("writing on .*: the disk is full", str(cause_of(_wrapped_by_ray(rust)[wrapping])))
+    assert cause_of(_wrapped_by_ray(ValueError("ours"))[wrapping]) is None
+
+    def broken(*_: object) -> None:
+        raise _wrapped_by_ray(full)[wrapping]
+
+    monkeypatch.setattr("s2l_ray.plan.status_text", broken)
+    monkeypatch.setattr(cli, "log_to_console", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["s2l", "status", "run"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    assert re.fullmatch(r"s2l: /scratch/part on .*: the disk is full\..*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("status", "reason", "message"),
+    [
+        (403, "x@y does not have storage.objects.list access.", "access denied"),
+        (401, "Invalid Credentials", "the credentials are not valid there"),
+        (404, "The specified bucket does not exist.", "there is no such bucket"),
+    ],
+)
+def test_google_cloud_storage_is_understood_too(status, reason, message):
+    with store_that_answers(status, reason) as endpoint:
+        there = fs.GcsFileSystem(anonymous=True, scheme="http", endpoint_override=endpoint.removeprefix("http://"))
+        with pytest.raises(OSError, match="google::cloud::Status") as raised, there.open_output_stream("runs/file") as stream:
+            stream.write(b"data")
+    assert f"gs://runs/file: {message}" in str(storage_problem(raised.value, "gs://runs/file"))
+
+
+def test_a_missing_file_on_google_cloud_storage_is_no_problem_of_storage():
+    text = "google::cloud::Status(NOT_FOUND: Permanent error, with a last message of No such object: runs/file)"
+    assert storage_problem(FileNotFoundError(errno.ENOENT, text)) is None

@@ -32,10 +32,10 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from s2l_ray.artifacts import Artifact, Draft, Key, Storage
-from s2l_ray.config import TargetConfig, TrainedTokenizer
+from s2l_ray.config import TargetConfig, TargetWorkerConfig, TrainedTokenizer
 from s2l_ray.training.fine_tuning import data_order, num_steps
 from s2l_ray.training.fit import Workers, fit
-from s2l_ray.training.models import make_model
+from s2l_ray.training.models import make_model, with_adapters
 from s2l_ray.training.proxy import TOKENIZER, train_tokenizer
 from s2l_ray.training.target import TargetJob, train_target
 from s2l_ray.training.token_rows import TokenRows
@@ -372,14 +372,21 @@ def sum_of_losses(model: Any, tokens: TokenRows, row: int) -> tuple[torch.Tensor
     return functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum"), int(is_label.sum())
 
 
-def plain_training(bench: Bench) -> tuple[list[float], Any]:
+def plain_training(bench: Bench, config: TargetConfig = ZERO) -> tuple[list[float], Any]:
     """The same recipe as a loop in plain torch on one process: the losses of the steps, and the model."""
-    ids, tokens, _ = pool_tokens(bench.examples, bench.tokenizer, ZERO.max_tokens, keep=set(bench.ids))
-    order = data_order(ids, ZERO.epochs, ZERO.global_batch_size, ZERO.seed)
-    steps = num_steps(len(ids), ZERO.epochs, ZERO.global_batch_size)
-    model = make_model(ZERO, bench.tokenizer).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=ZERO.learning_rate, weight_decay=ZERO.weight_decay)
-    schedule = get_scheduler(ZERO.lr_schedule, optimizer, round(ZERO.warmup_fraction * steps), steps)
+    ids, tokens, _ = pool_tokens(bench.examples, bench.tokenizer, config.max_tokens, keep=set(bench.ids))
+    order = data_order(ids, config.epochs, config.global_batch_size, config.seed)
+    steps = num_steps(len(ids), config.epochs, config.global_batch_size)
+    model = make_model(config, bench.tokenizer).train()
+    model = model if config.lora is None else with_adapters(model, config)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # Biases and norms are not decayed.
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate)
+    schedule = get_scheduler(config.lr_schedule, optimizer, round(config.warmup_fraction * steps), steps)
     losses = []
     for step in range(steps):
         pairs = [sum_of_losses(model, tokens, int(row)) for row in order.reshape(steps, -1)[step]]
@@ -397,8 +404,9 @@ def plain_training(bench: Bench) -> tuple[list[float], Any]:
 def test_zero_training_on_two_workers_equals_plain_torch_training(bench, ray_session, tmp_path, stage):
     config = ZERO.model_copy(update={"zero_stage": stage})
     storage = Storage(str(tmp_path / "target"))
-    job = TargetJob(config, bench.examples, bench.proxy, storage, {"selected": bench.ids}, 2)
-    result = fit("target", train_target, job, Workers(2, 1, 0.0), Storage(str(tmp_path / "work")))
+    machines = TargetWorkerConfig(device_batch_size=2)
+    job = TargetJob(config, bench.examples, bench.proxy, storage, {"selected": bench.ids}, machines)
+    result = fit("target", train_target, job, Workers(2, 1, 0.0, 2), Storage(str(tmp_path / "work")))
     expected, plain = plain_training(bench)
     steps, losses = zip(*result["training_loss"]["selected"], strict=True)
     assert list(steps) == list(range(1, len(expected) + 1))

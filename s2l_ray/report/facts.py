@@ -625,7 +625,7 @@ def _first_id(examples: Artifact, part: str) -> Any:
 def _open(artifact: Artifact, path: str) -> pq.ParquetFile:
     """A Parquet file of which only a part is read. Raises ArtifactError naming a damaged one."""
     try:
-        return pq.ParquetFile(artifact.root.filesystem.open_input_file(artifact.root.path(path)))
+        return pq.ParquetFile(artifact.root.open(path))
     except (OSError, pa.ArrowInvalid) as error:
         raise ArtifactError(
             f"{artifact.root.uri}/{path}: missing or damaged ({error}). "

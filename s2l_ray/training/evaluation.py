@@ -31,7 +31,7 @@ from s2l_ray.progress import get_log
 from s2l_ray.training.fit import Workers
 from s2l_ray.training.losses import example_losses
 from s2l_ray.training.models import load_model, make_model, positions
-from s2l_ray.training.target import FOLDERS, target_tokenizer
+from s2l_ray.training.target import FOLDERS, RECORD, target_tokenizer
 from s2l_ray.training.token_rows import TokenRows
 from s2l_ray.training.tokens import encode_table, generation_prompt, learnable, row_counts
 from s2l_ray.training.units import Unit, UnitWorker, do_units
@@ -62,7 +62,7 @@ def build_evaluation(config: RunConfig, inputs: Mapping[str, Artifact], draft: D
     workers = Workers.resolve(config.machines.evaluation, one_per_cpu=True)
     models = [
         UNTRAINED,
-        *(name for name, folder in FOLDERS.items() if f"{folder}/config.json" in inputs["target"].manifest["files"]),
+        *(name for name, folder in FOLDERS.items() if f"{folder}/{RECORD}" in inputs["target"].manifest["files"]),
     ]
     parts = [part for part in examples.parts() if read_held_out(examples, part, ["example_id"]).num_rows]
     get_log("evaluation").info("%s on %d held-out examples", ", ".join(models), examples.summary["held_out"])

@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from s2l_ray.config import TrainingConfig
+from s2l_ray.config import TrainingConfig, TrainingWorkerConfig
 from s2l_ray.errors import ConfigError, DataError
 from s2l_ray.training.heads import accepts_logits_to_keep
 from s2l_ray.training.losses import pad
+from s2l_ray.training.models import base_of
 from s2l_ray.training.token_rows import TokenRows
 from s2l_ray.trajectory_store import priorities
 
@@ -115,7 +116,7 @@ def fine_tune(
     phase: Phase,
     model: Any,
     tokenizer: Any,
-    batch_size: int | str,
+    machines: TrainingWorkerConfig,
     events: Any,
     *,
     on_keep: Callable[[int, Any], None] | None = None,
@@ -124,15 +125,16 @@ def fine_tune(
     """Train one model on this worker's share, resuming where the last registered checkpoint of this phase stood.
 
     `on_keep(step, model)` is called on rank 0 at every step of `keep_at`; resume points are kept besides, by the clock.
+    They serve any number of workers: those that ZeRO sharded over another number are converted.
     Returns transformers' Trainer, whose `state.log_history` has the losses.
     """
     import ray.train
     from transformers import PrinterCallback, Trainer
 
-    from s2l_ray.training.recorder import Recorder, resume_point
+    from s2l_ray.training.recorder import UNIVERSAL, Recorder, resume_point
 
     context = ray.train.get_context()
-    plan = BatchPlan.of(phase.config.global_batch_size, context.get_world_size(), batch_size)
+    plan = BatchPlan.of(phase.config.global_batch_size, context.get_world_size(), machines.device_batch_size)
     if context.get_world_rank() == 0:
         events.put(f"{phase.name}: {plan}" if phase.name != "proxy" else str(plan))
 
@@ -144,24 +146,44 @@ def fine_tune(
 
             return SequentialSampler(rows)
 
-        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> Any:
+            if base_of(self.model) is not self.model:  # adapters alone were saved
+                return super()._load_from_checkpoint(resume_from_checkpoint, model)
             # The Trainer's own leaves out, silently, weights that are saved under another name: GPT-NeoX's output layer.
             saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
-            (model or self.model).load_state_dict(saved.state_dict())
+            return (model or self.model).load_state_dict(saved.state_dict())
+
+        def create_optimizer(self, model: Any = None) -> Any:
+            optimizer = super().create_optimizer(model)
+            self._decays = [group["weight_decay"] for group in self.optimizer.param_groups if group["params"]]
+            return optimizer
+
+        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if deepspeed is not None:
+                # From a universal checkpoint of ZeRO 3 DeepSpeed (0.19) gives all groups the first one's settings, so that
+                # norms and biases would be decayed, and one tensor as their count of steps, which each would raise.
+                for group, decay in zip(self.optimizer.param_groups, self._decays, strict=True):
+                    group["weight_decay"] = decay
+                for moments in self.optimizer.optimizer.optimizer.state.values():
+                    moments["step"] = moments["step"].clone()
 
     rows = TrainingRows(phase.tokens, deal(phase.order, phase.tokens.lengths, plan))
     folder = _node_folder(phase)
-    trainer = InOrder(
-        model=model,
-        args=_arguments(phase, plan, folder, deepspeed),
-        train_dataset=rows,
-        processing_class=tokenizer,
-        data_collator=Collator(accepts_logits_to_keep(model)),
-        compute_loss_func=token_mean_loss,
-        callbacks=[Recorder(phase, folder, events, on_keep)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    with resume_point(phase.name, context.get_world_size() if deepspeed else None) as checkpoint:
+    shards = context.get_world_size() if deepspeed is not None else None
+    with resume_point(phase.name, shards, folder, events) as checkpoint:
+        if deepspeed is not None and checkpoint is not None and (Path(checkpoint) / UNIVERSAL).exists():
+            deepspeed = deepspeed | {"checkpoint": {"load_universal": True}}
+        trainer = InOrder(
+            model=model,
+            args=_arguments(phase, plan, folder, deepspeed),
+            train_dataset=rows,
+            processing_class=tokenizer,
+            data_collator=Collator(accepts_logits_to_keep(base_of(model))),
+            compute_loss_func=token_mean_loss,
+            callbacks=[Recorder(phase, folder, events, on_keep, machines.checkpoint_every_minutes)],
+        )
+        trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=checkpoint)
     shutil.rmtree(folder, ignore_errors=True)  # each node's own; all its workers are past the last step
     return trainer
@@ -185,6 +207,7 @@ def _arguments(phase: Phase, plan: BatchPlan, folder: Path, deepspeed: dict[str,
     config = phase.config
     on_gpu = ray.train.torch.get_device().type == "cuda"
     steps = len(phase.order) // config.global_batch_size
+    is_offloaded = deepspeed is not None and "offload_optimizer" in deepspeed["zero_optimization"]
     if deepspeed is not None:
         deepspeed = deepspeed | {
             "train_batch_size": config.global_batch_size,
@@ -192,7 +215,9 @@ def _arguments(phase: Phase, plan: BatchPlan, folder: Path, deepspeed: dict[str,
             "gradient_accumulation_steps": plan.accumulate,
             "gradient_clipping": 1.0,
             "bf16": {"enabled": config.precision == "bfloat16"},
+            # torch's AdamW under DeepSpeed too, offloaded or not: its own need a compiler on the machine.
             "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
         }
     return TrainingArguments(
         output_dir=str(folder),
@@ -203,8 +228,8 @@ def _arguments(phase: Phase, plan: BatchPlan, folder: Path, deepspeed: dict[str,
         weight_decay=config.weight_decay,
         lr_scheduler_type=config.lr_schedule,
         warmup_steps=round(config.warmup_fraction * steps),
-        # torch's AdamW under DeepSpeed too: its own need a compiler on the machine.
-        optim="adamw_torch",
+        # One pass over the CPU's memory instead of one for every operation.
+        optim="adamw_torch_fused" if is_offloaded else "adamw_torch",
         bf16=config.precision == "bfloat16",
         gradient_checkpointing=config.gradient_checkpointing,
         use_cpu=not on_gpu,

@@ -14,12 +14,16 @@ from typing import Any
 
 from s2l_ray.artifacts import Storage
 from s2l_ray.config import WorkerConfig
-from s2l_ray.errors import S2LError
+from s2l_ray.errors import S2LError, cause_of
 from s2l_ray.progress import get_log, track
+from s2l_ray.session import await_room
 
 Loop = Callable[[Any, Any], dict[str, Any]]
-OUTCOME = "outcome.json"
-MAX_WORKER_FAILURES = 3
+# A group that a lost machine ended starts again as often as need be; one that ends again and again at the same resume point
+# has something else. Ray Train's own limit counts without asking whether there was progress between.
+ATTEMPTS = "attempts.json"
+MAX_ATTEMPTS = 5
+MAX_WORKER_FAILURES = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,40 +31,57 @@ class Workers:
     """Resolved numbers of a `machines` section."""
 
     num_workers: int
+    """The most there may be."""
+
     cpus_per_worker: int
     gpus_per_worker: float
+    min_workers: int
+    """The fewest that are waited for."""
+
+    wait_minutes: float = 15.0
+    divides: int = 0
+    """What a number of workers must divide (a global batch), 0 for anything."""
 
     @classmethod
     def resolve(cls, config: WorkerConfig, *, one_per_cpu: bool, divides: int = 0) -> Workers:
         """Numbers for `auto` from what the connected Ray has: one worker per GPU; without GPUs one per CPU or one for all.
 
-        A number that is not given exactly becomes the largest within reach that divides `divides` (a global batch).
+        Bounds that are given stay what they are, whatever there is now: machines come and go.
         """
         import ray
 
         resources = ray.cluster_resources()
         cpus, gpus = max(1, int(resources.get("CPU", 1))), int(resources.get("GPU", 0))
         gpus_per_worker = (1.0 if gpus else 0.0) if config.gpus_per_worker == "auto" else float(config.gpus_per_worker)
-        if isinstance(config.num_workers, int):
-            num_workers = config.num_workers
+        if config.num_workers == "auto":
+            per_worker = 1 if config.cpus_per_worker == "auto" else config.cpus_per_worker
+            most = int(gpus / gpus_per_worker) if gpus_per_worker else cpus // per_worker if one_per_cpu else 1
+            low = high = next((number for number in range(most, 0, -1) if divides % number == 0), 1)
         else:
-            if gpus_per_worker > 0:
-                most = max(1, int(gpus / gpus_per_worker))
-            else:
-                most = max(1, cpus // (1 if config.cpus_per_worker == "auto" else config.cpus_per_worker)) if one_per_cpu else 1
-            low, high = config.num_workers if isinstance(config.num_workers, list) else (1, most)
-            reach = range(min(max(most, low), high), low - 1, -1)
-            num_workers = next((number for number in reach if divides % number == 0), low)
+            low, high = config.num_workers if isinstance(config.num_workers, list) else [config.num_workers] * 2
         if config.cpus_per_worker != "auto":
             cpus_per_worker = config.cpus_per_worker
         else:
-            cpus_per_worker = 1 if one_per_cpu else max(1, cpus // num_workers)
-        return cls(num_workers, cpus_per_worker, gpus_per_worker)
+            cpus_per_worker = 1 if one_per_cpu else max(1, cpus // high)
+        return cls(high, cpus_per_worker, gpus_per_worker, low, config.wait_minutes, divides)
 
     @property
     def device(self) -> str:
         """Where the workers compute: on a GPU only if they were given one."""
         return "cuda" if self.gpus_per_worker else "cpu"
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """What Ray reserves for one of them."""
+        return {"CPU": self.cpus_per_worker} | ({"GPU": self.gpus_per_worker} if self.gpus_per_worker else {})
+
+    def __str__(self) -> str:
+        number = f"{self.min_workers} to {self.num_workers}" if self.min_workers < self.num_workers else f"{self.num_workers}"
+        return f"{number} workers"
+
+    def await_room(self, stage: str) -> None:
+        """Wait until the connected Ray has room for the fewest of them. Raises ConfigError."""
+        await_room(stage, self.resources, self.min_workers, self.wait_minutes)
 
 
 # --- on the driver -------------------------------------------------------------------------------------------------
@@ -74,21 +95,33 @@ def fit(
     Calling it again with the same `work` directory resumes from the last registered checkpoint. `on_event` is called
     whenever the workers say something. Raises the S2LError that the loop raised, if it did.
     """
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.util.queue import Queue
+    import ray
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchConfig
+    from ray.util.queue import Empty, Queue
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    resources: dict[str, float] = {"CPU": workers.cpus_per_worker}
-    if workers.gpus_per_worker:
-        resources["GPU"] = workers.gpus_per_worker
-    events = Queue(actor_options={"num_cpus": 0})
+    workers.await_room(stage)
+    # What the driver hears lives on its own machine: other nodes come and go.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    events, outcome = (Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here}) for _ in range(2))
     listener = threading.Thread(target=_show_events, args=(stage, events, on_event), daemon=True)
     storage = work.child("ray")
-    trainer = TorchTrainer(
+    is_elastic = workers.min_workers < workers.num_workers
+    trainer = _trainer_class(workers.divides if is_elastic else 0)(
         _guarded,
-        train_loop_config={"loop": loop, "job": job, "work": work, "events": events, "threads": workers.cpus_per_worker},
+        train_loop_config={
+            "loop": loop,
+            "job": job,
+            "work": work,
+            "events": events,
+            "outcome": outcome,
+            "threads": workers.cpus_per_worker,
+        },
         scaling_config=ScalingConfig(
-            num_workers=workers.num_workers, use_gpu=workers.gpus_per_worker > 0, resources_per_worker=resources
+            num_workers=(workers.min_workers, workers.num_workers) if is_elastic else workers.num_workers,
+            use_gpu=workers.gpus_per_worker > 0,
+            resources_per_worker=workers.resources,
         ),
         run_config=RunConfig(
             name="fit",
@@ -98,26 +131,49 @@ def fit(
         ),
         torch_config=TorchConfig(backend="nccl" if workers.gpus_per_worker else "gloo"),
     )
-    work.delete(OUTCOME)
+    work.delete(ATTEMPTS)
     listener.start()
     # Ray Train takes SIGINT for itself, keeps it when it is done, and leaves by SystemExit(0) as if all were well.
     handler = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit()
+        told = outcome.get(block=False)
     except SystemExit:
         raise KeyboardInterrupt from None
+    except TrainingFailedError as error:
+        raise cause_of(error) or error from None
+    except Empty:
+        raise RuntimeError(f"{stage}: the workers ended without an outcome") from None
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, handler)
         events.put(None)
         listener.join()
         events.shutdown()
-    outcome = work.read_json(OUTCOME)
-    assert outcome is not None, "the first worker left no outcome"
-    if "error" in outcome:
-        kinds = {kind.__name__: kind for kind in S2LError.__subclasses__()}
-        raise kinds.get(outcome["error"], S2LError)(outcome["message"])
-    return dict(outcome["result"])
+        outcome.shutdown()
+    if isinstance(told, S2LError):
+        raise told
+    return dict(told)
+
+
+def _trainer_class(divides: int) -> Any:
+    """Ray Train's trainer; for a group that grows and shrinks, one that takes only sizes that divide `divides`."""
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
+
+    if not divides:
+        return TorchTrainer
+
+    class Dividing(ElasticScalingPolicy):  # type: ignore[misc]
+        def _count_possible_workers(self, *args: Any, **options: Any) -> int:
+            possible = super()._count_possible_workers(*args, **options)
+            return next((number for number in range(possible, 0, -1) if divides % number == 0), 0)
+
+    class ElasticTrainer(TorchTrainer):  # type: ignore[misc]
+        def _initialize_and_run_controller(self, **parts: Any) -> Any:
+            return super()._initialize_and_run_controller(**parts | {"scaling_policy": Dividing(self.scaling_config)})
+
+    return ElasticTrainer
 
 
 def _show_events(stage: str, events: Any, on_event: Callable[[], None]) -> None:
@@ -147,18 +203,39 @@ def _guarded(train_loop_config: dict[str, Any]) -> None:
     quiet_libraries()
     keep_freed_memory()
     torch.set_num_threads(train_loop_config["threads"])
-    work, context = train_loop_config["work"], ray.train.get_context()
-    if work.exists(OUTCOME):  # a worker met the user's mistake and took the group down
+    context, outcome = ray.train.get_context(), train_loop_config["outcome"]
+    if not outcome.empty():  # a worker met the user's mistake and took the group down
         return
+    is_first = context.get_world_rank() == 0
     try:
+        if is_first:
+            _count_attempt(train_loop_config["work"], context.get_world_size())
         result = train_loop_config["loop"](train_loop_config["job"], train_loop_config["events"])
-    except S2LError as error:
-        work.write_json(OUTCOME, {"error": type(error).__name__, "message": str(error)})
+    except Exception as error:
+        if (mistake := cause_of(error)) is None:
+            raise
+        outcome.put(mistake)
         if context.get_world_size() > 1:
             raise  # the others may be waiting for this worker
         return
-    if context.get_world_rank() == 0:
-        work.write_json(OUTCOME, {"result": result})
+    if is_first:
+        outcome.put(result)
+
+
+def _count_attempt(work: Storage, world_size: int) -> None:
+    """Raise S2LError where a group of this size has begun at this resume point too often."""
+    import ray.train
+
+    checkpoint = ray.train.get_checkpoint()
+    begins_at = {"from": str(checkpoint.path) if checkpoint else "the beginning", "workers": world_size}
+    told = work.read_json(ATTEMPTS) or {}
+    number = told.get("number", 0) + 1 if told.items() >= begins_at.items() else 1
+    if number > MAX_ATTEMPTS:
+        raise S2LError(
+            f"the training was ended {MAX_ATTEMPTS} times before it got to a new resume point (from {begins_at['from']}). "
+            "Where machines are lost that often, lower checkpoint_every_minutes; RAY_LOG_TO_DRIVER=1 shows what workers say."
+        )
+    work.write_json(ATTEMPTS, begins_at | {"number": number})
 
 
 def quiet_libraries() -> None:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from s2l_ray.artifacts import Artifact, Draft, FileRecord, Storage
-from s2l_ray.config import ProxyConfig, RunConfig, TrainedTokenizer
+from s2l_ray.config import ProxyConfig, RunConfig, TrainedTokenizer, TrainingWorkerConfig
 from s2l_ray.errors import ArtifactError, ConfigError, DataError, S2LError, cause_of
 from s2l_ray.examples import read_pool
 from s2l_ray.progress import get_log
@@ -58,7 +58,7 @@ class ProxyJob:
     examples: Artifact
     storage: Storage
     scratch: Storage
-    batch_size: int | str
+    machines: TrainingWorkerConfig
 
     def token_parts(self) -> TokenParts:
         """The pool's tokens, once the tokenizer is in the proxy's directory."""
@@ -76,8 +76,7 @@ class Beside(Protocol):
 def build_proxy(config: RunConfig, inputs: Mapping[str, Artifact], draft: Draft, beside: Beside) -> Artifact:
     """Train the proxy (or take the checkpoints that the config names) and publish its checkpoints."""
     workers = Workers.resolve(config.machines.proxy, one_per_cpu=False, divides=config.proxy.global_batch_size)
-    batch_size = config.machines.proxy.device_batch_size
-    job = ProxyJob(config.proxy, inputs["examples"], draft.storage, draft.shared, batch_size)
+    job = ProxyJob(config.proxy, inputs["examples"], draft.storage, draft.shared, config.machines.proxy)
     if config.proxy.checkpoints:
         result = _run_once(take_checkpoints, job, workers)
     else:
@@ -169,7 +168,7 @@ def train_proxy(job: ProxyJob, events: Any) -> dict[str, Any]:
 
     order = data_order(ids, config.epochs, config.global_batch_size, config.seed)
     phase = Phase("proxy", config, order, tokens, kept, steps)
-    trainer = fine_tune(phase, model, tokenizer, job.batch_size, events, on_keep=keep)
+    trainer = fine_tune(phase, model, tokenizer, job.machines, events, on_keep=keep)
     return {
         "rows": len(ids),
         **row_counts(changed),

@@ -1,14 +1,18 @@
 """The Trainer's callback: keeps the recipe's checkpoints and resume points, and tells the driver how far the training is.
 
 A kept checkpoint is a result and stands at the steps of the recipe. A resume point (weights, optimizer, random state) is
-kept by the clock, registered with Ray Train, and never read as a result.
+kept by the clock, registered with Ray Train, and never read as a result. It serves any number of workers: what ZeRO sharded
+over another number becomes a universal checkpoint of DeepSpeed's first, with every parameter's states in one piece.
 """
 
 from __future__ import annotations
 
+import argparse
+import io
+import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +20,6 @@ import numpy as np
 import ray.train
 import torch.distributed
 from transformers import TrainerCallback
-
-from s2l_ray.progress import get_log
 
 if TYPE_CHECKING:
     from s2l_ray.training.fine_tuning import Phase
@@ -27,22 +29,41 @@ PHASE = "phase.txt"
 # A resume point may be kept where so large a share of the steps is done, if the last one is older than this.
 RESUME_FRACTION = 1 / 50
 RESUME_SECONDS = 30.0
+# DeepSpeed's file in a folder with a universal checkpoint.
+UNIVERSAL = "latest_universal"
+# What its converter raises at states that it does not know.
+UNKNOWN = (AssertionError, AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
 class Recorder(TrainerCallback):  # type: ignore[misc]
     """Callback of one phase; `folder` is where the Trainer writes its own checkpoints on this node."""
 
-    def __init__(self, phase: Phase, folder: Path, events: Any, on_keep: Callable[[int, Any], None] | None) -> None:
+    def __init__(
+        self,
+        phase: Phase,
+        folder: Path,
+        events: Any,
+        on_keep: Callable[[int, Any], None] | None,
+        every_minutes: float | str = "auto",
+    ) -> None:
         self._phase, self._folder, self._events = phase, folder, events
         context = ray.train.get_context()
         self._is_first, self._is_first_of_node = context.get_world_rank() == 0, context.get_local_rank() == 0
         self._on_keep = on_keep if self._is_first else None
         self._told = self._resumable = self._begun = time.monotonic()
-        self._begun_at = 0
+        self._begun_at = self._look_at = 0
+        self._is_auto, self._resume_seconds = every_minutes == "auto", RESUME_SECONDS
+        if not isinstance(every_minutes, str):
+            self._resume_seconds = 60 * every_minutes
         self._tokens_seen = np.concatenate([[0], np.cumsum(phase.tokens.lengths[phase.order])])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:  # noqa: ARG002
         self._begun, self._begun_at = time.monotonic(), state.global_step
+        torch.distributed.barrier()  # all have loaded: the copy of the states need not stay on the disk for the whole training
+        for states in (self._folder / "universal").glob("global_step*") if self._is_first_of_node else ():
+            shutil.rmtree(states)
+        if self._is_first and state.global_step:
+            self._events.put(f"goes on from step {self._phase.steps_before + state.global_step}")
         if self._on_keep and state.global_step == 0 and 0 in self._phase.keep_at:
             self._on_keep(0, model)
 
@@ -50,7 +71,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         step = state.global_step
         if self._on_keep and step in self._phase.keep_at:
             self._on_keep(step, model)
-        control.should_save = step % max(1, round(state.max_steps * RESUME_FRACTION)) == 0 and self._is_due()
+        control.should_save = self._is_due(step, state.max_steps)
         if self._is_first and (time.monotonic() - self._told > 1 or step == state.max_steps):
             self._told = time.monotonic()
             self._events.put((self._phase.steps_before + step, self._phase.fit_steps, self._note(state)))
@@ -66,11 +87,16 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
             checkpoint = ray.train.Checkpoint.from_directory(saved)
         ray.train.report({"step": state.global_step}, checkpoint=checkpoint)
 
-    def _is_due(self) -> bool:
+    def _is_due(self, step: int, steps: int) -> bool:
         """Whether the last resume point is old enough, by the first worker's clock: all must agree."""
-        due = [time.monotonic() - self._resumable > RESUME_SECONDS]
-        torch.distributed.broadcast_object_list(due, src=0)
-        return due[0]
+        if step < self._look_at or (self._is_auto and step % max(1, round(steps * RESUME_FRACTION))):
+            return False
+        now = time.monotonic()
+        left, pace = self._resume_seconds - (now - self._resumable), (now - self._begun) / (step - self._begun_at)
+        wait = [steps_to_wait(left, pace)]
+        torch.distributed.broadcast_object_list(wait, src=0)
+        self._look_at = step + max(1, wait[0])
+        return wait[0] == 0
 
     def _note(self, state: Any) -> str:
         """The last loss, and this attempt's tokens per second."""
@@ -80,19 +106,66 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         return (f"loss {losses[-1]:.4f}  " if losses else "") + f"{rate / 1000:.1f}k tok/s"
 
 
+def steps_to_wait(seconds_left: float, seconds_per_step: float) -> int:
+    """Steps until all workers ask the first one's clock again, 0 if a resume point is due.
+
+    Half of the steps that fit into the time: a handful of messages between two resume points, not one a step, and late by
+    one step only where the steps keep their pace.
+    """
+    return 0 if seconds_left <= 0 else max(1, int(seconds_left / seconds_per_step / 2))
+
+
 @contextmanager
-def resume_point(phase: str, shards: int | None) -> Iterator[str | None]:
+def resume_point(phase: str, shards: int | None, folder: Path, events: Any) -> Iterator[str | None]:
     """The folder of the last registered checkpoint of this phase, None to start from the beginning.
 
-    Optimizer states that ZeRO sharded over another number of workers (`shards`) cannot be loaded: the phase starts again.
+    Where ZeRO shards the optimizer over `shards` workers and the checkpoint has another number, a folder below `folder` (which
+    the workers of a node share) with a universal checkpoint of it. All workers come here.
     """
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         yield None
         return
-    with checkpoint.as_directory() as folder:
-        name, _, workers = (Path(folder) / PHASE).read_text().partition(" ")
-        fits = shards is None or int(workers) == shards
-        if name == phase and not fits:
-            get_log("target").warning("%s starts again: its resume point is of %s workers, now %d", phase, workers, shards)
-        yield folder if name == phase and fits else None
+    with checkpoint.as_directory() as saved:
+        name, _, workers = (Path(saved) / PHASE).read_text().partition(" ")
+        if name != phase:
+            yield None
+        elif shards is None or int(workers) == shards:
+            yield saved
+        else:
+            context = ray.train.get_context()
+            problem = _convert(Path(saved), folder / "universal") if context.get_local_rank() == 0 else None
+            problems: list[str | None] = [None] * context.get_world_size()
+            torch.distributed.all_gather_object(problems, problem)  # all nodes have theirs, or all do without
+            problem = next(filter(None, problems), None)
+            if context.get_world_rank() == 0:
+                said = f"its resume point is of {workers} workers, now {shards}"
+                events.put(f"{phase}: {said}" if problem is None else f"{phase} starts again: {said}, and {problem}")
+            yield None if problem else str(folder / "universal")
+
+
+def _convert(saved: Path, universal: Path) -> str | None:
+    """Make a universal checkpoint of a resume point with ZeRO's shards; what is wrong where DeepSpeed cannot.
+
+    The files are pickles, and our own: this training wrote them.
+    """
+    from deepspeed.checkpoint.ds_to_universal import main
+
+    tag = (saved / "latest").read_text().strip()
+    universal.mkdir()
+    for path in saved.iterdir():
+        if path.name != tag:
+            (universal / path.name).symlink_to(path.absolute())
+    options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            # Without tensor parallelism the resume point says nothing of its layout, and need not.
+            main(
+                argparse.Namespace(
+                    input_folder=str(saved / tag), output_folder=str(universal / tag), inject_missing_state=True, **options
+                )
+            )
+    except UNKNOWN as error:
+        return f"DeepSpeed cannot convert it ({type(error).__name__}: {str(error)[:200]})"
+    (universal / UNIVERSAL).write_text(tag)
+    return None

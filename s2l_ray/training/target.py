@@ -17,13 +17,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from s2l_ray.artifacts import Artifact, Draft, FileRecord, Storage
-from s2l_ray.config import RunConfig, TargetConfig
+from s2l_ray.config import RunConfig, TargetConfig, TargetWorkerConfig
 from s2l_ray.errors import DataError, cause_of
 from s2l_ray.examples import quiet_ray_data, read_pool
 from s2l_ray.progress import get_log
 from s2l_ray.training.fine_tuning import Phase, check_steps, data_order, fine_tune, num_steps, training_loss
 from s2l_ray.training.fit import Workers, fit
-from s2l_ray.training.models import check_positions, make_model
+from s2l_ray.training.models import check_positions, make_model, merged, need_peft, save_model, with_adapters
 from s2l_ray.training.proxy import TOKENIZER
 from s2l_ray.training.tokens import encode_table, load_tokenizer, pool_tokens, row_counts
 
@@ -43,12 +43,14 @@ class TargetJob:
     subsets: dict[str, list[str]]
     """Subset -> the ids in it."""
 
-    batch_size: int | str
+    machines: TargetWorkerConfig
 
 
 def build_target(config: RunConfig, inputs: Mapping[str, Artifact], draft: Draft) -> Artifact:
     """Fine-tune the target on the subset (and on the random control) and publish Hugging Face folders."""
     target, machines = config.target, config.machines.target
+    if target.lora is not None:
+        need_peft("target.lora")  # said here, too: before there are workers
     workers = Workers.resolve(machines, one_per_cpu=False, divides=target.global_batch_size)
     files = {"selected": "selected.parquet"} | ({"random": "random.parquet"} if config.evaluation.random_control else {})
     subsets = {name: selected_ids(inputs["selection"], file) for name, file in files.items()}
@@ -58,14 +60,15 @@ def build_target(config: RunConfig, inputs: Mapping[str, Artifact], draft: Draft
             f"the subset has {smallest:,} examples, fewer than one batch of {target.global_batch_size} "
             "(target.global_batch_size). Raise selection.budget or use a smaller batch."
         )
-    job = TargetJob(target, inputs["examples"], inputs["proxy"], draft.storage, subsets, machines.device_batch_size)
-    get_log("target").info("DeepSpeed ZeRO %d; its first use on a machine compiles for about half a minute", target.zero_stage)
+    job = TargetJob(target, inputs["examples"], inputs["proxy"], draft.storage, subsets, machines)
+    if target.zero_stage:
+        get_log("target").info("DeepSpeed ZeRO %d; its first use on a machine compiles for half a minute", target.zero_stage)
     result = fit("target", train_target, job, workers, draft.work)
     for name in subsets:
         record = draft.storage.read_json(f"{FOLDERS[name]}/{RECORD}")
         draft.add(*(FileRecord(**file) for file in record["files"]))
         draft.has(f"{FOLDERS[name]}/{RECORD}")
-    return draft.publish(result, asdict(workers))
+    return draft.publish(result, asdict(workers) | machines.model_dump(include={"device_batch_size", "offload"}))
 
 
 def selected_ids(selection: Artifact, file: str) -> list[str]:
@@ -115,11 +118,18 @@ def train_target(job: TargetJob, events: Any) -> dict[str, Any]:
             phase = Phase(name, config, order, tokens, (), steps * len(rows), before)
             model = make_model(config, tokenizer)
             check_positions(model, config.max_tokens, "target")
-            num_parameters = int(model.num_parameters())  # ZeRO 3 leaves a worker with its share
+            # Counted here: ZeRO 3 leaves a worker with its share.
+            facts = {"num_parameters": int(model.num_parameters())}
+            if config.lora is not None:
+                model = with_adapters(model, config)
+            facts["num_trained_parameters"] = int(model.num_parameters(only_trainable=True))
             if is_first and not before:
-                events.put(f"{num_parameters:,} parameters, {len(ids):,} examples, {steps:,} steps per model")
-            trainer = fine_tune(phase, model, tokenizer, job.batch_size, events, deepspeed=zero(config.zero_stage))
-            save_target(trainer, job.storage, name, {"num_parameters": num_parameters})
+                trained = f" ({facts['num_trained_parameters']:,} trained)" if config.lora is not None else ""
+                parameters = f"{facts['num_parameters']:,} parameters{trained}"
+                events.put(f"{parameters}, {len(ids):,} examples, {steps:,} steps per model")
+            deepspeed = zero(config.zero_stage, job.machines.offload) if config.zero_stage else None
+            trainer = fine_tune(phase, model, tokenizer, job.machines, events, deepspeed=deepspeed)
+            save_target(trainer, tokenizer, job, name, facts)
             reset_accelerate(trainer)
             del trainer, model
         before += steps
@@ -129,6 +139,7 @@ def train_target(job: TargetJob, events: Any) -> dict[str, Any]:
         **row_counts(rows["selected"][2]),
         "total_steps": steps,
         "num_parameters": next((record["num_parameters"] for record in done.values()), 0),
+        "num_trained_parameters": next((record["num_trained_parameters"] for record in done.values()), 0),
         "training_loss": {name: record["training_loss"] for name, record in done.items()},
         "tokens": {name: int(tokens.lengths.sum()) for name, (_, tokens, _) in rows.items()},
     }
@@ -143,27 +154,49 @@ def target_tokenizer(config: TargetConfig, proxy: Artifact) -> Any:
     return load_tokenizer(proxy.folder(TOKENIZER))
 
 
-def zero(stage: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for a ZeRO stage; what the recipe decides is added by the fit."""
+def zero(stage: int, offload: str) -> dict[str, Any]:
+    """DeepSpeed's configuration for a ZeRO stage, with what is kept in the machine's memory; what the recipe decides is
+    added by the fit."""
+    import ray.train.torch
+
     sharding: dict[str, Any] = {"stage": stage, "overlap_comm": False, "contiguous_gradients": True}
     if stage == 3:
         sharding["stage3_gather_16bit_weights_on_model_save"] = True
+    in_memory = {"device": "cpu", "pin_memory": ray.train.torch.get_device().type == "cuda"}
+    if offload != "none":
+        sharding["offload_optimizer"] = in_memory
+    if offload == "parameters":
+        sharding["offload_param"] = in_memory
     return {"zero_optimization": sharding}
 
 
-def save_target(trainer: Any, storage: Storage, name: str, facts: dict[str, Any]) -> None:
-    """Write the consolidated model as a Hugging Face folder; all workers take part, the first one writes."""
-    import ray.train
+def save_target(trainer: Any, tokenizer: Any, job: TargetJob, name: str, facts: dict[str, Any]) -> None:
+    """Write the trained model as a Hugging Face folder, or its adapters alone where the recipe asks for that.
 
-    with tempfile.TemporaryDirectory() as folder:
+    All workers take part (ZeRO 3 has spread the weights over them), the first one writes.
+    """
+    import ray.train
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    lora, storage = job.config.lora, job.storage
+    with tempfile.TemporaryDirectory() as trained, tempfile.TemporaryDirectory() as whole:
         trainer.model.config.use_cache = True  # the Trainer turns it off for training; the saved model generates
-        trainer.save_model(folder)
-        if ray.train.get_context().get_world_rank() == 0:
-            # The Trainer pickles its arguments beside the model; nobody needs them, and pickles are not shipped.
-            (Path(folder) / "training_args.bin").unlink(missing_ok=True)
-            records = storage.upload(folder, FOLDERS[name])
-            value = facts | {"training_loss": training_loss(trainer), "files": [asdict(record) for record in records]}
-            storage.write_json(f"{FOLDERS[name]}/{RECORD}", value)
+        trainer.save_model(trained)  # of a peft model the adapters, which are all that has changed
+        # As long as transformers knows of ZeRO 3 it makes every model in shards, those below and of the next phase too.
+        unset_hf_deepspeed_config()
+        if ray.train.get_context().get_world_rank() != 0:
+            return
+        # The Trainer pickles its arguments beside the model; nobody needs them, and pickles are not shipped.
+        (Path(trained) / "training_args.bin").unlink(missing_ok=True)
+        folder = trained
+        if lora is not None and lora.save == "merged":
+            folder = whole
+            # Added in float32, to the base as it was read: bfloat16 weights would round much of an adapter away.
+            model = merged(make_model(job.config, tokenizer), Path(trained))
+            save_model(model.to(trainer.model.dtype), tokenizer, Path(whole))
+        records = storage.upload(folder, FOLDERS[name])
+    value = facts | {"training_loss": training_loss(trainer), "files": [asdict(record) for record in records]}
+    storage.write_json(f"{FOLDERS[name]}/{RECORD}", value)
 
 
 def reset_accelerate(trainer: Any) -> None:

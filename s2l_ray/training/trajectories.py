@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -94,8 +94,8 @@ def build_trajectories(config: RunConfig, inputs: Mapping[str, Artifact], draft:
     workers = Workers.resolve(config.machines.trajectories, one_per_cpu=True)
     steps: list[int] = proxy.summary["steps"]
     get_log("trajectories").info(
-        "%d checkpoints x %s examples, %d workers, %s",
-        *(len(steps), f"{examples.summary['pool']:,}", workers.num_workers, config.trajectories.precision),
+        "%d checkpoints x %s examples, %s, %s",
+        *(len(steps), f"{examples.summary['pool']:,}", workers, config.trajectories.precision),
     )
     for step in steps:  # the workers check the files that it lists
         proxy.read_bytes(f"{step_folder(step)}/{CHECKPOINT}")
@@ -220,7 +220,7 @@ def spare_workers(workers: Workers) -> Workers | None:
         return min(cpus, int(free.get("GPU", 0) // workers.gpus_per_worker)) if workers.gpus_per_worker else cpus
 
     number = min(workers.num_workers, sum(map(room, available_resources_per_node().values())))
-    return Workers(number, workers.cpus_per_worker, workers.gpus_per_worker) if number else None
+    return replace(workers, num_workers=number, min_workers=number) if number else None
 
 
 # --- on a worker ---------------------------------------------------------------------------------------------------

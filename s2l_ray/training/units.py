@@ -115,8 +115,10 @@ class UnitWorker(ABC):
             models = self._loaded(str(batch["models"][0]).split())
             for model, data in self.work_on(str(batch["part"][0]), models):
                 self._work.write(Unit(model, str(batch["part"][0])).path, data)
-        except errors.S2LError as met:
-            error = met
+        except Exception as met:
+            error = errors.cause_of(met)
+            if error is None:
+                raise
         told = {"error": type(error).__name__ if error else "", "message": str(error or ""), "units": int(batch["units"][0])}
         return {name: [value] for name, value in (told | vars(self.effort)).items()}
 
@@ -156,12 +158,16 @@ def do_units(
             progress.at(len(units) - to_do)
         if not missing:
             return effort
+        if show:
+            workers.await_room(stage)
         items = [{"part": task.part, "models": " ".join(task.models), "units": len(task.models)} for task in missing]
         done = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             worker,
             fn_constructor_args=(job, work, workers, together),
             batch_size=1,
-            compute=ActorPoolStrategy(size=min(workers.num_workers, len(missing))),
+            compute=ActorPoolStrategy(
+                min_size=min(workers.min_workers, len(missing)), max_size=min(workers.num_workers, len(missing))
+            ),
             num_cpus=workers.cpus_per_worker,
             num_gpus=workers.gpus_per_worker or None,
         )
