@@ -79,7 +79,7 @@ class Disturbed:
         self.log = folder / f"{run_dir.rpartition('/')[2]}.log"
         self.kills: list[Row] = []
         self.failures: list[str] = []
-        self.submitted = 0
+        self.submitted, self.lost = 0, 0.0
 
     def submit(self) -> subprocess.Popen[Any]:
         self.submitted += 1
@@ -101,6 +101,7 @@ class Disturbed:
         for kind in self.rng.permutation(kinds):
             before, step = self.progress(), self.resume_step()
             if kind == "node":
+                self.lost = time.monotonic()
                 self.nodes.remove(self.nodes.workers[int(self.rng.integers(len(self.nodes.workers)))])
             elif kind == "connections":
                 if not self.store.relay.break_all():
@@ -126,7 +127,7 @@ class Disturbed:
             if code is not None:
                 self.failures.append(self.last_line())
                 job = self.submit()
-            if len(self.nodes.workers) < 2:
+            if len(self.nodes.workers) < 2 and time.monotonic() - self.lost > 5:
                 self.nodes.add()
             if pending is not None:
                 if self.progress() - pending.pop("new", set()) - pending["before"]:

@@ -25,6 +25,7 @@ import psutil
 
 BIN = Path(sys.executable).parent
 START_SECONDS = 60.0
+JOINED = b"Ray runtime started."
 
 
 def free_port() -> int:
@@ -188,9 +189,12 @@ class LocalNodes:
             return subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
 
     def add(self, num_cpus: int = 1) -> subprocess.Popen[Any]:
-        """Start a worker node."""
+        """Start a worker node, and return when it has joined."""
+        log = self._folder / "nodes.log"
+        joined = log.read_bytes().count(JOINED)
         node = self._start([f"--address={self.address}", f"--num-cpus={num_cpus}"])
         self.workers.append(node)
+        wait_for("a worker node", lambda: log.read_bytes().count(JOINED) > joined or node.poll() is not None, 150)
         return node
 
     def remove(self, node: subprocess.Popen[Any]) -> None:

@@ -44,7 +44,9 @@ def connect_ray() -> None:
         defaults |= {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    # torch before Ray is connected: loaded after it in a submitted job, its MKL often ends the process (torch 2.13, Ray 2.60).
     import ray
+    import torch  # noqa: F401
 
     if ray.is_initialized():
         return

@@ -129,7 +129,7 @@ def fine_tune(
     Returns transformers' Trainer, whose `state.log_history` has the losses.
     """
     import ray.train
-    from transformers import PrinterCallback, Trainer
+    from transformers import PrinterCallback
 
     from s2l_ray.training.recorder import UNIVERSAL, Recorder, resume_point
 
@@ -138,13 +138,37 @@ def fine_tune(
     if context.get_world_rank() == 0:
         events.put(f"{phase.name}: {plan}" if phase.name != "proxy" else str(plan))
 
+    rows = TrainingRows(phase.tokens, deal(phase.order, phase.tokens.lengths, plan))
+    folder = _node_folder(phase)
+    shards = context.get_world_size() if deepspeed is not None else None
+    with resume_point(phase.name, shards, folder, events) as checkpoint:
+        if deepspeed is not None and checkpoint is not None and (Path(checkpoint) / UNIVERSAL).exists():
+            deepspeed = deepspeed | {"checkpoint": {"load_universal": True}}
+        trainer = _trainer_class()(
+            model=model,
+            args=_arguments(phase, plan, folder, deepspeed),
+            train_dataset=rows,
+            processing_class=tokenizer,
+            data_collator=Collator(accepts_logits_to_keep(base_of(model))),
+            compute_loss_func=token_mean_loss,
+            callbacks=[Recorder(phase, folder, events, on_keep, machines.checkpoint_every_minutes)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=checkpoint)
+    shutil.rmtree(folder, ignore_errors=True)  # each node's own; all its workers are past the last step
+    return trainer
+
+
+def _trainer_class() -> Any:
+    from transformers import Trainer
+
     class InOrder(Trainer):  # type: ignore[misc]
-        """The Trainer, reading the rows in the order given."""
+        """The Trainer, reading the rows in the order given and resuming with everything as it was."""
 
         def _get_train_sampler(self, _dataset: Any = None) -> Any:
             from torch.utils.data import SequentialSampler
 
-            return SequentialSampler(rows)
+            return SequentialSampler(self.train_dataset)
 
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> Any:
             if base_of(self.model) is not self.model:  # adapters alone were saved
@@ -160,7 +184,7 @@ def fine_tune(
 
         def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
             super()._load_optimizer_and_scheduler(checkpoint)
-            if deepspeed is not None:
+            if self.is_deepspeed_enabled:
                 # From a universal checkpoint of ZeRO 3 DeepSpeed (0.19) gives all groups the first one's settings, so that
                 # norms and biases would be decayed, and one tensor as their count of steps, which each would raise.
                 for group, decay in zip(self.optimizer.param_groups, self._decays, strict=True):
@@ -168,25 +192,7 @@ def fine_tune(
                 for moments in self.optimizer.optimizer.optimizer.state.values():
                     moments["step"] = moments["step"].clone()
 
-    rows = TrainingRows(phase.tokens, deal(phase.order, phase.tokens.lengths, plan))
-    folder = _node_folder(phase)
-    shards = context.get_world_size() if deepspeed is not None else None
-    with resume_point(phase.name, shards, folder, events) as checkpoint:
-        if deepspeed is not None and checkpoint is not None and (Path(checkpoint) / UNIVERSAL).exists():
-            deepspeed = deepspeed | {"checkpoint": {"load_universal": True}}
-        trainer = InOrder(
-            model=model,
-            args=_arguments(phase, plan, folder, deepspeed),
-            train_dataset=rows,
-            processing_class=tokenizer,
-            data_collator=Collator(accepts_logits_to_keep(base_of(model))),
-            compute_loss_func=token_mean_loss,
-            callbacks=[Recorder(phase, folder, events, on_keep, machines.checkpoint_every_minutes)],
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=checkpoint)
-    shutil.rmtree(folder, ignore_errors=True)  # each node's own; all its workers are past the last step
-    return trainer
+    return InOrder
 
 
 def _node_folder(phase: Phase) -> Path:

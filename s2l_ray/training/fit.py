@@ -24,6 +24,8 @@ Loop = Callable[[Any, Any], dict[str, Any]]
 ATTEMPTS = "attempts.json"
 MAX_ATTEMPTS = 5
 MAX_WORKER_FAILURES = 1000
+# How long a group's claim on machines outlives its driver.
+CLAIM_SECONDS = 45
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,12 +161,18 @@ def fit(
 def _trainer_class(divides: int) -> Any:
     """Ray Train's trainer; for a group that grows and shrinks, one that takes only sizes that divide `divides`."""
     from ray.train.torch import TorchTrainer
-    from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
+    from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, autoscaling_coordinator_client
 
     if not divides:
         return TorchTrainer
 
     class Dividing(ElasticScalingPolicy):  # type: ignore[misc]
+        def _maybe_send_resource_request(self) -> None:
+            # A driver that dies leaves its claim on the machines behind, and the next one waits for that to expire: three
+            # minutes, unless it is renewed more often than that needs (every 20 s).
+            autoscaling_coordinator_client.AUTOSCALING_REQUESTS_EXPIRE_TIME_S = CLAIM_SECONDS
+            super()._maybe_send_resource_request()
+
         def _count_possible_workers(self, *args: Any, **options: Any) -> int:
             possible = super()._count_possible_workers(*args, **options)
             return next((number for number in range(possible, 0, -1) if divides % number == 0), 0)
