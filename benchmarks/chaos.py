@@ -96,6 +96,11 @@ class Disturbed:
         snapshot = Storage(self.run_dir).read_json(".work/proxy/ray/fit/checkpoint_manager_snapshot.json")
         return max(map(int, re.findall(r'"step": (\d+)', json.dumps(snapshot))), default=0)
 
+    def went_on_from(self, since: int) -> int | None:
+        """The step that the training went on from, as its log says after the first `since` characters; None if it did not."""
+        steps = re.findall(r"proxy +goes on from step (\d+)", self.log.read_text("utf-8", "replace")[since:])
+        return int(steps[0]) if steps else None
+
     def kill_something(self, kinds: tuple[str, ...]) -> Row | None:
         """Kill one thing of a random kind among those that are there now."""
         for kind in self.rng.permutation(kinds):
@@ -111,7 +116,8 @@ class Disturbed:
                 if not found:
                     continue
                 found[int(self.rng.integers(len(found)))].kill()
-            return {"kind": str(kind), "at": time.monotonic(), "before": before, "resume_step": step}
+            length = len(self.log.read_text("utf-8", "replace"))
+            return {"kind": str(kind), "at": time.monotonic(), "before": before, "resume_step": step, "log_length": length}
         return None
 
     def run(self, kills: int, every: float) -> None:
@@ -130,7 +136,8 @@ class Disturbed:
             if len(self.nodes.workers) < 2 and time.monotonic() - self.lost > 5:
                 self.nodes.add()
             if pending is not None:
-                if self.progress() - pending.pop("new", set()) - pending["before"]:
+                pending["went_on_from"] = self.went_on_from(pending["log_length"])
+                if self.progress() - pending["before"]:
                     pending["recovered_after"] = time.monotonic() - pending["at"]
                     self.kills.append(pending)
                     pending, begun, wait = None, time.monotonic(), self.rng.exponential(every)
@@ -139,7 +146,7 @@ class Disturbed:
                 if pending is not None:
                     print(f"  killed: {pending['kind']}", flush=True)
         if pending is not None:
-            self.kills.append(pending | {"recovered_after": time.monotonic() - pending["at"]})
+            self.kills.append({"went_on_from": None} | pending | {"recovered_after": time.monotonic() - pending["at"]})
 
     def last_line(self) -> str:
         """What the job said last, for a failure."""
@@ -181,11 +188,11 @@ def check(nodes: LocalNodes, folder: Path, run_dir: str) -> Row:
 
 
 @contextmanager
-def three_nodes(folder: Path) -> Iterator[tuple[LocalNodes, S3Server]]:
-    """A head and two workers over an S3 server; this process sees the same storage."""
+def three_nodes(folder: Path, secret: str = "test") -> Iterator[tuple[LocalNodes, S3Server]]:  # noqa: S107
+    """A head and two workers over an S3 server with that secret key; this process sees the same storage."""
     (folder / "job").mkdir(parents=True, exist_ok=True)
     (folder / "job" / "chaos.yaml").write_text(CONFIG, "utf-8")
-    with S3Server() as store, LocalNodes(store.environment, folder) as nodes:
+    with S3Server(secret) as store, LocalNodes(store.environment, folder) as nodes:
         os.environ.update(store.environment)
         for _ in range(2):
             nodes.add()
@@ -201,8 +208,14 @@ def disturb(nodes: LocalNodes, store: S3Server, folder: Path, name: str, kills: 
     log = run.log.read_text("utf-8", "replace")
     resumed = [int(step) for step in re.findall(r"goes on from step (\d+)", log)]
     facts = {"seconds": seconds, "submitted": run.submitted, "failures": run.failures, "resumed_from_steps": resumed}
-    told = [{name: value for name, value in kill.items() if name not in ("before", "at")} for kill in run.kills]
+    told = [{name: value for name, value in kill.items() if name not in ("before", "at", "log_length")} for kill in run.kills]
     return facts | {"kills": told} | check(nodes, folder, run.run_dir)
+
+
+def status(run_dir: str) -> str:
+    """What `s2l status` says of a run, from here."""
+    command = [str(Path(sys.executable).with_name("s2l")), "status", run_dir]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def summary(rows: list[Row]) -> Row:

@@ -115,6 +115,9 @@ class S3Server:
 
     bucket = "runs"
 
+    def __init__(self, secret: str = "test") -> None:  # noqa: S107
+        self._secret = secret
+
     def __enter__(self) -> S3Server:
         port = free_port()
         command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
@@ -124,7 +127,7 @@ class S3Server:
         self.environment = {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.relay.port}",
             "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_SECRET_ACCESS_KEY": self._secret,
             "AWS_DEFAULT_REGION": "us-east-1",
         }
         import boto3

@@ -48,9 +48,15 @@ def user() -> str:
         return str(os.getuid())
 
 
+def submitted_job() -> str | None:
+    """The id under which Ray knows the submitted job that this is, None if it is none."""
+    config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    return config.get("metadata", {}).get("job_submission_id")  # type: ignore[no-any-return]
+
+
 def _self() -> str:
-    """This process in words; with the id under which Ray knows the job, if it is one."""
-    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {}).get("job_submission_id")
+    """This process in words."""
+    job = submitted_job()
     return f"process {os.getpid()} of {user()} on {socket.gethostname()}" + (f", Ray job {job}" if job else "")
 
 

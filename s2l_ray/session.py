@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import socket
 import time
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from s2l_ray.artifacts import SCHEMA, Storage, provenance
 from s2l_ray.config import RunConfig
 from s2l_ray.corpus import hub_id
 from s2l_ray.errors import ConfigError
-from s2l_ray.lock import user
+from s2l_ray.lock import submitted_job, user
 from s2l_ray.progress import duration, get_log
 
 RUN = "run.json"
@@ -134,7 +135,7 @@ def write_run(config: RunConfig, place: Storage) -> None:
     old = place.read_json(RUN)
     if old is not None and {name: old.get(name) for name in values} == values:
         return
-    who = {"user": user(), "host": socket.gethostname()}
+    who = {"user": user(), "host": socket.gethostname(), "python": platform.python_version(), "ray_job": submitted_job()}
     place.write_json(RUN, {"schema": SCHEMA, **values, "provenance": provenance() | who})
 
 

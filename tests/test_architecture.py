@@ -53,7 +53,7 @@ LAYERS = (
     ("report",),
     ("recording",),
     ("training",),
-    ("training.token_rows", "training.heads", "training.attention", "training.limits"),
+    ("training.token_rows", "training.heads", "training.attention", "training.limits", "training.metrics"),
     ("training.losses",),
     ("training.tokens", "training.models", "training.fit"),
     ("training.callback", "training.units", "training.token_parts"),

@@ -17,6 +17,7 @@ from s2l_ray.config import WorkerConfig
 from s2l_ray.errors import S2LError, cause_of
 from s2l_ray.progress import get_log, track
 from s2l_ray.session import await_room
+from s2l_ray.training.metrics import count
 
 Loop = Callable[[Any, Any], dict[str, Any]]
 # A group that a lost machine ended starts again as often as need be; one that ends again and again at the same resume point
@@ -26,6 +27,7 @@ MAX_ATTEMPTS = 5
 MAX_WORKER_FAILURES = 1000
 # How long a group's claim on machines outlives its driver.
 CLAIM_SECONDS = 45
+RESTARTED = "the workers have begun again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,21 +180,26 @@ def _trainer_class(divides: int) -> Any:
             return next((number for number in range(possible, 0, -1) if divides % number == 0), 0)
 
     class ElasticTrainer(TorchTrainer):  # type: ignore[misc]
+        policy = Dividing
+
         def _initialize_and_run_controller(self, **parts: Any) -> Any:
-            return super()._initialize_and_run_controller(**parts | {"scaling_policy": Dividing(self.scaling_config)})
+            return super()._initialize_and_run_controller(**parts | {"scaling_policy": self.policy(self.scaling_config)})
 
     return ElasticTrainer
 
 
 def _show_events(stage: str, events: Any, on_event: Callable[[], None]) -> None:
-    """Show what rank 0 sends until None comes: (steps done, steps in all, note), or a line for the log."""
+    """Show what rank 0 sends until None comes: (steps done, steps in all, note), RESTARTED, or a line for the log."""
     with track(stage, 0, "step") as progress:
         while (event := events.get()) is not None:
             on_event()
-            if isinstance(event, str):
+            if event == RESTARTED:
+                count(stage, restarts=1)
+            elif isinstance(event, str):
                 get_log(stage).info(event)
             else:
                 progress.at(*event)
+                count(stage, units_left=event[1] - event[0])
 
 
 # --- on a worker ---------------------------------------------------------------------------------------------------
@@ -217,7 +224,7 @@ def _guarded(train_loop_config: dict[str, Any]) -> None:
     is_first = context.get_world_rank() == 0
     try:
         if is_first:
-            _count_attempt(train_loop_config["work"], context.get_world_size())
+            _count_attempt(train_loop_config["work"], context.get_world_size(), train_loop_config["events"])
         result = train_loop_config["loop"](train_loop_config["job"], train_loop_config["events"])
     except Exception as error:
         if (mistake := cause_of(error)) is None:
@@ -230,13 +237,15 @@ def _guarded(train_loop_config: dict[str, Any]) -> None:
         outcome.put(result)
 
 
-def _count_attempt(work: Storage, world_size: int) -> None:
-    """Raise S2LError where a group of this size has begun at this resume point too often."""
+def _count_attempt(work: Storage, world_size: int, events: Any) -> None:
+    """Tell the driver of a group that is not the first; raise S2LError where it began at this resume point too often."""
     import ray.train
 
     checkpoint = ray.train.get_checkpoint()
     begins_at = {"from": str(checkpoint.path) if checkpoint else "the beginning", "workers": world_size}
     told = work.read_json(ATTEMPTS) or {}
+    if told:
+        events.put(RESTARTED)
     number = told.get("number", 0) + 1 if told.items() >= begins_at.items() else 1
     if number > MAX_ATTEMPTS:
         raise S2LError(

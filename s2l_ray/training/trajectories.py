@@ -250,7 +250,7 @@ class Scorer(UnitWorker):
             check_finite(losses_N, read.example_ids, self.job.steps[name], options.precision)
             yield name, table_bytes(pa.table({"loss": losses_N}), [])
             needed = operations(models[name], read.tokens.lengths, int(read.tokens.num_labels.sum()))
-            self.effort.add(len(read.tokens.ids), needed, time.perf_counter() - begun, self._rate)
+            self.effort.add(len(losses_N), len(read.tokens.ids), needed, time.perf_counter() - begun, self._rate)
             if full_path:
                 self.effort.note = min(full_path)
             begun = time.perf_counter()

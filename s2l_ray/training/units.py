@@ -19,6 +19,7 @@ from s2l_ray.examples import quiet_ray_data
 from s2l_ray.progress import get_log, track
 from s2l_ray.training.fit import Workers, quiet_libraries
 from s2l_ray.training.limits import keep_freed_memory
+from s2l_ray.training.metrics import count
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,9 @@ def tasks(units: Sequence[Unit], work: Storage, together: int) -> list[Task]:
 class Effort:
     """What the workers did, to be said beside what the machine can do."""
 
+    examples: int = 0
+    """Once for each model."""
+
     tokens: int = 0
     operations: float = 0.0
     seconds: float = 0.0
@@ -78,7 +82,8 @@ class Effort:
         """Of the machine's limit, while the workers were at work."""
         return self.operations / self.seconds / self.rate if self.seconds and self.rate else 0.0
 
-    def add(self, tokens: int, operations: float, seconds: float, rate: float) -> None:
+    def add(self, examples: int, tokens: int, operations: float, seconds: float, rate: float) -> None:
+        self.examples += examples
         self.tokens += tokens
         self.operations += operations
         self.seconds += seconds
@@ -175,7 +180,9 @@ def do_units(
             for row in done.iter_rows():
                 if row["error"]:
                     raise getattr(errors, row["error"])(row["message"])
-                effort.add(row["tokens"], row["operations"], row["seconds"], row["rate"])
+                effort.add(*(row[name] for name in ("examples", "tokens", "operations", "seconds", "rate")))
+                to_do -= row["units"]
+                count(stage, units_left=to_do, examples=row["examples"], tokens=row["tokens"], share=effort.share)
                 if progress is not None:
                     progress.advance(row["units"])
                 if row["note"] and row["note"] != effort.note:

@@ -1,0 +1,195 @@
+"""Machines that come and go: what is asked of Ray, what is waited for, what is said where it cannot be had."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from s2l_ray import session
+from s2l_ray.config import RunConfig, TrainingWorkerConfig, WorkerConfig
+from s2l_ray.errors import ConfigError
+from s2l_ray.training.fit import Workers, _trainer_class
+from s2l_ray.training.metrics import count
+from s2l_ray.training.trajectories import spare_workers
+
+
+@contextmanager
+def held(cpus: int) -> Iterator[None]:
+    """So many CPUs of Ray are taken."""
+    import ray
+
+    @ray.remote
+    class Holder:
+        def there(self) -> bool:
+            return True
+
+    holder = Holder.options(num_cpus=cpus).remote()  # type: ignore[attr-defined]
+    assert ray.get(holder.there.remote())
+    yield
+    ray.kill(holder)
+
+
+def free(cpus: int) -> None:
+    import ray
+
+    end = time.monotonic() + 20
+    while ray.available_resources().get("CPU", 0) < cpus and time.monotonic() < end:
+        time.sleep(0.1)
+
+
+# --- waiting -------------------------------------------------------------------------------------------------------
+
+
+def test_a_stage_begins_at_once_where_there_is_room(ray_session):
+    free(2)
+    begun = time.monotonic()
+    session.await_room("proxy", {"CPU": 1}, 2, 1)
+    assert time.monotonic() - begun < 2
+
+
+def test_a_stage_waits_for_machines_and_says_for_what(ray_session):
+    free(2)
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = session.get_log("trajectories")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    with held(2), ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(session.await_room, "trajectories", {"CPU": 1}, 1, 1)
+        time.sleep(3)
+        assert not waiting.done()
+    waiting.result(timeout=20)
+    logger.removeHandler(handler)
+    assert "waiting for 1 worker of 1 CPU; free: nothing on 1 nodes" in said
+
+
+def test_waiting_ends_with_what_is_missing(ray_session):
+    free(2)
+    asked = r"machines\.trajectories asks for 1 worker of 1 CPU; Ray has 2 CPU on 1 nodes after"
+    with held(2), pytest.raises(ConfigError, match=asked):
+        session.await_room("trajectories", {"CPU": 1}, 1, 3 / 60)
+    free(2)
+
+
+def test_what_this_machine_can_never_give_is_refused_at_once(ray_session, monkeypatch):
+    monkeypatch.setattr(session, "_started_here", True)
+    with pytest.raises(
+        ConfigError, match=r"machines\.target asks for 1 worker of 1 CPU and 8 GPU; Ray has 2 CPU on 1 nodes\. "
+    ):
+        session.await_room("target", {"CPU": 1, "GPU": 8}, 1, 60)
+
+
+def test_a_claim_is_given_back_whether_or_not_there_was_room(ray_session):
+    import ray
+
+    free(2)
+    with pytest.raises(ConfigError):
+        session.await_room("target", {"CPU": 2}, 2, 0.01)
+    free(2)
+    assert ray.available_resources()["CPU"] == 2
+
+
+# --- numbers -------------------------------------------------------------------------------------------------------
+
+
+def test_bounds_stay_what_they_are_whatever_there_is_now(ray_session):
+    workers = Workers.resolve(WorkerConfig(num_workers=[1, 64], gpus_per_worker=1, cpus_per_worker=4), one_per_cpu=True)
+    assert (workers.min_workers, workers.num_workers, workers.resources) == (1, 64, {"CPU": 4, "GPU": 1.0})
+    assert str(workers) == "1 to 64 workers"
+
+
+def test_auto_takes_what_is_there(ray_session):
+    scoring = Workers.resolve(WorkerConfig(), one_per_cpu=True)
+    training = Workers.resolve(TrainingWorkerConfig(), one_per_cpu=False, divides=64)
+    assert (scoring.min_workers, scoring.num_workers, scoring.cpus_per_worker) == (2, 2, 1)
+    assert (training.min_workers, training.num_workers, training.cpus_per_worker) == (1, 1, 2)
+
+
+@given(st.integers(1, 64), st.integers(1, 40))
+def test_an_elastic_group_takes_only_sizes_that_divide_the_batch(batch, there):
+    from ray.train import ScalingConfig
+
+    policy = _trainer_class(batch).policy(ScalingConfig(num_workers=(1, 32), resources_per_worker={"CPU": 2}))
+    taken = policy._count_possible_workers({"one": {"CPU": 2.0 * there}, "another": {"CPU": 1.0}})
+    assert batch % taken == 0
+    assert all(batch % more for more in range(taken + 1, min(there, 32) + 1))
+
+
+def elastic(low: int, high: int, batch: int) -> RunConfig:
+    model = {"scratch": {"layers": 1, "hidden": 8}}
+    return RunConfig.model_validate(
+        {
+            "name": "x",
+            "examples": {"dataset": "rows.jsonl"},
+            "proxy": {"model": model, "tokenizer": {"train": "bpe"}, "global_batch_size": batch},
+            "selection": {"budget": 1},
+            "target": {"model": model},
+            "machines": {"proxy": {"num_workers": [low, high]}},
+        }
+    )
+
+
+def test_bounds_without_a_size_that_divides_the_batch_are_refused():
+    elastic(1, 3, 64)
+    with pytest.raises(ValueError, match=r"machines\.proxy\.num_workers=\[5, 7\] does not divide proxy\.global_batch_size=64"):
+        elastic(5, 7, 64)
+    with pytest.raises(ValueError, match="min above max"):
+        elastic(3, 1, 64)
+
+
+def test_scoring_beside_the_training_takes_only_what_is_free(ray_session):
+    workers = Workers(2, 1, 0.0, 2)
+    free(2)
+    assert spare_workers(workers) == workers
+    with held(1):
+        spare = spare_workers(workers)
+        assert spare is not None
+        assert (spare.num_workers, spare.min_workers) == (1, 1)
+    free(2)
+    with held(2):
+        assert spare_workers(workers) is None
+    free(2)
+    assert spare_workers(Workers(2, 1, 1.0, 2)) is None, "there is no GPU here"
+
+
+# --- reaching a cluster --------------------------------------------------------------------------------------------
+
+
+def test_an_address_where_nobody_answers_is_one_clear_error():
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+    with pytest.raises(ConfigError, match=rf"Ray \({address}\): nobody answers there"):
+        session._check_address(address)
+
+
+def test_a_driver_far_from_its_cluster_is_told_to_submit_a_job():
+    with pytest.raises(ConfigError, match="ray job submit"):
+        session._check_address("ray://head:10001")
+
+
+# --- metrics -------------------------------------------------------------------------------------------------------
+
+
+def test_prometheus_finds_what_a_stage_counts(ray_session):
+    import ray
+
+    count("trajectories", units_left=7, examples=64, tokens=4096, share=0.5, restarts=1)
+    port = ray.nodes()[0]["MetricsExportPort"]
+    page, end = "", time.monotonic() + 45
+    while "s2l_ray_units_left" not in page and time.monotonic() < end:
+        time.sleep(1)
+        page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+    names = ("s2l_ray_units_left", "s2l_ray_examples", "s2l_ray_tokens", "s2l_ray_share_of_limit", "s2l_ray_restarts")
+    lines = [line for line in page.splitlines() if "s2l_ray_" in line and not line.startswith("#")]
+    assert all(any(name in line and 'stage="trajectories"' in line for line in lines) for name in names), lines
