@@ -65,7 +65,7 @@ def connect_ray() -> None:
             f"Ray ({address}): cannot be used ({error}). Check RAY_ADDRESS, or unset it. {AUTHENTICATION}"
         ) from error
     found = _amounts(ray.cluster_resources())
-    get_log("run").info("Ray: %s on %d nodes (%s)", found, _num_nodes(), duration(time.monotonic() - begun))
+    get_log("run").info("Ray: %s on %s (%s)", found, _nodes(), duration(time.monotonic() - begun))
 
 
 def _check_address(address: str) -> None:
@@ -104,23 +104,22 @@ def await_room(stage: str, worker: Mapping[str, float], count: int, minutes: flo
             waited = time.monotonic() - begun
             if waited > 60 * minutes or not grows:
                 raise ConfigError(
-                    f"machines.{stage} asks for {asked}; Ray has {_amounts(there)} on {_num_nodes()} nodes"
+                    f"machines.{stage} asks for {asked}; Ray has {_amounts(there)} on {_nodes()}"
                     + (f" after {duration(waited)}. " if grows else ". ")
                     + f"Ask for less, add machines, or raise machines.{stage}.wait_minutes; the same command goes on."
                 )
             if told == begun or time.monotonic() - told > WAIT_LINE_SECONDS:
                 told = time.monotonic()
-                get_log(stage).info(
-                    "waiting for %s; free: %s on %d nodes", asked, _amounts(ray.available_resources()), _num_nodes()
-                )
+                get_log(stage).info("waiting for %s; free: %s on %s", asked, _amounts(ray.available_resources()), _nodes())
     finally:
         remove_placement_group(room)
 
 
-def _num_nodes() -> int:
+def _nodes() -> str:
     import ray
 
-    return sum(node["Alive"] for node in ray.nodes())
+    number = sum(node["Alive"] for node in ray.nodes())
+    return f"{number} node{'s' * (number != 1)}"
 
 
 def _amounts(resources: Mapping[str, float]) -> str:

@@ -70,12 +70,12 @@ def test_a_stage_waits_for_machines_and_says_for_what(ray_session):
         assert not waiting.done()
     waiting.result(timeout=20)
     logger.removeHandler(handler)
-    assert "waiting for 1 worker of 1 CPU; free: nothing on 1 nodes" in said
+    assert "waiting for 1 worker of 1 CPU; free: nothing on 1 node" in said
 
 
 def test_waiting_ends_with_what_is_missing(ray_session):
     free(2)
-    asked = r"machines\.trajectories asks for 1 worker of 1 CPU; Ray has 2 CPU on 1 nodes after"
+    asked = r"machines\.trajectories asks for 1 worker of 1 CPU; Ray has 2 CPU on 1 node after"
     with held(2), pytest.raises(ConfigError, match=asked):
         session.await_room("trajectories", {"CPU": 1}, 1, 3 / 60)
     free(2)
@@ -83,9 +83,7 @@ def test_waiting_ends_with_what_is_missing(ray_session):
 
 def test_what_this_machine_can_never_give_is_refused_at_once(ray_session, monkeypatch):
     monkeypatch.setattr(session, "_started_here", True)
-    with pytest.raises(
-        ConfigError, match=r"machines\.target asks for 1 worker of 1 CPU and 8 GPU; Ray has 2 CPU on 1 nodes\. "
-    ):
+    with pytest.raises(ConfigError, match=r"machines\.target asks for 1 worker of 1 CPU and 8 GPU; Ray has 2 CPU on 1 node\. "):
         session.await_room("target", {"CPU": 1, "GPU": 8}, 1, 60)
 
 
