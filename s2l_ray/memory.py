@@ -198,8 +198,10 @@ def need(training: Training, setting: Setting) -> Need:
     # Stages 1 and 2 have let go of the 16-bit gradients when Adam begins; stage 3 holds on to them and to its bucket.
     stepping = weights + optimizer + step + (gradients if stage in (0, 3) else 0) + (w * BUCKET if stage == 3 else 0)
     most = max(states + (1 + FRAGMENTATION) * (buffers + activations), stepping)
-    # Every worker makes the model in float32 before it is moved; in stage 3 only the first has all of it.
-    loading = 4 * shape.parameters * (1 if stage == 3 else training.workers_per_node)
+    # Every worker reads the whole model in float32. Stage 3 shards it only after each accelerator has had it whole.
+    loading = 4 * shape.parameters * training.workers_per_node
+    if stage == 3:
+        most = max(most, w * shape.parameters)
     return Need(states, activations, stepping, most + CONTEXT_BYTES, max(loading, training.workers_per_node * offloaded))
 
 

@@ -330,7 +330,12 @@ def _memory(config: RunConfig, parameters: float, accelerator: str, number: int,
         marks = ("  <- recommended" if setting == best else "") + ("  (configured)" if setting == configured else "")
         lines.append(f"  {needed.gpu / 1e9:>7.1f} {needed.host / 1e9:>10.1f}  {fits:<4}  {setting}{marks}")
     if best is None:
-        lines.append("None fits: more or larger accelerators, a smaller device_batch_size or max_tokens.")
+        whole = training.weight_bytes * training.shape.parameters
+        loads = f" Each accelerator has the whole model ({whole / 1e9:.0f} GB) for a moment, ZeRO 3's too."
+        lines.append(
+            "None fits: more or larger accelerators, a smaller device_batch_size or max_tokens."
+            + loads * (whole > memory_bytes)
+        )
     elif best != configured:
         lines.append("Recommended: " + " ".join(f"--set {value}" for value in best.overrides(rank)))
     if best is not None and best.offload != "none":
