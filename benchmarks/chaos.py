@@ -36,9 +36,9 @@ from s2l_ray.artifacts import Artifact, Storage, provenance
 RESULTS = Path(__file__).parent / "results" / "chaos.jsonl"
 KINDS = ("training worker", "scoring actor", "node", "connections", "driver")
 # What Ray calls its processes.
-PROCESSES = {"training worker": "ray::RayTrainWorker", "scoring actor": "ray::MapWorker", "driver": "s2l run"}
+PROCESSES = {"training worker": "ray::RayTrainWorker", "scoring actor": "ray::MapWorker", "driver": "/s2l run"}
 # Files that say nothing about how far the work is.
-NO_PROGRESS = ("/lock", "attempts.json", "outcome.json", "building.json", "run.json")
+NO_PROGRESS = ("/lock", "attempts.json", "building.json", "run.json")
 CONFIG = """\
 name: chaos
 examples:
@@ -105,6 +105,8 @@ class Disturbed:
         """Kill one thing of a random kind among those that are there now."""
         for kind in self.rng.permutation(kinds):
             before, step = self.progress(), self.resume_step()
+            if kind == "node" and not self.nodes.workers:
+                continue
             if kind == "node":
                 self.lost = time.monotonic()
                 self.nodes.remove(self.nodes.workers[int(self.rng.integers(len(self.nodes.workers)))])

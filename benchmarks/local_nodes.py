@@ -222,10 +222,10 @@ class LocalNodes:
             return subprocess.Popen(command, env=self.environment, stdout=file, stderr=subprocess.STDOUT)
 
     def processes(self, *names: str) -> Iterator[psutil.Process]:
-        """Processes of the nodes whose command line begins with one of the names, such as Ray's `ray::MapWorker`."""
+        """Processes of the nodes whose command line has one of the names, such as Ray's `ray::MapWorker`."""
         for node in [self._head, *self.workers]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 for one in psutil.Process(node.pid).children(recursive=True):
                     with contextlib.suppress(psutil.Error):
-                        if " ".join(one.cmdline()).startswith(names):
+                        if any(name in " ".join(one.cmdline()) for name in names):
                             yield one

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import string
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -446,6 +447,11 @@ class TrainingWorkerConfig(WorkerConfig):
     checkpoint_every_minutes: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """How often a resume point (weights, optimizer) is kept, two at a time; auto: every half minute, and at most fifty."""
 
+    @property
+    def resume_minutes(self) -> float:
+        """Between two resume points, about."""
+        return 0.5 if self.checkpoint_every_minutes == "auto" else self.checkpoint_every_minutes
+
 
 class TargetWorkerConfig(TrainingWorkerConfig):
     """Workers that train the target."""
@@ -508,6 +514,15 @@ class RunConfig(Section):
     machines: MachinesConfig = MachinesConfig()
     plan: PlanConfig = PlanConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_credentials_in_uris(cls, values: Any) -> Any:
+        """They would end up in run.json, manifests and logs."""
+        for place, text in _texts(values):
+            if "@" in text.partition("://")[2].partition("/")[0]:
+                raise ValueError(f"{place}: credentials in a URI end up in files and logs. Put them into the environment")
+        return values
+
     @model_validator(mode="after")
     def _sections_fit_together(self) -> RunConfig:
         for name in ("proxy", "target"):
@@ -534,6 +549,18 @@ class RunConfig(Section):
                 "Set proxy.tokenizer={train: bpe, vocab_size: 4096} or name one"
             )
         return self
+
+
+def _texts(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in plain values, with its place."""
+    if isinstance(value, str):
+        yield place, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _texts(inner, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner, place)
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:

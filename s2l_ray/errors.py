@@ -39,6 +39,11 @@ class ArtifactError(S2LError):
 class StorageError(S2LError):
     """A disk, a shared filesystem or object storage does not let us read or write. What was finished stays."""
 
+    @property
+    def is_transient(self) -> bool:
+        """Whether it may be over in a minute, without anything that the user does."""
+        return _UNREACHABLE in str(self) or _OVERLOADED in str(self)
+
 
 def cause_of(error: BaseException | None) -> S2LError | None:
     """What the user must mend behind an error that Ray wrapped on its way from a worker, None if it is something else."""
@@ -63,6 +68,7 @@ def cause_of(error: BaseException | None) -> S2LError | None:
     return None
 
 
+_UNREACHABLE, _OVERLOADED = "cannot be reached", "the store does not do its work"
 _GOES_ON = "the same command goes on."
 _ON_DISK = {
     errno.ENOSPC: f"the disk is full. Free some space; {_GOES_ON}",
@@ -95,10 +101,10 @@ _IN_OBJECT_STORAGE = (
         r"ACCESS_DENIED|PERMISSION_DENIED|status 403|AllAccessDisabled",
         "access denied. The credentials must allow to list, read, write and delete there.",
     ),
-    (r"NETWORK_CONNECTION|curlCode", f"cannot be reached. Check AWS_ENDPOINT_URL and the network; {_GOES_ON}"),
+    (r"NETWORK_CONNECTION|curlCode", f"{_UNREACHABLE}. Check AWS_ENDPOINT_URL and the network; {_GOES_ON}"),
     (
         r"SLOW_DOWN|THROTTL|UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT|status 5\d\d|Retry policy exhausted",
-        f"the store does not do its work, asked again and again. Wait; {_GOES_ON}",
+        f"{_OVERLOADED}, asked again and again. Wait; {_GOES_ON}",
     ),
 )
 
@@ -126,5 +132,7 @@ def storage_problem(error: BaseException, place: str = "", host: str = "") -> st
         reasons = (reason for pattern, reason in _IN_OBJECT_STORAGE if re.search(pattern, detail))
         reason = next(reasons, "refused. Check the bucket, its region and the credentials.")
         return f"{place}: {reason} (Seen from {host}: {detail[:300].rstrip('.')}.)"
-    reason = _ON_DISK.get(error.errno or 0, "")
+    # Without a place it is none that the user gave, and its kind may be our mistake.
+    is_ours = not place and error.errno in (errno.EEXIST, errno.EISDIR, errno.ENOTDIR)
+    reason = "" if is_ours else _ON_DISK.get(error.errno or 0, "")
     return f"{error.filename or place or 'writing'} on {host}: {reason}" if reason else None

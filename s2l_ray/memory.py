@@ -177,7 +177,7 @@ def need(training: Training, setting: Setting) -> Need:
     weights, gradients = w * shape.parameters / weight_share, w * trained / gradient_share
     optimizer = (12 if has_master else 8) * trained / optimizer_share
     # Gradients in float32 (and a buffer of its size for Adam), in stage 3 group after group.
-    step = 8 * min(trained / optimizer_share, SUB_GROUP if stage == 3 else math.inf)
+    step = (8 if stage else 4) * min(trained / optimizer_share, SUB_GROUP if stage == 3 else math.inf)
 
     # Offloaded gradients of stage 2 and 3 are in the host's memory, too.
     offloads_gradients = setting.offload != "none" and stage >= 2

@@ -153,6 +153,8 @@ def _selection_recipe(config: RunConfig) -> dict[str, Any]:
 
 def _target_recipe(config: RunConfig) -> dict[str, Any]:
     recipe = config.target.model_dump(mode="json") | {"random_control": config.evaluation.random_control}
+    if not recipe["zero_stage"]:  # once DeepSpeed's stage 0, which kept bfloat16 weights
+        recipe["parallel"] = "torch"
     if recipe["lora"] is None:  # as it was before there were adapters
         del recipe["lora"]
     return recipe

@@ -303,9 +303,9 @@ def _is_built(decisions: list[Decision], name: str) -> bool:
 
 
 def _num_accelerators(config: RunConfig) -> int:
-    """One per worker of the target, the most there may be; a full node where the config does not say."""
+    """One per worker of the target, the fewest there may be: each then holds most. A full node where nothing says."""
     workers = config.machines.target.num_workers
-    return max(workers) if isinstance(workers, list) else ACCELERATORS_PER_NODE if workers == "auto" else workers
+    return min(workers) if isinstance(workers, list) else ACCELERATORS_PER_NODE if workers == "auto" else workers
 
 
 def _memory(config: RunConfig, parameters: float, accelerator: str, number: int, per_node: int) -> list[str]:

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s2l_ray import session
-from s2l_ray.config import RunConfig, TrainingWorkerConfig, WorkerConfig
+from s2l_ray.config import RunConfig, TrainingWorkerConfig, WorkerConfig, parse_config
 from s2l_ray.errors import ConfigError
 from s2l_ray.training.fit import Workers, _trainer_class
 from s2l_ray.training.metrics import count
@@ -64,11 +64,12 @@ def test_a_stage_waits_for_machines_and_says_for_what(ray_session):
     logger = session.get_log("trajectories")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    with held(2), ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(session.await_room, "trajectories", {"CPU": 1}, 1, 1)
-        time.sleep(3)
-        assert not waiting.done()
-    waiting.result(timeout=20)
+    with ThreadPoolExecutor(1) as pool:
+        with held(2):
+            waiting = pool.submit(session.await_room, "trajectories", {"CPU": 1}, 1, 1)
+            time.sleep(3)
+            assert not waiting.done()
+        waiting.result(timeout=20)
     logger.removeHandler(handler)
     assert "waiting for 1 worker of 1 CPU; free: nothing on 1 node" in said
 
@@ -113,14 +114,20 @@ def test_auto_takes_what_is_there(ray_session):
     assert (training.min_workers, training.num_workers, training.cpus_per_worker) == (1, 1, 2)
 
 
-@given(st.integers(1, 64), st.integers(1, 40))
-def test_an_elastic_group_takes_only_sizes_that_divide_the_batch(batch, there):
+@given(st.integers(1, 64), st.integers(1, 40), st.integers(1, 8))
+def test_an_elastic_group_takes_only_sizes_that_divide_the_batch(batch, there, fewest):
     from ray.train import ScalingConfig
 
-    policy = _trainer_class(batch).policy(ScalingConfig(num_workers=(1, 32), resources_per_worker={"CPU": 2}))
+    policy = _trainer_class(batch).policy(ScalingConfig(num_workers=(fewest, 32), resources_per_worker={"CPU": 2}))
     taken = policy._count_possible_workers({"one": {"CPU": 2.0 * there}, "another": {"CPU": 1.0}})
     assert batch % taken == 0
     assert all(batch % more for more in range(taken + 1, min(there, 32) + 1))
+
+
+def test_bounds_are_drawn_in_to_sizes_that_divide_the_batch(ray_session):
+    bounds = TrainingWorkerConfig(num_workers=[3, 7], cpus_per_worker=1, gpus_per_worker=0)
+    workers = Workers.resolve(bounds, one_per_cpu=False, divides=128)
+    assert (workers.min_workers, workers.num_workers) == (4, 4), "three would be waited for for ever, seven paid for in vain"
 
 
 def elastic(low: int, high: int, batch: int) -> RunConfig:
@@ -143,6 +150,16 @@ def test_bounds_without_a_size_that_divides_the_batch_are_refused():
         elastic(5, 7, 64)
     with pytest.raises(ValueError, match="min above max"):
         elastic(3, 1, 64)
+
+
+@pytest.mark.parametrize("place", ["proxy.model", "target.tokenizer", "examples.dataset"])
+def test_credentials_in_a_uri_are_refused_and_not_repeated(place):
+    values = elastic(1, 2, 64).model_dump(mode="json")
+    section, field = place.split(".")
+    values[section][field] = "s3://AKIAKEY:planted@bucket/x"
+    with pytest.raises(ConfigError, match=f"{place}: credentials in a URI") as refused:
+        parse_config(values)
+    assert "planted" not in str(refused.value)
 
 
 def test_scoring_beside_the_training_takes_only_what_is_free(ray_session):

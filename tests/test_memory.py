@@ -338,7 +338,7 @@ def test_every_setting_can_be_asked_for(tmp_path):
 def test_the_number_of_accelerators_is_the_configs_or_a_full_node(tmp_path):
     assert "Target on 8 x T4" in planned(tmp_path, accelerator="T4")
     assert "Target on 4 x T4 (16 GB each, 4 per node)" in planned(tmp_path, "machines.target.num_workers=4", accelerator="T4")
-    assert "Target on 16 x T4 (16 GB each, 8 per node)" in planned(
+    assert "Target on 2 x T4 (16 GB each, 2 per node)" in planned(
         tmp_path, "machines.target.num_workers=[2, 16]", accelerator="T4"
     )
     text = planned(tmp_path, accelerator="H100", num_accelerators=64, accelerators_per_node=4)

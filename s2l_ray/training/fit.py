@@ -6,7 +6,9 @@ with the same run directory finds it too.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import signal
 import threading
 from collections.abc import Callable
@@ -14,7 +16,7 @@ from typing import Any
 
 from s2l_ray.artifacts import Storage
 from s2l_ray.config import WorkerConfig
-from s2l_ray.errors import S2LError, cause_of
+from s2l_ray.errors import ConfigError, S2LError, StorageError, cause_of
 from s2l_ray.progress import get_log, track
 from s2l_ray.session import await_room
 from s2l_ray.training.metrics import count
@@ -24,10 +26,16 @@ Loop = Callable[[Any, Any], dict[str, Any]]
 # has something else. Ray Train's own limit counts without asking whether there was progress between.
 ATTEMPTS = "attempts.json"
 MAX_ATTEMPTS = 5
+MAX_ATTEMPTS_OF_ANY_SIZE = 20
 MAX_WORKER_FAILURES = 1000
 # How long a group's claim on machines outlives its driver.
 CLAIM_SECONDS = 45
+COLLECTIVE_SECONDS = 4 * 3600
 RESTARTED = "the workers have begun again"
+
+
+class FailedAgainError(RuntimeError):
+    """A training ended again and again at the same place, by a defect and not by what the user can mend."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +64,8 @@ class Workers:
 
         resources = ray.cluster_resources()
         cpus, gpus = max(1, int(resources.get("CPU", 1))), int(resources.get("GPU", 0))
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and (not gpus or node["Resources"].get("GPU"))]
+        of_a_node = max(1, *(int(node.get("CPU", 0)) for node in nodes))  # a worker is on one
         gpus_per_worker = (1.0 if gpus else 0.0) if config.gpus_per_worker == "auto" else float(config.gpus_per_worker)
         if config.num_workers == "auto":
             per_worker = 1 if config.cpus_per_worker == "auto" else config.cpus_per_worker
@@ -63,10 +73,18 @@ class Workers:
             low = high = next((number for number in range(most, 0, -1) if divides % number == 0), 1)
         else:
             low, high = config.num_workers if isinstance(config.num_workers, list) else [config.num_workers] * 2
+            if divides:  # there is one: the config was checked
+                sizes = [number for number in range(low, high + 1) if divides % number == 0] or [low]
+                low, high = sizes[0], sizes[-1]
         if config.cpus_per_worker != "auto":
             cpus_per_worker = config.cpus_per_worker
         else:
-            cpus_per_worker = 1 if one_per_cpu else max(1, cpus // high)
+            on_a_node = (
+                min(high, int(max(node.get("GPU", 0) for node in nodes) / gpus_per_worker))
+                if gpus_per_worker and gpus
+                else high
+            )
+            cpus_per_worker = 1 if one_per_cpu else max(1, of_a_node // max(1, on_a_node))
         return cls(high, cpus_per_worker, gpus_per_worker, low, config.wait_minutes, divides)
 
     @property
@@ -92,15 +110,23 @@ class Workers:
 
 
 def fit(
-    stage: str, loop: Loop, job: Any, workers: Workers, work: Storage, on_event: Callable[[], None] = lambda: None
+    stage: str,
+    loop: Loop,
+    job: Any,
+    workers: Workers,
+    work: Storage,
+    on_event: Callable[[], None] = lambda: None,
+    resume_minutes: float = 0.5,
 ) -> dict[str, Any]:
-    """Run `loop(job, events)` on a Ray Train worker group until it has finished; what rank 0 returned.
+    """Run `loop(job, events)` on a Ray Train worker group until it has finished; what rank 0 returned, and `num_workers`.
+
+    `resume_minutes`: how often the loop keeps a resume point; a group grows half as often at most.
 
     Calling it again with the same `work` directory resumes from the last registered checkpoint. `on_event` is called
     whenever the workers say something. Raises the S2LError that the loop raised, if it did.
     """
     import ray
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train import CheckpointConfig, ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig
     from ray.util.queue import Empty, Queue
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -124,26 +150,37 @@ def fit(
         },
         scaling_config=ScalingConfig(
             num_workers=(workers.min_workers, workers.num_workers) if is_elastic else workers.num_workers,
+            # To grow ends the group without a resume point.
+            elastic_resize_monitor_interval_s=max(60.0, 2 * 60 * resume_minutes),
             use_gpu=workers.gpus_per_worker > 0,
             resources_per_worker=workers.resources,
         ),
         run_config=RunConfig(
             name="fit",
             storage_path=storage.path() if storage.is_local else storage.uri,
-            failure_config=FailureConfig(max_failures=MAX_WORKER_FAILURES),
+            # A group that does not start for want of machines is tried again every minute.
+            failure_config=FailureConfig(
+                max_failures=MAX_WORKER_FAILURES, controller_failure_limit=max(3, math.ceil(workers.wait_minutes))
+            ),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
-        torch_config=TorchConfig(backend="nccl" if workers.gpus_per_worker else "gloo"),
+        # The others wait while the first merges, converts and uploads a large model.
+        torch_config=TorchConfig(backend="nccl" if workers.gpus_per_worker else "gloo", timeout_s=COLLECTIVE_SECONDS),
     )
-    work.delete(ATTEMPTS)
     listener.start()
     # Ray Train takes SIGINT for itself, keeps it when it is done, and leaves by SystemExit(0) as if all were well.
     handler = signal.getsignal(signal.SIGINT)
     try:
+        work.delete(ATTEMPTS)
         trainer.fit()
         told = outcome.get(block=False)
     except SystemExit:
         raise KeyboardInterrupt from None
+    except ControllerError as error:
+        raise cause_of(error) or ConfigError(
+            f"machines.{stage}: its workers could not be started (again) for about {workers.wait_minutes:g} minutes: {error}. "
+            "Add machines or ask for less; the same command goes on."
+        ) from None
     except TrainingFailedError as error:
         raise cause_of(error) or error from None
     except Empty:
@@ -151,11 +188,12 @@ def fit(
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, handler)
-        events.put(None)
-        listener.join()
-        events.shutdown()
-        outcome.shutdown()
-    if isinstance(told, S2LError):
+        with contextlib.suppress(ray.exceptions.RayError):  # it must not stand in the way of what is being raised
+            events.put(None)
+            listener.join()
+            events.shutdown()
+            outcome.shutdown()
+    if isinstance(told, Exception):
         raise told
     return dict(told)
 
@@ -163,20 +201,35 @@ def fit(
 def _trainer_class(divides: int) -> Any:
     """Ray Train's trainer; for a group that grows and shrinks, one that takes only sizes that divide `divides`."""
     from ray.train.torch import TorchTrainer
-    from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, autoscaling_coordinator_client
 
     if not divides:
         return TorchTrainer
+    from ray._private.state import available_resources_per_node
+    from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, autoscaling_coordinator_client
 
     class Dividing(ElasticScalingPolicy):  # type: ignore[misc]
-        def _maybe_send_resource_request(self) -> None:
+        _most: int | None = None
+
+        def after_controller_start(self, *args: Any, **options: Any) -> None:
             # A driver that dies leaves its claim on the machines behind, and the next one waits for that to expire: three
             # minutes, unless it is renewed more often than that needs (every 20 s).
             autoscaling_coordinator_client.AUTOSCALING_REQUESTS_EXPIRE_TIME_S = CLAIM_SECONDS
-            super()._maybe_send_resource_request()
+            super().after_controller_start(*args, **options)
+
+        def make_decision_for_running_worker_group(self, worker_group_state: Any, *args: Any, **options: Any) -> Any:
+            # Ray counts what nodes have, whoever uses it; a healthy group is not ended for room that others hold.
+            one = self.scaling_config._resources_per_worker_not_none
+            free = available_resources_per_node().values()
+            room = sum(int(min(node.get(name, 0) // one[name] for name in one if one[name])) for node in free)
+            self._most = worker_group_state.num_workers + room
+            try:
+                return super().make_decision_for_running_worker_group(worker_group_state, *args, **options)
+            finally:
+                self._most = None
 
         def _count_possible_workers(self, *args: Any, **options: Any) -> int:
             possible = super()._count_possible_workers(*args, **options)
+            possible = possible if self._most is None else min(possible, self._most)
             return next((number for number in range(possible, 0, -1) if divides % number == 0), 0)
 
     class ElasticTrainer(TorchTrainer):  # type: ignore[misc]
@@ -227,32 +280,43 @@ def _guarded(train_loop_config: dict[str, Any]) -> None:
             _count_attempt(train_loop_config["work"], context.get_world_size(), train_loop_config["events"])
         result = train_loop_config["loop"](train_loop_config["job"], train_loop_config["events"])
     except Exception as error:
-        if (mistake := cause_of(error)) is None:
+        mistake = error if isinstance(error, FailedAgainError) else cause_of(error)
+        if mistake is None or (isinstance(mistake, StorageError) and mistake.is_transient):
+            _tell_attempt(train_loop_config["work"], error)
             raise
         outcome.put(mistake)
         if context.get_world_size() > 1:
             raise  # the others may be waiting for this worker
         return
     if is_first:
-        outcome.put(result)
+        outcome.put(result | {"num_workers": context.get_world_size()})
+
+
+def _tell_attempt(work: Storage, error: Exception) -> None:
+    """Keep what ended this group, for the case that it ends every one."""
+    with contextlib.suppress(S2LError):
+        work.write_json(ATTEMPTS, (work.read_json(ATTEMPTS) or {}) | {"error": f"{type(error).__name__}: {error}"[:2000]})
 
 
 def _count_attempt(work: Storage, world_size: int, events: Any) -> None:
-    """Tell the driver of a group that is not the first; raise S2LError where it began at this resume point too often."""
+    """Tell the driver of a group that is not the first; raise FailedAgainError or S2LError where one began here too often."""
     import ray.train
 
     checkpoint = ray.train.get_checkpoint()
-    begins_at = {"from": str(checkpoint.path) if checkpoint else "the beginning", "workers": world_size}
+    start = str(checkpoint.path) if checkpoint else "the beginning"
     told = work.read_json(ATTEMPTS) or {}
     if told:
         events.put(RESTARTED)
-    number = told.get("number", 0) + 1 if told.items() >= begins_at.items() else 1
-    if number > MAX_ATTEMPTS:
+    told = told if told.get("from") == start else {}
+    total, number = told.get("total", 0) + 1, told.get("number", 0) + 1 if told.get("workers") == world_size else 1
+    if number > MAX_ATTEMPTS or total > MAX_ATTEMPTS_OF_ANY_SIZE:
+        if "error" in told:
+            raise FailedAgainError(f"the training ended {total - 1} times from {start}, at last with {told['error']}")
         raise S2LError(
-            f"the training was ended {MAX_ATTEMPTS} times before it got to a new resume point (from {begins_at['from']}). "
-            "Where machines are lost that often, lower checkpoint_every_minutes; RAY_LOG_TO_DRIVER=1 shows what workers say."
+            f"the training was ended {total - 1} times before it got to a new resume point (from {start}). Where machines are "
+            "lost that often, lower checkpoint_every_minutes; RAY_LOG_TO_DRIVER=1 shows what workers say."
         )
-    work.write_json(ATTEMPTS, begins_at | {"number": number})
+    work.write_json(ATTEMPTS, {"from": start, "workers": world_size, "number": number, "total": total})
 
 
 def quiet_libraries() -> None:

@@ -81,7 +81,15 @@ def build_proxy(config: RunConfig, inputs: Mapping[str, Artifact], draft: Draft,
         result = _run_once(take_checkpoints, job, workers)
     else:
         try:
-            result = fit("proxy", train_proxy, job, workers, draft.work, on_event=lambda: beside.hear(draft.storage))
+            result = fit(
+                "proxy",
+                train_proxy,
+                job,
+                workers,
+                draft.work,
+                on_event=lambda: beside.hear(draft.storage),
+                resume_minutes=config.machines.proxy.resume_minutes,
+            )
         finally:
             beside.stop()
     for step in result["steps"]:

@@ -77,7 +77,6 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
             self._events.put((self._phase.steps_before + step, self._phase.fit_steps, self._note(state)))
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        self._resumable = time.monotonic()
         # The workers of a node share a folder: one of them reports it, once all have written.
         torch.distributed.barrier()
         checkpoint = None
@@ -86,6 +85,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
             (saved / PHASE).write_text(f"{self._phase.name} {ray.train.get_context().get_world_size()}")
             checkpoint = ray.train.Checkpoint.from_directory(saved)
         ray.train.report({"step": state.global_step}, checkpoint=checkpoint)
+        self._resumable = time.monotonic()  # an upload may take longer than the interval
 
     def _is_due(self, step: int, steps: int) -> bool:
         """Whether the last resume point is old enough, by the first worker's clock: all must agree."""

@@ -63,7 +63,7 @@ def build_target(config: RunConfig, inputs: Mapping[str, Artifact], draft: Draft
     job = TargetJob(target, inputs["examples"], inputs["proxy"], draft.storage, subsets, machines)
     if target.zero_stage:
         get_log("target").info("DeepSpeed ZeRO %d; its first use on a machine compiles for half a minute", target.zero_stage)
-    result = fit("target", train_target, job, workers, draft.work)
+    result = fit("target", train_target, job, workers, draft.work, resume_minutes=config.machines.target.resume_minutes)
     for name in subsets:
         record = draft.storage.read_json(f"{FOLDERS[name]}/{RECORD}")
         draft.add(*(FileRecord(**file) for file in record["files"]))
@@ -139,7 +139,9 @@ def train_target(job: TargetJob, events: Any) -> dict[str, Any]:
         **row_counts(rows["selected"][2]),
         "total_steps": steps,
         "num_parameters": next((record["num_parameters"] for record in done.values()), 0),
-        "num_trained_parameters": next((record["num_trained_parameters"] for record in done.values()), 0),
+        "num_trained_parameters": next(
+            (record.get("num_trained_parameters", record["num_parameters"]) for record in done.values()), 0
+        ),
         "training_loss": {name: record["training_loss"] for name, record in done.items()},
         "tokens": {name: int(tokens.lengths.sum()) for name, (_, tokens, _) in rows.items()},
     }

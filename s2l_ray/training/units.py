@@ -17,6 +17,7 @@ from s2l_ray import errors
 from s2l_ray.artifacts import Storage
 from s2l_ray.examples import quiet_ray_data
 from s2l_ray.progress import get_log, track
+from s2l_ray.session import await_room
 from s2l_ray.training.fit import Workers, quiet_libraries
 from s2l_ray.training.limits import keep_freed_memory
 from s2l_ray.training.metrics import count
@@ -164,7 +165,7 @@ def do_units(
         if not missing:
             return effort
         if show:
-            workers.await_room(stage)
+            await_room(stage, workers.resources, 1, workers.wait_minutes)  # more join as there is room
         items = [{"part": task.part, "models": " ".join(task.models), "units": len(task.models)} for task in missing]
         done = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             worker,
