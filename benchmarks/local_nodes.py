@@ -15,6 +15,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -146,6 +147,7 @@ class LocalNodes:
 
     def __init__(self, environment: dict[str, str], folder: Path, *, autoscaling: Path | None = None) -> None:
         self._folder = folder
+        self._ray = tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True)  # sockets want a short path
         token = folder / "token"
         token.write_text(secrets.token_hex(16))
         token.chmod(0o600)
@@ -160,7 +162,7 @@ class LocalNodes:
     def __enter__(self) -> LocalNodes:
         self._gcs, self._dashboard = free_port(), free_port()
         more = ["--head", f"--port={self._gcs}", "--include-dashboard=true", f"--dashboard-port={self._dashboard}"]
-        more += ["--dashboard-host=127.0.0.1", "--num-cpus=0", f"--temp-dir={self._folder / 'ray'}"]
+        more += ["--dashboard-host=127.0.0.1", "--num-cpus=0", f"--temp-dir={self._ray.name}"]
         more += [f"--autoscaling-config={self._autoscaling}"] if self._autoscaling else []
         self._head = self._start(more)
         try:
@@ -173,6 +175,7 @@ class LocalNodes:
     def __exit__(self, *_: object) -> None:
         for node in [*self.workers, self._head]:
             end(node)
+        self._ray.cleanup()
 
     @property
     def address(self) -> str:
