@@ -36,18 +36,17 @@ TYPES = {
 }
 
 
-def autoscaling(folder: Path, types: dict[str, Any], idle_seconds: float) -> Path:
-    """The file that makes a head node start fake nodes of these types when something asks for them.
+def autoscaling(types: dict[str, Any], idle_seconds: float) -> dict[str, Any]:
+    """What a head node needs to start nodes of these types when something asks for them.
 
     `ray.cluster_utils.AutoscalingCluster` has it too, but starts by stopping every Ray of the machine.
     """
     head = {"ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}}
     lists = [f"{which}setup_commands" for which in ("", "head_", "worker_")] + ["initialization_commands"]
     lists += ["head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter"]
-    made = {
+    return {
         "cluster_name": "fake",
-        "provider": {"type": "fake_multinode"},
-        "auth": {},
+        "auth": {"ssh_user": "nobody"},
         "file_mounts": {},
         "max_workers": 3,
         "upscaling_speed": 1.0,
@@ -55,9 +54,6 @@ def autoscaling(folder: Path, types: dict[str, Any], idle_seconds: float) -> Pat
         "available_node_types": head | types,
         "head_node_type": "ray.head.default",
     } | {name: [] for name in lists}
-    path = folder / "autoscaling.json"
-    path.write_text(json.dumps(made))
-    return path
 
 
 def alive(nodes: LocalNodes) -> dict[str, int]:
@@ -80,7 +76,7 @@ def main() -> None:
     folder = arguments.work
     (folder / "job").mkdir(parents=True, exist_ok=True)
     (folder / "job" / "chaos.yaml").write_text(CONFIG, "utf-8")
-    scaling = autoscaling(folder, TYPES, arguments.idle)
+    scaling = autoscaling(TYPES, arguments.idle)
     environment = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
     timeline: list[dict[str, Any]] = []
     with S3Server() as store, LocalNodes(store.environment | environment, folder, autoscaling=scaling) as nodes:

@@ -10,6 +10,7 @@ Nodes are started and jobs submitted by Ray's own commands, with token authentic
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import socket
@@ -143,9 +144,12 @@ class S3Server:
 
 
 class LocalNodes:
-    """A Ray of several nodes on this machine: a head without CPUs for tasks, and workers that come and go."""
+    """A Ray of several nodes on this machine: a head without CPUs for tasks, and workers that come and go.
 
-    def __init__(self, environment: dict[str, str], folder: Path, *, autoscaling: Path | None = None) -> None:
+    With `autoscaling` (the config of a Ray cluster, its provider apart) Ray's autoscaler starts and ends them, as fake nodes.
+    """
+
+    def __init__(self, environment: dict[str, str], folder: Path, *, autoscaling: dict[str, Any] | None = None) -> None:
         self._folder = folder
         self._ray = tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True)  # sockets want a short path
         token = folder / "token"
@@ -161,9 +165,14 @@ class LocalNodes:
 
     def __enter__(self) -> LocalNodes:
         self._gcs, self._dashboard = free_port(), free_port()
+        scaling = self._folder / "autoscaling.json"
+        if self._autoscaling:
+            provider = {"type": "fake_multinode", "gcs_address": self.address, "disable_node_updaters": True}
+            provider |= {"disable_launch_config_check": True, "worker_liveness_check": False}
+            scaling.write_text(json.dumps(self._autoscaling | {"provider": provider}))
         more = ["--head", f"--port={self._gcs}", "--include-dashboard=true", f"--dashboard-port={self._dashboard}"]
         more += ["--dashboard-host=127.0.0.1", "--num-cpus=0", f"--temp-dir={self._ray.name}"]
-        more += [f"--autoscaling-config={self._autoscaling}"] if self._autoscaling else []
+        more += [f"--autoscaling-config={scaling}"] if self._autoscaling else []
         self._head = self._start(more)
         try:
             wait_for("the head node", lambda: accepts(self._dashboard))
