@@ -173,9 +173,9 @@ def actors(arguments: argparse.Namespace) -> None:
             for count in (len(units) // 2, len(units)):
                 work = Storage(str(folder / f"actors-{pair}-{count}"))
                 begun = time.perf_counter()
-                do_units("trajectories", units[:count], Scorer, job, work, Workers(2, 1, 0))
+                do_units("trajectories", units[:count], Scorer, job, work, Workers(2, 1, 0, 2))
                 seconds[f"actors {count}"] = time.perf_counter() - begun
-            worker = Scorer(job, Storage(str(folder / f"here-{pair}")), Workers(1, 2, 0), 1)
+            worker = Scorer(job, Storage(str(folder / f"here-{pair}")), Workers(1, 2, 0, 1), 1)
             for i, unit in enumerate(units):
                 if i == len(units) // 2:
                     begun = time.perf_counter()

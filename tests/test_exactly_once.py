@@ -149,4 +149,4 @@ def test_a_checkpoint_written_anew_is_scored_anew(begun, tmp_path):
     proxy.root.write_json(f"step-{step:06d}/checkpoint.json", records)
     after = ScoringJob.of(config, examples, proxy.root, [step], run.child(".work"))
     assert {unit.path for unit in before.units}.isdisjoint(unit.path for unit in after.units)
-    assert Workers(1, 1, 0).device == before.device == "cpu"
+    assert Workers(1, 1, 0, 1).device == before.device == "cpu"
