@@ -430,7 +430,7 @@ class WorkerConfig(Section):
     """Examples per forward pass in training; auto: the largest that divides the worker's share, at most 32."""
 
     wait_minutes: Annotated[float, Field(gt=0)] = 15.0
-    """How long to wait for a cluster that has no room for the (fewest) workers yet, before it ends saying what is missing."""
+    """How long to wait for a cluster that has no room for the fewest workers yet (of a pool: for one)."""
 
     @field_validator("num_workers")
     @classmethod

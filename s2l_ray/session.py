@@ -47,8 +47,9 @@ def connect_ray() -> None:
         os.environ.setdefault(name, value)
     # torch before Ray is connected: loaded after it in a submitted job, its MKL often ends the process (torch 2.13, Ray 2.60).
     import ray
-    import torch  # noqa: F401
 
+    if submitted_job() is not None:
+        import torch  # noqa: F401
     if ray.is_initialized():
         return
     begun = time.monotonic()

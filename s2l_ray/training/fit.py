@@ -58,14 +58,14 @@ class Workers:
     def resolve(cls, config: WorkerConfig, *, one_per_cpu: bool, divides: int = 0) -> Workers:
         """Numbers for `auto` from what the connected Ray has: one worker per GPU; without GPUs one per CPU or one for all.
 
-        Bounds that are given stay what they are, whatever there is now: machines come and go.
+        Bounds that are given do not depend on what there is now: machines come and go. They are drawn in to sizes that divide.
         """
         import ray
 
         resources = ray.cluster_resources()
         cpus, gpus = max(1, int(resources.get("CPU", 1))), int(resources.get("GPU", 0))
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and (not gpus or node["Resources"].get("GPU"))]
-        of_a_node = max(1, *(int(node.get("CPU", 0)) for node in nodes))  # a worker is on one
+        of_a_node = max([1, *(int(node.get("CPU", 0)) for node in nodes)])  # a worker is on one
         gpus_per_worker = (1.0 if gpus else 0.0) if config.gpus_per_worker == "auto" else float(config.gpus_per_worker)
         if config.num_workers == "auto":
             per_worker = 1 if config.cpus_per_worker == "auto" else config.cpus_per_worker
