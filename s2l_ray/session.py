@@ -116,6 +116,15 @@ def await_room(stage: str, worker: Mapping[str, float], count: int, minutes: flo
         remove_placement_group(room)
 
 
+def free_room(worker: Mapping[str, float]) -> int:
+    """How many workers with such resources the nodes of the connected Ray have room for now."""
+    from ray._private.state import available_resources_per_node
+
+    asked = {name: amount for name, amount in worker.items() if amount}
+    free = available_resources_per_node().values()
+    return sum(int(min(node.get(name, 0) // amount for name, amount in asked.items())) for node in free)
+
+
 def _nodes() -> str:
     import ray
 

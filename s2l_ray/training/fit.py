@@ -18,7 +18,7 @@ from s2l_ray.artifacts import Storage
 from s2l_ray.config import WorkerConfig
 from s2l_ray.errors import ConfigError, S2LError, StorageError, cause_of
 from s2l_ray.progress import get_log, track
-from s2l_ray.session import await_room
+from s2l_ray.session import await_room, free_room
 from s2l_ray.training.metrics import count
 
 Loop = Callable[[Any, Any], dict[str, Any]]
@@ -204,7 +204,6 @@ def _trainer_class(divides: int) -> Any:
 
     if not divides:
         return TorchTrainer
-    from ray._private.state import available_resources_per_node
     from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, autoscaling_coordinator_client
 
     class Dividing(ElasticScalingPolicy):  # type: ignore[misc]
@@ -218,10 +217,7 @@ def _trainer_class(divides: int) -> Any:
 
         def make_decision_for_running_worker_group(self, worker_group_state: Any, *args: Any, **options: Any) -> Any:
             # Ray counts what nodes have, whoever uses it; a healthy group is not ended for room that others hold.
-            one = self.scaling_config._resources_per_worker_not_none
-            free = available_resources_per_node().values()
-            room = sum(int(min(node.get(name, 0) // one[name] for name in one if one[name])) for node in free)
-            self._most = worker_group_state.num_workers + room
+            self._most = worker_group_state.num_workers + free_room(self.scaling_config._resources_per_worker_not_none)
             try:
                 return super().make_decision_for_running_worker_group(worker_group_state, *args, **options)
             finally:

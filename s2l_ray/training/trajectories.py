@@ -27,6 +27,7 @@ from s2l_ray.artifacts import LOSSES, TOKENS, Artifact, Draft, Storage, digest, 
 from s2l_ray.config import RunConfig
 from s2l_ray.errors import DataError
 from s2l_ray.progress import get_log
+from s2l_ray.session import free_room
 from s2l_ray.training.fit import Workers
 from s2l_ray.training.limits import operations, product_rate
 from s2l_ray.training.losses import full_path, losses_of_models
@@ -213,13 +214,7 @@ class ScoringBeside:
 
 def spare_workers(workers: Workers) -> Workers | None:
     """As many of the scoring workers as the nodes of the connected Ray have room for now, None if for none."""
-    from ray._private.state import available_resources_per_node
-
-    def room(free: Mapping[str, float]) -> int:
-        cpus = int(free.get("CPU", 0) // workers.cpus_per_worker)
-        return min(cpus, int(free.get("GPU", 0) // workers.gpus_per_worker)) if workers.gpus_per_worker else cpus
-
-    number = min(workers.num_workers, sum(map(room, available_resources_per_node().values())))
+    number = min(workers.num_workers, free_room(workers.resources))
     return replace(workers, num_workers=number, min_workers=number) if number else None
 
 
