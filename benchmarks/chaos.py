@@ -5,8 +5,10 @@
 A run (`ray job submit -- s2l run ...`, from the corpus to the subset) is disturbed again and again: a training worker, a
 scoring actor, a whole node, every connection to the storage, or the driver; where the job ended it is submitted again. When
 it is done, the same proxy is scored, grouped and chosen from once more without disturbance: every loss must be there once,
-and every file of trajectories, clustering and selection must be the same bytes. Then the next run, until there were enough
-kills. Every run adds a line to `results/chaos.jsonl`; the exit code is 1 if anything was lost, doubled or different.
+and every file of trajectories, clustering and selection must be the same bytes. A training must go on from the last resume
+point that was registered before the kill, or from a later one. Then the next run, until there were enough kills. Every run
+adds a line to `results/chaos.jsonl`; the exit code is 1 if anything was lost, doubled or different. The time lost by a kill is
+that until the next finished piece of work is there.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ RESULTS = Path(__file__).parent / "results" / "chaos.jsonl"
 KINDS = ("training worker", "scoring actor", "node", "connections", "driver")
 # What Ray calls its processes.
 PROCESSES = {"training worker": "ray::RayTrainWorker", "scoring actor": "ray::MapWorker", "driver": "/s2l run"}
+# Failures of a job beyond the number of kills after which something else is wrong.
+MOST_FAILURES = 5
 # Files that say nothing about how far the work is.
 NO_PROGRESS = ("/lock", "attempts.json", "building.json", "run.json")
 CONFIG = """\
@@ -51,11 +55,11 @@ examples:
         spell_backward: {size: 400}
         letter_counting: {size: 400, min_words: 3, max_words: 6}
   held_out_fraction: 0
-  rows_per_part: 64
+  rows_per_part: 32
 proxy:
   model: {scratch: {architecture: gpt_neox, layers: 2, hidden: 64, heads: 4, max_positions: 256, tie_embeddings: true}}
   tokenizer: {train: bpe, vocab_size: 768}
-  epochs: 6
+  epochs: 10
   global_batch_size: 32
   learning_rate: 2.0e-3
   max_tokens: 256
@@ -134,6 +138,8 @@ class Disturbed:
                 break
             if code is not None:
                 self.failures.append(self.last_line())
+                if self.submitted > len(self.kills) + MOST_FAILURES:
+                    raise RuntimeError(f"the job failed {self.submitted} times with {len(self.kills)} kills: {self.log}")
                 job = self.submit()
             if len(self.nodes.workers) < 2 and time.monotonic() - self.lost > 5:
                 self.nodes.add()
@@ -210,6 +216,7 @@ def disturb(nodes: LocalNodes, store: S3Server, folder: Path, name: str, kills: 
     log = run.log.read_text("utf-8", "replace")
     resumed = [int(step) for step in re.findall(r"goes on from step (\d+)", log)]
     facts = {"seconds": seconds, "submitted": run.submitted, "failures": run.failures, "resumed_from_steps": resumed}
+    facts["went_back"] = sum(kill["went_on_from"] is not None and kill["went_on_from"] < kill["resume_step"] for kill in run.kills)
     told = [{name: value for name, value in kill.items() if name not in ("before", "at", "log_length")} for kill in run.kills]
     return facts | {"kills": told} | check(nodes, folder, run.run_dir)
 
@@ -232,6 +239,7 @@ def summary(rows: list[Row]) -> Row:
             for kind, t in times.items()
         },
         "submitted": sum(row["submitted"] for row in rows),
+        "went_back": sum(row["went_back"] for row in rows),
         "missing": sum(row["missing"] for row in rows),
         "doubled": sum(row["doubled"] for row in rows),
         "different": [name for row in rows for name in row["different"]],
@@ -241,7 +249,7 @@ def summary(rows: list[Row]) -> Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--per-run", type=int, default=8, help="kills in one run at most")
+    parser.add_argument("--per-run", type=int, default=20, help="kills in one run at most")
     parser.add_argument("--every", type=float, default=10.0, help="seconds between progress and the next kill, on average")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", required=True, type=Path, help="a folder for logs")
@@ -260,7 +268,7 @@ def main() -> None:
             print(json.dumps(row), flush=True)
     result = summary(rows)
     print(json.dumps(result, indent=1))
-    sys.exit(bool(result["missing"] or result["doubled"] or result["different"]))
+    sys.exit(bool(result["went_back"] or result["missing"] or result["doubled"] or result["different"]))
 
 
 if __name__ == "__main__":

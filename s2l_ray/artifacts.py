@@ -23,7 +23,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -449,11 +449,14 @@ class Draft:
     work: Storage
     """Scratch directory of this stage (unmerged units, optimizer states): never read as a result."""
 
+    still_held: Callable[[], None] = lambda: None
+    """Raises ArtifactError where another run has taken the directory over."""
+
     files: dict[str, FileRecord] = field(default_factory=dict)
     created: datetime.datetime = field(default_factory=lambda: datetime.datetime.now(datetime.UTC))
 
     @classmethod
-    def open(cls, run: Storage, key: Key) -> Draft:
+    def open(cls, run: Storage, key: Key, still_held: Callable[[], None] = lambda: None) -> Draft:
         """Start or continue a stage.
 
         Raises ArtifactError where the directory belongs to another recipe. What an interrupted run had begun from
@@ -474,7 +477,7 @@ class Draft:
         for name in storage.names(recursive=True):
             if name.endswith(".tmp"):  # a killed attempt was writing it
                 storage.delete(name)
-        return cls(storage, key, work)
+        return cls(storage, key, work, still_held)
 
     @property
     def shared(self) -> Storage:
@@ -514,7 +517,11 @@ class Draft:
             self.add(FileRecord.of_file(path, local))
 
     def publish(self, summary: dict[str, Any], machines: dict[str, Any] | None = None) -> Artifact:
-        """Write the manifest: from here on the stage is finished. Its scratch directory goes away."""
+        """Write the manifest: from here on the stage is finished. Its scratch directory goes away.
+
+        Raises ArtifactError, and writes nothing, where the run no longer holds the directory.
+        """
+        self.still_held()
         seconds = (datetime.datetime.now(datetime.UTC) - self.created).total_seconds()
         manifest = {
             "schema": SCHEMA,

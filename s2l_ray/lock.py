@@ -7,7 +7,8 @@ and that nobody writes again; beside it the holder rewrites `beat-<owner>` every
 watches: a beat that advances is a live holder, and the run is refused; one that has not for `MISSED` beats is a dead one,
 whose lock is taken over by creating the next number. The highest number holds. Times are compared by the store's clock
 alone, or on the clock of one process. A holder that was only asleep finds at its next beat that it holds no more, and stops:
-for up to a beat both may then be at work, which is why every file appears whole and says the same whoever made it.
+for up to a beat both may then be at work. Every file appears whole, and a stage asks before its manifest is written whether
+the lock is still its run's: what two runs made together is never published by the one that lost.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,18 +62,19 @@ def _self() -> str:
 
 
 @contextlib.contextmanager
-def exclusive(place: Storage) -> Iterator[None]:
+def exclusive(place: Storage) -> Iterator[Callable[[], None]]:
     """Hold the run directory: a second run on it is refused with who holds it. The lock of a dead run is free.
 
+    Gives a function that raises ArtifactError where the lock is held no more; to be asked before results are published.
     Raises ArtifactError: at once or after a beat where another run holds it, and on object storage also at the end where
     another took it over from this one, which is interrupted then.
     """
-    with _file_held(place) if place.is_local else _Lease(place).held():
-        yield
+    with _file_held(place) if place.is_local else _Lease(place).held() as still_held:
+        yield still_held
 
 
 @contextlib.contextmanager
-def _file_held(place: Storage) -> Iterator[None]:
+def _file_held(place: Storage) -> Iterator[Callable[[], None]]:
     path = place.path(f"{WORK}/lock")
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -88,7 +90,7 @@ def _file_held(place: Storage) -> Iterator[None]:
         file.truncate(0)
         file.write(f"{_self()}\n")
         file.flush()
-        yield
+        yield lambda: None
 
 
 def _refusal(place: Storage, who: str) -> ArtifactError:
@@ -122,7 +124,7 @@ class _Lease:
         self._beats = 0
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self) -> Iterator[Callable[[], None]]:
         """Hold the lock; a loss of it in between interrupts the block, and is an ArtifactError."""
         creating = _conditional(self.place)
         stop = threading.Event()
@@ -132,11 +134,10 @@ class _Lease:
             with _interruptible():
                 thread.start()
                 try:
-                    yield
+                    yield self._still_held
                 finally:
                     stop.set()
                     thread.join()
-            self._check()
         except BaseException as error:
             if self.taken_by is not None:
                 raise self._loss() from error
@@ -161,6 +162,8 @@ class _Lease:
                     told = seen.owner
                     log.info("%s is held by %s; waiting up to %.0f s to see whether it lives", self.place.uri, seen.who, left)
                 if not self._stays(seen, left):
+                    continue
+                if self._look() != seen:  # it was given back in the meantime
                     continue
             if self._create(creating, seen.number + 1):
                 if seen.number:
@@ -190,7 +193,10 @@ class _Lease:
         except Exception as error:
             # Stores say in many ways that it exists; and where an answer was lost, the library asked again and met its own.
             if not isinstance(error, FileExistsError) and not self.locks.exists(self.name):
-                raise StorageError(f"{self.locks.uri}/{self.name}: cannot be created ({error}).") from error
+                raise StorageError(
+                    f"{self.locks.uri}/{self.name}: cannot be created ({error}). The credentials must allow to write there, and "
+                    "the store to create an object only if there is none (If-None-Match)."
+                ) from error
         return self._look().owner == self.owner
 
     # --- keeping it ---
@@ -219,6 +225,12 @@ class _Lease:
         if seen.owner != self.owner:
             self.taken_by = seen.who
 
+    def _still_held(self) -> None:
+        """Raise ArtifactError where another run has taken the lock over."""
+        self._check()
+        if self.taken_by is not None:
+            raise self._loss()
+
     def _stay_alive(self, stop: threading.Event) -> None:
         """Give a sign of life every beat; interrupt the main thread once the lock is another's."""
         while not stop.wait(BEAT):
@@ -245,7 +257,8 @@ class _Lease:
         if not self._beats:  # the store let nothing be written
             return
         try:
-            if self._look().owner == self.owner:
+            self._check()
+            if self.taken_by is None:
                 names = [name for name in self.locks.names() if name.startswith("lock-") and name <= self.name]
                 for name in names:
                     self.locks.delete(name)

@@ -315,7 +315,7 @@ def run(
     if until is not None and until not in STAGE_NAMES:
         raise ConfigError(f"--until {until}: no such stage. Stages: {', '.join(STAGE_NAMES)}.")
     log.info("%s in %s", config.name, place.uri)
-    with exclusive(place):
+    with exclusive(place) as still_held:
         config = resolve_revisions(config, place, other)
         for decision in decide(config, place, other):
             if decision.action == "refuse":
@@ -325,7 +325,7 @@ def run(
         seconds: dict[str, float] = {}
         for stage in STAGES:
             begun = time.monotonic()
-            artifacts[stage.name] = _run_stage(stage, config, place, other, artifacts)
+            artifacts[stage.name] = _run_stage(stage, config, place, other, artifacts, still_held)
             seconds[stage.name] = time.monotonic() - begun
             if stage.name == until:
                 break
@@ -338,7 +338,12 @@ def run(
 
 
 def _run_stage(
-    stage: Stage, config: RunConfig, place: Storage, other: Storage | None, artifacts: Mapping[str, Artifact]
+    stage: Stage,
+    config: RunConfig,
+    place: Storage,
+    other: Storage | None,
+    artifacts: Mapping[str, Artifact],
+    still_held: Callable[[], None],
 ) -> Artifact:
     decision = _decide_stage(stage, config, place, other, artifacts)
     if decision.action == "refuse":
@@ -353,7 +358,7 @@ def _run_stage(
     if stage.needs_ray:
         connect_ray()
     begun = time.monotonic()
-    artifact = stage.build(config, artifacts, Draft.open(place, decision.key))
+    artifact = stage.build(config, artifacts, Draft.open(place, decision.key, still_held))
     stage_log.info("finished in %s: %s", duration(time.monotonic() - begun), counts(artifact))
     return artifact
 
@@ -405,14 +410,19 @@ def select_trajectories(
     begun, place = time.monotonic(), Storage(output)
     if machines.engine == "ray":
         connect_ray()
-    with exclusive(place):
+    with exclusive(place) as still_held:
         own = find_artifact(source)
         with _streamed(own or source, place, clustering.seed, clustering.stratify_by) as (store, scratch):
             check_columns(selection, store)
             with ThreadPoolExecutor(2) as pool:
                 identity = own.identity if own is not None else store.identity(pool)
             key = Key("clustering", schema_of("clustering"), clustering.model_dump(mode="json"), {"trajectories": identity})
-            groups = _select_stage(place, key, lambda draft: build_clustering(clustering, machines, store, scratch, draft))
+
+
+            def group(draft: Draft) -> Artifact:
+                return build_clustering(clustering, machines, store, scratch, draft)
+
+            groups = _select_stage(place, key, group, still_held)
             inputs = {"trajectories": identity, "clustering": groups.identity}
             if own is None:  # columns that are only passed through are in no identity yet
                 inputs["rows"] = files_identity(source)
@@ -422,7 +432,7 @@ def select_trajectories(
                 fetch = partial(fetch_rows, own or source)
                 return build_selection(selection, store, groups, fetch, scratch, draft)
 
-            subset = _select_stage(place, key, build)
+            subset = _select_stage(place, key, build, still_held)
     log.info(
         "%s examples in %s/%s (%s)",
         f"{subset.summary['rows']:,}",
@@ -433,10 +443,10 @@ def select_trajectories(
     return subset
 
 
-def _select_stage(place: Storage, key: Key, build: Callable[[Draft], Artifact]) -> Artifact:
+def _select_stage(place: Storage, key: Key, build: Callable[[Draft], Artifact], still_held: Callable[[], None]) -> Artifact:
     found = Artifact.find(place.child(key.stage))
     if found is None:
-        return build(Draft.open(place, key))
+        return build(Draft.open(place, key, still_held))
     if found.fingerprint != key.fingerprint:
         raise ArtifactError(refusal(place.child(key.stage), key, found.manifest, "Give another --output"))
     found.check_sizes()

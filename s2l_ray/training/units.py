@@ -8,6 +8,7 @@ and doing a unit twice changes nothing.
 from __future__ import annotations
 
 import contextlib
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from s2l_ray.session import await_room
 from s2l_ray.training.fit import Workers, quiet_libraries
 from s2l_ray.training.limits import keep_freed_memory
 from s2l_ray.training.metrics import count
+
+PAUSES = (2.0, 10.0, 30.0)
+"""Seconds after which a task is tried again where the storage did not answer."""
 
 
 @dataclass(frozen=True)
@@ -115,18 +119,26 @@ class UnitWorker(ABC):
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Do one task, given as a batch of one row. What the user must mend comes back as a row, not as a crash."""
-        self.effort = Effort()
-        error: errors.S2LError | None = None
-        try:
-            models = self._loaded(str(batch["models"][0]).split())
-            for model, data in self.work_on(str(batch["part"][0]), models):
-                self._work.write(Unit(model, str(batch["part"][0])).path, data)
-        except Exception as met:
-            error = errors.cause_of(met)
-            if error is None:
-                raise
+        for pause in (*PAUSES, None):
+            error = self._do(str(batch["part"][0]), str(batch["models"][0]).split())
+            if pause is None or not (isinstance(error, errors.StorageError) and error.is_transient):
+                break
+            time.sleep(pause)
         told = {"error": type(error).__name__ if error else "", "message": str(error or ""), "units": int(batch["units"][0])}
         return {name: [value] for name, value in (told | vars(self.effort)).items()}
+
+    def _do(self, part: str, names: list[str]) -> errors.S2LError | None:
+        """Leave the file of each unit; what the user must mend where it did not go."""
+        self.effort = Effort()
+        try:
+            for model, data in self.work_on(part, self._loaded(names)):
+                self._work.write(Unit(model, part).path, data)
+        except Exception as error:
+            mistake = errors.cause_of(error)
+            if mistake is None:
+                raise
+            return mistake
+        return None
 
     def _loaded(self, names: list[str]) -> dict[str, Any]:
         missing = [name for name in names if name not in self._models]
