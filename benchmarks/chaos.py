@@ -90,6 +90,13 @@ class Disturbed:
         words = ["s2l", "run", "chaos.yaml", "--run-dir", self.run_dir, "--until", "selection"]
         return self.nodes.submit(words, self.folder / "job", self.log)
 
+    def submit_again(self) -> subprocess.Popen[Any]:
+        """After a failure. Raises RuntimeError where kills alone cannot be why the job fails."""
+        self.failures.append(self.last_line())
+        if self.submitted > len(self.kills) + MOST_FAILURES:
+            raise RuntimeError(f"the job failed {self.submitted} times with {len(self.kills)} kills: {self.log}")
+        return self.submit()
+
     def progress(self) -> set[str]:
         """What lies in the run's directory and stands for work done."""
         found = Storage(self.run_dir).names(recursive=True)
@@ -137,10 +144,7 @@ class Disturbed:
             if code == 0:
                 break
             if code is not None:
-                self.failures.append(self.last_line())
-                if self.submitted > len(self.kills) + MOST_FAILURES:
-                    raise RuntimeError(f"the job failed {self.submitted} times with {len(self.kills)} kills: {self.log}")
-                job = self.submit()
+                job = self.submit_again()
             if len(self.nodes.workers) < 2 and time.monotonic() - self.lost > 5:
                 self.nodes.add()
             if pending is not None:
@@ -216,7 +220,8 @@ def disturb(nodes: LocalNodes, store: S3Server, folder: Path, name: str, kills: 
     log = run.log.read_text("utf-8", "replace")
     resumed = [int(step) for step in re.findall(r"goes on from step (\d+)", log)]
     facts = {"seconds": seconds, "submitted": run.submitted, "failures": run.failures, "resumed_from_steps": resumed}
-    facts["went_back"] = sum(kill["went_on_from"] is not None and kill["went_on_from"] < kill["resume_step"] for kill in run.kills)
+    went_on = [(kill["went_on_from"], kill["resume_step"]) for kill in run.kills if kill["went_on_from"] is not None]
+    facts["went_back"] = sum(step < registered for step, registered in went_on)
     told = [{name: value for name, value in kill.items() if name not in ("before", "at", "log_length")} for kill in run.kills]
     return facts | {"kills": told} | check(nodes, folder, run.run_dir)
 

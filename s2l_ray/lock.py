@@ -194,8 +194,8 @@ class _Lease:
             # Stores say in many ways that it exists; and where an answer was lost, the library asked again and met its own.
             if not isinstance(error, FileExistsError) and not self.locks.exists(self.name):
                 raise StorageError(
-                    f"{self.locks.uri}/{self.name}: cannot be created ({error}). The credentials must allow to write there, and "
-                    "the store to create an object only if there is none (If-None-Match)."
+                    f"{self.locks.uri}/{self.name}: cannot be created ({error}). The credentials must allow to write there, "
+                    "and the store to create an object only if there is none (If-None-Match)."
                 ) from error
         return self._look().owner == self.owner
 

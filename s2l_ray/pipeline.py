@@ -418,7 +418,6 @@ def select_trajectories(
                 identity = own.identity if own is not None else store.identity(pool)
             key = Key("clustering", schema_of("clustering"), clustering.model_dump(mode="json"), {"trajectories": identity})
 
-
             def group(draft: Draft) -> Artifact:
                 return build_clustering(clustering, machines, store, scratch, draft)
 
