@@ -168,7 +168,7 @@ class LocalNodes:
         scaling = self._folder / "autoscaling.json"
         if self._autoscaling:
             provider = {"type": "fake_multinode", "gcs_address": self.address, "disable_node_updaters": True}
-            provider |= {"disable_launch_config_check": True, "worker_liveness_check": False}
+            provider |= {"disable_launch_config_check": True, "worker_liveness_check": False, "use_node_id_as_ip": True}
             scaling.write_text(json.dumps(self._autoscaling | {"provider": provider}))
         more = ["--head", f"--port={self._gcs}", "--include-dashboard=true", f"--dashboard-port={self._dashboard}"]
         more += ["--dashboard-host=127.0.0.1", "--num-cpus=0", f"--temp-dir={self._ray.name}"]

@@ -90,6 +90,9 @@ class Training:
     response_fraction: float = 1.0
     """Share of the positions whose logits are computed."""
 
+    is_from_scratch: bool = False
+    """Whether the model is made with random weights, not read from files."""
+
     @property
     def weight_bytes(self) -> int:
         return 2 if self.precision == "bfloat16" else 4
@@ -198,9 +201,10 @@ def need(training: Training, setting: Setting) -> Need:
     # Stages 1 and 2 have let go of the 16-bit gradients when Adam begins; stage 3 holds on to them and to its bucket.
     stepping = weights + optimizer + step + (gradients if stage in (0, 3) else 0) + (w * BUCKET if stage == 3 else 0)
     most = max(states + (1 + FRAGMENTATION) * (buffers + activations), stepping)
-    # Every worker reads the whole model in float32. Stage 3 shards it only after each accelerator has had it whole.
-    loading = 4 * shape.parameters * training.workers_per_node
-    if stage == 3:
+    # Stage 3 shards a model as the first worker reads it; any other is whole in every worker first, in float32.
+    is_sharded_at_once = stage == 3 and not training.is_from_scratch
+    loading = 4 * shape.parameters * (1 if is_sharded_at_once else training.workers_per_node)
+    if stage == 3 and not is_sharded_at_once:
         most = max(most, w * shape.parameters)
     return Need(states, activations, stepping, most + CONTEXT_BYTES, max(loading, training.workers_per_node * offloaded))
 

@@ -313,7 +313,14 @@ def _memory(config: RunConfig, parameters: float, accelerator: str, number: int,
     target, memory_bytes = config.target, ACCELERATORS[accelerator][2]
     per_node, batch = min(number, per_node), _device_batch(config, number)
     training = Training(
-        _shape(config, parameters), target.precision, number, per_node, batch, target.max_tokens, config.plan.response_fraction
+        _shape(config, parameters),
+        target.precision,
+        number,
+        per_node,
+        batch,
+        target.max_tokens,
+        config.plan.response_fraction,
+        isinstance(target.model, ScratchModel),
     )
     rank = None if target.lora is None else target.lora.rank
     configured = Setting(target.zero_stage, config.machines.target.offload, target.gradient_checkpointing, rank)
@@ -330,12 +337,7 @@ def _memory(config: RunConfig, parameters: float, accelerator: str, number: int,
         marks = ("  <- recommended" if setting == best else "") + ("  (configured)" if setting == configured else "")
         lines.append(f"  {needed.gpu / 1e9:>7.1f} {needed.host / 1e9:>10.1f}  {fits:<4}  {setting}{marks}")
     if best is None:
-        whole = training.weight_bytes * training.shape.parameters
-        loads = f" Each accelerator has the whole model ({whole / 1e9:.0f} GB) for a moment, ZeRO 3's too."
-        lines.append(
-            "None fits: more or larger accelerators, a smaller device_batch_size or max_tokens."
-            + loads * (whole > memory_bytes)
-        )
+        lines.append("None fits: more or larger accelerators, a smaller device_batch_size or max_tokens.")
     elif best != configured:
         lines.append("Recommended: " + " ".join(f"--set {value}" for value in best.overrides(rank)))
     if best is not None and best.offload != "none":

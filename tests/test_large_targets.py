@@ -158,8 +158,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "zero1": {"zero_stage": 1, "weight_decay": 0.1},
     "zero2-offload": {"zero_stage": 2, "gradient_checkpointing": True, "offload": "optimizer"},
     "zero2-adapter": {"zero_stage": 2, "lora": LORA | {"save": "adapter", "target_modules": ["query_key_value"]}},
-    "zero3": {"zero_stage": 3, "weight_decay": 0.1, "gradient_checkpointing": True},
-    "zero3-lora": {"zero_stage": 3, "lora": LORA, "offload": "parameters", "gradient_checkpointing": True},
+    "zero3": {"zero_stage": 3, "weight_decay": 0.1, "gradient_checkpointing": True, "is_read": True},
+    "zero3-scratch": {"zero_stage": 3},
+    "zero3-lora": {"zero_stage": 3, "lora": LORA, "offload": "parameters", "gradient_checkpointing": True, "is_read": True},
     "zero3-bfloat16": {"zero_stage": 3, "precision": "bfloat16", "offload": "optimizer"},
 }
 
@@ -264,7 +265,7 @@ def story(bench: Bench, ray_session: None, tmp_path_factory: pytest.TempPathFact
     def part(setting: str, workers: str, *, through_ray: bool = False, stops: bool = False) -> Part:
         values = dict(SETTINGS[setting])
         machines = TargetWorkerConfig(device_batch_size=2, offload=values.pop("offload", "none"))
-        if "save" in values.get("lora", {}):
+        if values.pop("is_read", False) or "save" in values.get("lora", {}):
             values["model"] = str(base)
         config = TargetConfig.model_validate(ZERO.model_dump() | values)
         storage = Draft.open(Storage(str(folder / f"{setting} {workers}")), Key("target", 1, {}, {})).storage

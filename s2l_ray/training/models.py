@@ -103,7 +103,7 @@ def load_model(
             f"model '{location}': its files lack {len(absent)} weights of a {type(model).__name__} ({', '.join(absent[:3])}"
             f"{' ...' if len(absent) > 3 else ''}). Give a whole checkpoint of that architecture."
         )
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = model.get_input_embeddings().num_embeddings
     if tokenizer is not None and len(tokenizer) > rows:
         raise ConfigError(
             f"model '{location}': its vocabulary has {rows:,} entries, the tokenizer {len(tokenizer):,}. Use the tokenizer it "
@@ -128,6 +128,12 @@ def num_parameters(config: TrainingConfig, vocab_size: int | None) -> int | None
             return int(AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code).num_parameters())
     except (OSError, ValueError):
         return None
+
+
+def count_parameters(model: Any, *, only_trained: bool = False) -> int:
+    """Parameters of a model, of the whole one where ZeRO 3 has left this worker a share."""
+    counted = (parameter for parameter in model.parameters() if parameter.requires_grad or not only_trained)
+    return sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in counted)
 
 
 def positions(model: Any) -> int | None:

@@ -6,8 +6,9 @@ of steps: the workers, their imports and the base model are paid once.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,15 @@ from s2l_ray.examples import quiet_ray_data, read_pool
 from s2l_ray.progress import get_log
 from s2l_ray.training.fine_tuning import Phase, check_steps, data_order, fine_tune, num_steps, training_loss
 from s2l_ray.training.fit import Workers, fit
-from s2l_ray.training.models import check_positions, make_model, merged, need_peft, save_model, with_adapters
+from s2l_ray.training.models import (
+    check_positions,
+    count_parameters,
+    make_model,
+    merged,
+    need_peft,
+    save_model,
+    with_adapters,
+)
 from s2l_ray.training.proxy import TOKENIZER
 from s2l_ray.training.tokens import encode_table, load_tokenizer, pool_tokens, row_counts
 
@@ -116,18 +125,18 @@ def train_target(job: TargetJob, events: Any) -> dict[str, Any]:
         if not job.storage.exists(record):
             order = data_order(ids, config.epochs, config.global_batch_size, config.seed)[: steps * config.global_batch_size]
             phase = Phase(name, config, order, tokens, (), steps * len(rows), before)
-            model = make_model(config, tokenizer)
-            check_positions(model, config.max_tokens, "target")
-            # Counted here: ZeRO 3 leaves a worker with its share.
-            facts = {"num_parameters": int(model.num_parameters())}
-            if config.lora is not None:
-                model = with_adapters(model, config)
-            facts["num_trained_parameters"] = int(model.num_parameters(only_trainable=True))
+            deepspeed = zero(config.zero_stage, job.machines.offload) if config.zero_stage else None
+            with sharded_as_it_is_read(config, deepspeed):
+                model = make_model(config, tokenizer)
+                check_positions(model, config.max_tokens, "target")
+                facts = {"num_parameters": count_parameters(model)}
+                if config.lora is not None:
+                    model = with_adapters(model, config)
+            facts["num_trained_parameters"] = count_parameters(model, only_trained=True)
             if is_first and not before:
                 trained = f" ({facts['num_trained_parameters']:,} trained)" if config.lora is not None else ""
                 parameters = f"{facts['num_parameters']:,} parameters{trained}"
                 events.put(f"{parameters}, {len(ids):,} examples, {steps:,} steps per model")
-            deepspeed = zero(config.zero_stage, job.machines.offload) if config.zero_stage else None
             trainer = fine_tune(phase, model, tokenizer, job.machines, events, deepspeed=deepspeed)
             save_target(trainer, tokenizer, job, name, facts)
             reset_accelerate(trainer)
@@ -170,6 +179,30 @@ def zero(stage: int, offload: str) -> dict[str, Any]:
     if offload == "parameters":
         sharding["offload_param"] = in_memory
     return {"zero_optimization": sharding}
+
+
+@contextlib.contextmanager
+def sharded_as_it_is_read(config: TargetConfig, deepspeed: dict[str, Any] | None) -> Iterator[None]:
+    """Under ZeRO 3 a model that is loaded in here is never whole anywhere: the first worker reads its files, tensor after
+    tensor, and each worker keeps its share.
+
+    A model from scratch is made whole and sharded when its training begins: made in shards it would have other weights.
+    """
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    if config.zero_stage != 3 or not isinstance(config.model, str):
+        yield
+        return
+    assert deepspeed is not None
+    # The batch is of no account here, but DeepSpeed wants one. transformers knows of it as long as this object lives.
+    known = HfDeepSpeedConfig(
+        deepspeed | {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": config.precision == "bfloat16"}}
+    )
+    try:
+        yield
+    finally:
+        del known
+        unset_hf_deepspeed_config()
 
 
 def save_target(trainer: Any, tokenizer: Any, job: TargetJob, name: str, facts: dict[str, Any]) -> None:
