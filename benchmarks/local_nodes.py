@@ -144,13 +144,15 @@ class S3Server:
 
 
 class LocalNodes:
-    """A Ray of several nodes on this machine: a head without CPUs for tasks, and workers that come and go.
+    """A Ray of several nodes on this machine: a head, by default without CPUs for tasks, and workers that come and go.
 
     With `autoscaling` (the config of a Ray cluster, its provider apart) Ray's autoscaler starts and ends them, as fake nodes.
     """
 
-    def __init__(self, environment: dict[str, str], folder: Path, *, autoscaling: dict[str, Any] | None = None) -> None:
-        self._folder = folder
+    def __init__(
+        self, environment: dict[str, str], folder: Path, *, head_cpus: int = 0, autoscaling: dict[str, Any] | None = None
+    ) -> None:
+        self._folder, self._head_cpus = folder, head_cpus
         self._ray = tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True)  # sockets want a short path
         token = folder / "token"
         token.write_text(secrets.token_hex(16))
@@ -171,7 +173,7 @@ class LocalNodes:
             provider |= {"disable_launch_config_check": True, "worker_liveness_check": False, "use_node_id_as_ip": True}
             scaling.write_text(json.dumps(self._autoscaling | {"provider": provider}))
         more = ["--head", f"--port={self._gcs}", "--include-dashboard=true", f"--dashboard-port={self._dashboard}"]
-        more += ["--dashboard-host=127.0.0.1", "--num-cpus=0", f"--temp-dir={self._ray.name}"]
+        more += ["--dashboard-host=127.0.0.1", f"--num-cpus={self._head_cpus}", f"--temp-dir={self._ray.name}"]
         more += [f"--autoscaling-config={scaling}"] if self._autoscaling else []
         self._head = self._start(more)
         try:

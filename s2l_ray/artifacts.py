@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
+import fcntl
 import functools
 import hashlib
 import io
@@ -264,17 +265,16 @@ class Storage:
         if self.is_local:
             return Path(self.path(name))
         state = [[info.path, info.size, str(info.mtime)] for info in self.infos(name, recursive=True).values()]
-        target = Path(tempfile.gettempdir()) / "s2l_ray" / digest([self.uri, name, state])
-        if not target.exists():
-            beside = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}")
-            try:
-                with self.explained(name):
-                    beside.mkdir(parents=True)
+        with self.explained(name):
+            target = _cache() / digest([self.uri, name, state])
+            with target.with_suffix(".lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # the other processes of this machine wait for the one that fetches
+                if not target.exists():
+                    beside = target.with_suffix(".tmp")
+                    shutil.rmtree(beside, ignore_errors=True)  # one that was killed left it
+                    beside.mkdir()
                     fs.copy_files(self.path(name), str(beside), source_filesystem=self.filesystem)
-                with contextlib.suppress(OSError):  # another process of this machine was first
                     beside.rename(target)
-            finally:
-                shutil.rmtree(beside, ignore_errors=True)
         return target
 
     def delete(self, name: str = "") -> None:
@@ -285,6 +285,15 @@ class Storage:
                 self.filesystem.delete_file(self.path(name))
             elif kind == fs.FileType.Directory:
                 self.filesystem.delete_dir(self.path(name))
+
+
+def _cache() -> Path:
+    """This user's folder on this machine for what is fetched from object storage. Raises StorageError if it is another's."""
+    folder = Path(tempfile.gettempdir()) / f"s2l_ray-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():  # anyone may write there, and models are read from it
+        raise StorageError(f"{folder}: belongs to another user. Set TMPDIR to a directory of your own.")
+    return folder
 
 
 @dataclass(frozen=True)

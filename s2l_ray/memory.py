@@ -193,7 +193,9 @@ def need(training: Training, setting: Setting) -> Need:
     weights = 0 if setting.offload == "parameters" else weights
 
     # The bucket (DDP's buckets hold all gradients), and the output layer's gradient before it is added to the others.
-    buffers = w * ((BUCKET if stage else trained) + min(trained, shape.vocabulary * shape.hidden))
+    # Autocast keeps a copy of the weights in bfloat16 through a step.
+    buffers = 2.0 * shape.parameters if stage == 0 and training.precision == "bfloat16" else 0.0
+    buffers += w * ((BUCKET if stage else trained) + min(trained, shape.vocabulary * shape.hidden))
     if stage == 3:
         buffers += w * (min(trained, BUCKET) + min(shape.parameters, MOST_GATHERED))
     activations = activation_bytes(training, gradient_checkpointing=setting.gradient_checkpointing)

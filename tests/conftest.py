@@ -1,4 +1,4 @@
-"""One Ray for the whole test session: starting it takes longer than most tests."""
+"""What takes long to start: one Ray for the whole test session, one S3-compatible server for a module."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import logging
 import os
 from collections.abc import Iterator
 
+import boto3
 import pytest
 from hypothesis import settings
+from moto.server import ThreadedMotoServer
 
 # The same examples in every run: what fails here fails for everybody.
 settings.register_profile("same", derandomize=True, deadline=None)
@@ -23,3 +25,19 @@ def ray_session() -> Iterator[None]:
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """A bucket of an S3-compatible server over HTTP, which this process and those that it starts find by the environment."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        environment.setenv("AWS_ACCESS_KEY_ID", "test")
+        environment.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        boto3.client("s3").create_bucket(Bucket="runs")
+        yield "s3://runs"
+    server.stop()

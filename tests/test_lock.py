@@ -16,12 +16,10 @@ import threading
 import time
 from collections.abc import Iterator
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from s2l_ray import lock
-from s2l_ray.artifacts import Storage
+from s2l_ray.artifacts import Draft, Key, Storage
 from s2l_ray.errors import ArtifactError, ConfigError, StorageError
 
 # S3 tells times in whole seconds: a beat much shorter than that would look still.
@@ -47,20 +45,9 @@ except S2LError as error:
 """
 
 
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setattr(lock, "BEAT", BEAT)
-        boto3.client("s3").create_bucket(Bucket="locks")
-        yield "s3://locks"
-    server.stop()
+@pytest.fixture(autouse=True)
+def quick(monkeypatch) -> None:
+    monkeypatch.setattr(lock, "BEAT", BEAT)
 
 
 @pytest.fixture
@@ -228,3 +215,13 @@ def test_a_library_that_is_missing_is_named_with_what_installs_it(place, monkeyp
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     with pytest.raises(ConfigError, match=r"Install s3fs.*pip install 's2l_ray\[s3\]'"), lock.exclusive(place):
         pass
+
+
+def test_a_run_that_lost_its_lock_publishes_nothing(place):
+    with pytest.raises(ArtifactError, match="lost its lock to process"), lock.exclusive(place) as still_held:  # noqa: PT012
+        draft = Draft.open(place, Key("examples", 1, {}, {}), still_held)
+        draft.write("part-00000.parquet", b"made before")
+        other = lock._Lease(place)
+        assert other._create(lock._conditional(place), 2)
+        draft.publish({"rows": 1})
+    assert not place.exists("examples/manifest.json")

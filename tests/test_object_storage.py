@@ -8,19 +8,21 @@ import http.server
 import os
 import re
 import socket
+import stat
 import sys
 import tempfile
 import threading
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-import boto3
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
 from s2l_ray import cli
@@ -30,21 +32,6 @@ from s2l_ray.errors import ArtifactError, StorageError, cause_of, storage_proble
 from s2l_ray.lock import exclusive
 from s2l_ray.pipeline import export_subset, select_trajectories
 from s2l_ray.plan import status_text
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        environment.setenv("AWS_ACCESS_KEY_ID", "test")
-        environment.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        boto3.client("s3").create_bucket(Bucket="runs")
-        yield "s3://runs"
-    server.stop()
 
 
 def build(run: Storage, **recipe: object) -> Artifact:
@@ -87,6 +74,25 @@ def test_a_folder_is_fetched_once_per_machine(bucket, tmp_path):
     folder = artifact.folder("step-000001")
     assert (folder / "config.json").read_text() == "{}"
     assert artifact.folder("step-000001") == folder
+
+
+def test_of_several_processes_of_a_machine_one_fetches_a_folder_and_the_others_wait_for_it(bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    storage = Storage(f"{bucket}/sixth")
+    storage.write("model/config.json", b"{}")
+    fetched, copy = [], fs.copy_files
+
+    def slow_copy(*arguments: Any, **options: Any) -> None:
+        fetched.append(arguments)
+        time.sleep(0.3)
+        copy(*arguments, **options)
+
+    monkeypatch.setattr("s2l_ray.artifacts.fs.copy_files", slow_copy)
+    with ThreadPoolExecutor(4) as pool:
+        folders = set(pool.map(storage.local_folder, ["model"] * 4))
+    assert len(fetched) == len(folders) == 1
+    assert (folders.pop() / "config.json").read_bytes() == b"{}"
+    assert stat.S_IMODE(next(tmp_path.iterdir()).stat().st_mode) == 0o700, "nobody else writes there"
 
 
 def test_selecting_reads_and_writes_object_storage(bucket, tmp_path, rng_losses):

@@ -1,0 +1,116 @@
+"""What ends a training, what only delays it, and how often it can be gone on from: on a real Ray Train group."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from s2l_ray.artifacts import Storage
+from s2l_ray.config import TargetWorkerConfig
+from s2l_ray.errors import StorageError
+from s2l_ray.training.fit import MAX_ATTEMPTS, FailedAgainError, Workers, fit
+from s2l_ray.training.target import TargetJob, train_target
+from s2l_ray.training.units import PAUSES, UnitWorker
+
+from .test_resume import ZERO, Bench, bench  # noqa: F401 - bench is a fixture
+
+ONE = Workers(1, 1, 0.0, 1)
+UNREACHABLE = "runs/a: cannot be reached. Check AWS_ENDPOINT_URL and the network; the same command goes on."
+
+
+def has_a_defect(_job: Any, _events: Any) -> dict[str, Any]:
+    raise ValueError("a defect of ours")
+
+
+def finds_the_store_gone_once(marker: Path, _events: Any) -> dict[str, Any]:
+    if not marker.exists():
+        marker.touch()
+        raise StorageError(UNREACHABLE)
+    return {"rows": 7}
+
+
+def may_not_write(marker: Path, _events: Any) -> dict[str, Any]:
+    with marker.open("a") as file:
+        file.write("begun\n")
+    raise StorageError("runs/a: access denied. The credentials must allow to list, read, write and delete there.")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_training_that_fails_again_and_again_at_one_place_ends_with_what_it_failed_with(ray_session, tmp_path):
+    said = rf"ended {MAX_ATTEMPTS} times from the beginning, at last with ValueError: a defect of ours"
+    with pytest.raises(FailedAgainError, match=said):
+        fit("proxy", has_a_defect, None, ONE, Storage(str(tmp_path)))
+
+
+def test_a_training_begins_again_where_the_storage_was_away_for_a_moment(ray_session, tmp_path):
+    done = fit("proxy", finds_the_store_gone_once, tmp_path / "marker", ONE, Storage(str(tmp_path / "work")))
+    assert done == {"rows": 7, "num_workers": 1}
+
+
+def test_a_training_ends_at_once_where_the_storage_refuses(ray_session, tmp_path):
+    with pytest.raises(StorageError, match="access denied"):
+        fit("proxy", may_not_write, tmp_path / "marker", ONE, Storage(str(tmp_path / "work")))
+    assert (tmp_path / "marker").read_text() == "begun\n"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_resume_points_are_kept_as_often_as_asked_and_two_stay(bench: Bench, ray_session, tmp_path):  # noqa: F811
+    """The training takes a few seconds: at the default of half a minute there would be none."""
+    machines = TargetWorkerConfig(device_batch_size=1, checkpoint_every_minutes=0.005)
+    config = ZERO.model_copy(update={"zero_stage": 0, "epochs": 40.0})
+    job = TargetJob(config, bench.examples, bench.proxy, Storage(str(tmp_path / "target")), {"selected": bench.ids}, machines)
+    fit("target", train_target, job, ONE, Storage(str(tmp_path / "work")), resume_minutes=machines.resume_minutes)
+    snapshot = json.loads((tmp_path / "work" / "ray" / "fit" / "checkpoint_manager_snapshot.json").read_text())
+    steps = [int(step) for step in re.findall(r'\\?"step\\?": (\d+)', json.dumps(snapshot))]
+    kept = list((tmp_path / "work" / "ray" / "fit").glob("checkpoint_*"))
+    assert len(kept) == 2
+    assert max(steps) >= 20, "far into the training, of about 200 steps"
+
+
+# --- scoring -------------------------------------------------------------------------------------------------------
+
+
+class Worker(UnitWorker):
+    """Fails as `job` says before it succeeds."""
+
+    def load(self, model: str) -> Any:
+        return torch.nn.Linear(1, 1)
+
+    def work_on(self, part: str, models: Any) -> Any:
+        if self.job:
+            raise self.job.pop(0)
+        yield from ((name, part.encode()) for name in models)
+
+
+@pytest.fixture
+def told(tmp_path, monkeypatch):
+    """What a worker says of one task, and the pauses that it made."""
+
+    def run(failures: list[Exception]) -> tuple[dict[str, Any], list[float]]:
+        slept: list[float] = []
+        monkeypatch.setattr("s2l_ray.training.units.time.sleep", slept.append)
+        row = Worker(failures, Storage(str(tmp_path)), ONE, 1)({"part": ["part-0"], "models": ["step-1"], "units": [1]})
+        return {name: value[0] for name, value in row.items()}, slept
+
+    return run
+
+
+def test_a_scoring_worker_waits_for_a_store_that_is_away_for_a_moment(told, tmp_path):
+    row, slept = told([StorageError(UNREACHABLE)] * 2)
+    assert (row["error"], slept) == ("", list(PAUSES[:2]))
+    assert (tmp_path / "step-1" / "part-0").read_bytes() == b"part-0"
+
+
+def test_a_scoring_worker_says_so_where_the_store_stays_away_or_refuses(told, tmp_path):
+    row, slept = told([StorageError(UNREACHABLE)] * 9)
+    assert (row["error"], row["message"], slept) == ("StorageError", UNREACHABLE, list(PAUSES))
+    row, slept = told([StorageError("runs/a: access denied.")])
+    assert (row["error"], slept) == ("StorageError", [])
+    assert not (tmp_path / "step-1").exists()
