@@ -25,6 +25,9 @@ from local_nodes import LocalNodes, S3Server
 from s2l_ray.artifacts import provenance
 
 RESULTS = Path(__file__).parent / "results" / "autoscaling.jsonl"
+STAGES = ("examples", "proxy", "trajectories", "clustering", "selection")
+# The run need not be as long as one that is to be disturbed.
+SMALLER = ("--set", "proxy.epochs=4", "--set", "examples.rows_per_part=100")
 TYPES = {
     "cpu": {"resources": {"CPU": 1, "object_store_memory": 2 * 10**8}, "node_config": {}, "min_workers": 0, "max_workers": 2},
     "gpu": {
@@ -68,31 +71,27 @@ def alive(nodes: LocalNodes) -> dict[str, int]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--work", required=True, type=Path, help="a folder for logs")
-    parser.add_argument("--idle", type=float, default=15.0, help="seconds after which an idle node goes")
-    arguments = parser.parse_args()
-    folder = arguments.work
+def stage_of(log: Path) -> str:
+    """The stage that a run's log spoke of last."""
+    lines = [line.split()[0] for line in log.read_text("utf-8", "replace").splitlines() if line[:1].isalpha()]
+    return next((word for word in reversed(lines) if word in STAGES), "")
+
+
+def scaled_run(folder: Path, idle_seconds: float, wait_seconds: float = 300.0) -> dict[str, Any]:
+    """One run on nodes that come and go: its exit code, the most nodes there were, those left, and the timeline."""
     (folder / "job").mkdir(parents=True, exist_ok=True)
     (folder / "job" / "chaos.yaml").write_text(CONFIG, "utf-8")
-    scaling = autoscaling(TYPES, arguments.idle)
+    scaling = autoscaling(TYPES, idle_seconds)
     environment = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
     timeline: list[dict[str, Any]] = []
+    log = folder / "run.log"
     with S3Server() as store, LocalNodes(store.environment | environment, folder, autoscaling=scaling) as nodes:
-        log = folder / "run.log"
         begun = time.monotonic()
-        words = ["s2l", "run", "chaos.yaml", "--run-dir", f"s3://{store.bucket}/scaled", "--until", "selection"]
+        words = ["s2l", "run", "chaos.yaml", "--run-dir", f"s3://{store.bucket}/scaled", "--until", "selection", *SMALLER]
         job = nodes.submit(words, folder / "job", log)
         ended: float | None = None
-        while ended is None or time.monotonic() - ended < 20 * arguments.idle:
-            now = alive(nodes)
-            lines = [line.split()[0] for line in log.read_text("utf-8", "replace").splitlines() if line[:1].isalpha()]
-            stage = next(
-                (word for word in reversed(lines) if word in ("examples", "proxy", "trajectories", "clustering", "selection")),
-                "",
-            )
-            stage = stage if ended is None else "done"
+        while ended is None or time.monotonic() - ended < wait_seconds:
+            now, stage = alive(nodes), "done" if ended else stage_of(log)
             if not timeline or (timeline[-1]["nodes"], timeline[-1]["stage"]) != (now, stage):
                 timeline.append({"seconds": round(time.monotonic() - begun, 1), "stage": stage, "nodes": now})
                 print(timeline[-1], flush=True)
@@ -101,13 +100,21 @@ def main() -> None:
             if ended is not None and not any(now.values()):
                 break
             time.sleep(1)
-    result = {
+    return {
         "code": job.returncode,
         "most_nodes": max(sum(row["nodes"].values()) for row in timeline),
         "gpu_nodes": max(row["nodes"]["gpu"] for row in timeline),
         "left": timeline[-1]["nodes"],
         "timeline": timeline,
     }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--work", required=True, type=Path, help="a folder for logs")
+    parser.add_argument("--idle", type=float, default=15.0, help="seconds after which an idle node goes")
+    arguments = parser.parse_args()
+    result = scaled_run(arguments.work, arguments.idle)
     with RESULTS.open("a", encoding="utf-8") as file:
         file.write(json.dumps(result | provenance()) + "\n")
     sys.exit(bool(result["code"] or result["gpu_nodes"] or any(result["left"].values())))

@@ -62,9 +62,11 @@ def connect_ray() -> None:
     except ray.exceptions.AuthenticationError as error:
         raise ConfigError(f"Ray ({address}): {str(error).partition('. ')[0]}. {AUTHENTICATION}") from error
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"Ray ({address}): cannot be used ({error}). Check RAY_ADDRESS, or unset it. {AUTHENTICATION}"
-        ) from error
+        said = " ".join(str(error).split()).rstrip(".")
+        remedy = f"Check RAY_ADDRESS, or unset it. {AUTHENTICATION}"
+        if "Version mismatch" in said:
+            remedy = "Install the cluster's versions of Python and Ray here, or submit a job: it runs with the cluster's own."
+        raise ConfigError(f"Ray ({address}): cannot be used ({said}). {remedy}") from error
     found = _amounts(ray.cluster_resources())
     get_log("run").info("Ray: %s on %s (%s)", found, _nodes(), duration(time.monotonic() - begun))
 

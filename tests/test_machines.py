@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
+import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -191,6 +194,20 @@ def test_an_address_where_nobody_answers_is_one_clear_error():
 def test_a_driver_far_from_its_cluster_is_told_to_submit_a_job():
     with pytest.raises(ConfigError, match="ray job submit"):
         session._check_address("ray://head:10001")
+
+
+def test_a_cluster_with_another_version_of_ray_is_one_clear_error(ray_session):
+    import ray
+
+    code = "import ray; ray.__version__ = '0.0.1'; from s2l_ray.session import connect_ray; connect_ray()"
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith("s2l_ray.errors.ConfigError: Ray (")
+    assert "Ray: 0.0.1" in said
+    assert said.endswith(
+        "Install the cluster's versions of Python and Ray here, or submit a job: it runs with the cluster's own."
+    )
 
 
 # --- metrics -------------------------------------------------------------------------------------------------------
