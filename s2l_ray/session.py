@@ -58,7 +58,8 @@ def connect_ray() -> None:
     address = os.environ.get("RAY_ADDRESS", "a new one on this machine")
     _check_address(address)
     try:
-        ray.init(include_dashboard=False if is_ours else None, logging_level=logging.ERROR)
+        # Not just any Ray that runs on this machine: that may be another user's.
+        ray.init("local" if is_ours else None, include_dashboard=False if is_ours else None, logging_level=logging.ERROR)
     except ray.exceptions.AuthenticationError as error:
         raise ConfigError(f"Ray ({address}): {str(error).partition('. ')[0]}. {AUTHENTICATION}") from error
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -98,7 +99,6 @@ def await_room(stage: str, worker: Mapping[str, float], count: int, minutes: flo
     from ray.util import placement_group, remove_placement_group
 
     begun = told = time.monotonic()
-    asked = f"{count} worker{'s' * (count > 1)} of {_amounts(worker)}"
     room = placement_group([dict(worker)] * count, strategy="PACK")
     try:
         while not room.wait(2):
@@ -106,16 +106,35 @@ def await_room(stage: str, worker: Mapping[str, float], count: int, minutes: flo
             grows = not _started_here or all(there.get(name, 0) >= amount * count for name, amount in worker.items())
             waited = time.monotonic() - begun
             if waited > 60 * minutes or not grows:
-                raise ConfigError(
-                    f"machines.{stage} asks for {asked}; Ray has {_amounts(there)} on {_nodes()}"
-                    + (f" after {duration(waited)}. " if grows else ". ")
-                    + f"Ask for less, add machines, or raise machines.{stage}.wait_minutes; the same command goes on."
-                )
+                raise no_room(stage, worker, count, waited if grows else None)
             if told == begun or time.monotonic() - told > WAIT_LINE_SECONDS:
                 told = time.monotonic()
-                get_log(stage).info("waiting for %s; free: %s on %s", asked, _amounts(ray.available_resources()), _nodes())
+                get_log(stage).info(waiting(worker, count))
     finally:
         remove_placement_group(room)
+
+
+def waiting(worker: Mapping[str, float], count: int) -> str:
+    """What is waited for, and what the connected Ray has free, in words."""
+    import ray
+
+    return f"waiting for {_asked(worker, count)}; free: {_amounts(ray.available_resources())} on {_nodes()}"
+
+
+def no_room(stage: str, worker: Mapping[str, float], count: int, waited: float | None) -> ConfigError:
+    """The error of a stage for which there was no room in so many seconds, or can be none."""
+    import ray
+
+    there = _amounts(ray.cluster_resources())
+    return ConfigError(
+        f"machines.{stage} asks for {_asked(worker, count)}; Ray has {there} on {_nodes()}"
+        + ("" if waited is None else f" after {duration(waited)}")
+        + f". Ask for less, add machines, or raise machines.{stage}.wait_minutes; the same command goes on."
+    )
+
+
+def _asked(worker: Mapping[str, float], count: int) -> str:
+    return f"{count} worker{'s' * (count > 1)} of {_amounts(worker)}"
 
 
 def free_room(worker: Mapping[str, float]) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +14,8 @@ import torch
 
 from s2l_ray.artifacts import Storage
 from s2l_ray.config import TargetWorkerConfig
-from s2l_ray.errors import StorageError
-from s2l_ray.training.fit import MAX_ATTEMPTS, FailedAgainError, Workers, fit
+from s2l_ray.errors import ConfigError, StorageError
+from s2l_ray.training.fit import MAX_ATTEMPTS, FailedAgainError, Workers, _trainer_class, fit
 from s2l_ray.training.target import TargetJob, train_target
 from s2l_ray.training.units import PAUSES, UnitWorker
 
@@ -34,6 +36,12 @@ def finds_the_store_gone_once(marker: Path, _events: Any) -> dict[str, Any]:
     return {"rows": 7}
 
 
+def finds_the_store_gone(marker: Path, _events: Any) -> dict[str, Any]:
+    with marker.open("a") as file:
+        file.write("begun\n")
+    raise StorageError(UNREACHABLE)
+
+
 def may_not_write(marker: Path, _events: Any) -> dict[str, Any]:
     with marker.open("a") as file:
         file.write("begun\n")
@@ -51,6 +59,51 @@ def test_a_training_that_fails_again_and_again_at_one_place_ends_with_what_it_fa
 def test_a_training_begins_again_where_the_storage_was_away_for_a_moment(ray_session, tmp_path):
     done = fit("proxy", finds_the_store_gone_once, tmp_path / "marker", ONE, Storage(str(tmp_path / "work")))
     assert done == {"rows": 7, "num_workers": 1}
+
+
+def test_a_training_gives_the_storage_time_and_then_says_that_it_is_away(ray_session, tmp_path, monkeypatch):
+    monkeypatch.setattr("s2l_ray.training.fit.MAX_OUTAGES", 2)
+    monkeypatch.setattr("s2l_ray.training.fit.OUTAGE_SECONDS", 0.1)
+    with pytest.raises(StorageError, match="cannot be reached"):
+        fit("proxy", finds_the_store_gone, tmp_path / "marker", ONE, Storage(str(tmp_path / "work")))
+    assert (tmp_path / "marker").read_text() == "begun\n" * 3
+
+
+def test_a_group_that_has_no_machines_for_too_long_ends_with_what_is_missing(ray_session, tmp_path):
+    impatient = replace(ONE, wait_minutes=-1.0)  # past before the first group is asked for
+    with pytest.raises(
+        ConfigError, match=r"machines.proxy asks for 1 worker of 1 CPU; Ray has 2 CPU on 1 node after .*wait_minut"
+    ):
+        fit("proxy", finds_the_store_gone, tmp_path / "marker", impatient, Storage(str(tmp_path / "work")))
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("bounds", [(2, 2), (1, 2)], ids=["fixed", "elastic"])
+def test_time_without_machines_counts_anew_after_each_group(ray_session, monkeypatch, bounds):
+    from ray.train import ScalingConfig
+    from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ScalingPolicy
+
+    low, high = bounds
+    workers = Workers(high, 1, 0.0, low, wait_minutes=1.0)
+    config = ScalingConfig(num_workers=bounds if low < high else low, resources_per_worker={"CPU": 1})
+    policy = _trainer_class("proxy", workers, None).policy(config)
+    for base in policy.__class__.__mro__[2:-1]:  # Ray's own, which needs a controller around it
+        for name in ("non_running", "running"):
+            monkeypatch.setattr(
+                base, f"make_decision_for_{name}_worker_group", lambda *_: NoopDecision(), raising=base is ScalingPolicy
+            )
+    clock = [0.0]
+    monkeypatch.setattr("s2l_ray.training.fit.time.monotonic", lambda: clock[0])
+    for clock[0] in (0.0, 20.0):
+        policy.make_decision_for_non_running_worker_group()
+    group = SimpleNamespace(num_workers=low)
+    clock[0] = 50.0
+    policy.make_decision_for_running_worker_group(group, None)
+    for clock[0] in (70.0, 99.0):
+        policy.make_decision_for_non_running_worker_group()
+    clock[0] = 131.0
+    with pytest.raises(ConfigError, match="after 1m 01s"):
+        policy.make_decision_for_non_running_worker_group()
 
 
 def test_a_training_ends_at_once_where_the_storage_refuses(ray_session, tmp_path):

@@ -121,7 +121,10 @@ def test_auto_takes_what_is_there(ray_session):
 def test_an_elastic_group_takes_only_sizes_that_divide_the_batch(batch, there, fewest):
     from ray.train import ScalingConfig
 
-    policy = _trainer_class(batch).policy(ScalingConfig(num_workers=(fewest, 32), resources_per_worker={"CPU": 2}))
+    workers = Workers(32, 2, 0.0, 0, divides=batch)
+    policy = _trainer_class("proxy", workers, None).policy(
+        ScalingConfig(num_workers=(fewest, 32), resources_per_worker={"CPU": 2})
+    )
     taken = policy._count_possible_workers({"one": {"CPU": 2.0 * there}, "another": {"CPU": 1.0}})
     assert batch % taken == 0
     assert all(batch % more for more in range(taken + 1, min(there, 32) + 1))

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import signal
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 from s2l_ray.artifacts import Storage
 from s2l_ray.config import WorkerConfig
-from s2l_ray.errors import ConfigError, S2LError, StorageError, cause_of
+from s2l_ray.errors import S2LError, StorageError, cause_of
 from s2l_ray.progress import get_log, track
-from s2l_ray.session import await_room, free_room
+from s2l_ray.session import WAIT_LINE_SECONDS, await_room, free_room, no_room, waiting
 from s2l_ray.training.metrics import count
 
 Loop = Callable[[Any, Any], dict[str, Any]]
@@ -31,6 +31,10 @@ MAX_WORKER_FAILURES = 1000
 # How long a group's claim on machines outlives its driver.
 CLAIM_SECONDS = 45
 COLLECTIVE_SECONDS = 4 * 3600
+# Where the storage is away: how often in a training each worker may find it so, and how long it then waits.
+MAX_OUTAGES = 20
+OUTAGE_SECONDS = 15.0
+_STORAGE = f"{StorageError.__name__}: "
 RESTARTED = "the workers have begun again"
 
 
@@ -126,7 +130,7 @@ def fit(
     whenever the workers say something. Raises the S2LError that the loop raised, if it did.
     """
     import ray
-    from ray.train import CheckpointConfig, ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig
     from ray.util.queue import Empty, Queue
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -134,11 +138,12 @@ def fit(
     workers.await_room(stage)
     # What the driver hears lives on its own machine: other nodes come and go.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    events, outcome = (Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here}) for _ in range(2))
+    queues = [Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here}) for _ in range(3)]
+    events, outcome, outages = queues
     listener = threading.Thread(target=_show_events, args=(stage, events, on_event), daemon=True)
     storage = work.child("ray")
     is_elastic = workers.min_workers < workers.num_workers
-    trainer = _trainer_class(workers.divides if is_elastic else 0)(
+    trainer = _trainer_class(stage, workers, events)(
         _guarded,
         train_loop_config={
             "loop": loop,
@@ -146,6 +151,8 @@ def fit(
             "work": work,
             "events": events,
             "outcome": outcome,
+            "outages": outages,
+            "patience": (MAX_OUTAGES, OUTAGE_SECONDS),
             "threads": workers.cpus_per_worker,
         },
         scaling_config=ScalingConfig(
@@ -158,10 +165,8 @@ def fit(
         run_config=RunConfig(
             name="fit",
             storage_path=storage.path() if storage.is_local else storage.uri,
-            # A group that does not start for want of machines is tried again every minute.
-            failure_config=FailureConfig(
-                max_failures=MAX_WORKER_FAILURES, controller_failure_limit=max(3, math.ceil(workers.wait_minutes))
-            ),
+            # How long a group may be without machines the scaling policy says, and counts anew after each time.
+            failure_config=FailureConfig(max_failures=MAX_WORKER_FAILURES, controller_failure_limit=-1),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
         # The others wait while the first merges, converts and uploads a large model.
@@ -176,11 +181,6 @@ def fit(
         told = outcome.get(block=False)
     except SystemExit:
         raise KeyboardInterrupt from None
-    except ControllerError as error:
-        raise cause_of(error) or ConfigError(
-            f"machines.{stage}: its workers could not be started (again) for about {workers.wait_minutes:g} minutes: {error}. "
-            "Add machines or ask for less; the same command goes on."
-        ) from None
     except TrainingFailedError as error:
         raise cause_of(error) or error from None
     except Empty:
@@ -191,22 +191,49 @@ def fit(
         with contextlib.suppress(ray.exceptions.RayError):  # it must not stand in the way of what is being raised
             events.put(None)
             listener.join()
-            events.shutdown()
-            outcome.shutdown()
+            for queue in queues:
+                queue.shutdown()
     if isinstance(told, Exception):
         raise told
     return dict(told)
 
 
-def _trainer_class(divides: int) -> Any:
-    """Ray Train's trainer; for a group that grows and shrinks, one that takes only sizes that divide `divides`."""
+def _trainer_class(stage: str, workers: Workers, events: Any) -> Any:
+    """Ray Train's trainer, whose group waits for machines no longer than asked and says for what; if it may grow and shrink,
+    to sizes that divide."""
     from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.execution.scaling_policy import (
+        ElasticScalingPolicy,
+        FixedScalingPolicy,
+        autoscaling_coordinator_client,
+    )
 
-    if not divides:
-        return TorchTrainer
-    from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, autoscaling_coordinator_client
+    class Patient:
+        """Part of a policy: what Ray Train asks it, about every second or minute, tells whether there is a group."""
 
-    class Dividing(ElasticScalingPolicy):  # type: ignore[misc]
+        _alone_since: float | None = None
+        _told = 0.0
+
+        def make_decision_for_non_running_worker_group(self) -> Any:
+            now = time.monotonic()
+            if self._alone_since is None:
+                self._alone_since = self._told = now
+            waited = now - self._alone_since
+            if waited > 60 * workers.wait_minutes:
+                raise no_room(stage, workers.resources, workers.min_workers, waited)
+            if now - self._told > WAIT_LINE_SECONDS:
+                self._told = now
+                events.actor.put_nowait.remote(waiting(workers.resources, workers.min_workers))  # must not block the controller
+            return super().make_decision_for_non_running_worker_group()  # type: ignore[misc]
+
+        def make_decision_for_running_worker_group(self, *args: Any, **options: Any) -> Any:
+            self._alone_since = None
+            return super().make_decision_for_running_worker_group(*args, **options)  # type: ignore[misc]
+
+    class Fixed(Patient, FixedScalingPolicy):  # type: ignore[misc]
+        pass
+
+    class Dividing(Patient, ElasticScalingPolicy):  # type: ignore[misc]
         _most: int | None = None
 
         def after_controller_start(self, *args: Any, **options: Any) -> None:
@@ -226,15 +253,16 @@ def _trainer_class(divides: int) -> Any:
         def _count_possible_workers(self, *args: Any, **options: Any) -> int:
             possible = super()._count_possible_workers(*args, **options)
             possible = possible if self._most is None else min(possible, self._most)
-            return next((number for number in range(possible, 0, -1) if divides % number == 0), 0)
+            sizes = range(possible, 0, -1)
+            return next((number for number in sizes if not workers.divides or workers.divides % number == 0), 0)
 
-    class ElasticTrainer(TorchTrainer):  # type: ignore[misc]
-        policy = Dividing
+    class Trainer(TorchTrainer):  # type: ignore[misc]
+        policy = Dividing if workers.min_workers < workers.num_workers else Fixed
 
         def _initialize_and_run_controller(self, **parts: Any) -> Any:
             return super()._initialize_and_run_controller(**parts | {"scaling_policy": self.policy(self.scaling_config)})
 
-    return ElasticTrainer
+    return Trainer
 
 
 def _show_events(stage: str, events: Any, on_event: Callable[[], None]) -> None:
@@ -277,7 +305,7 @@ def _guarded(train_loop_config: dict[str, Any]) -> None:
         result = train_loop_config["loop"](train_loop_config["job"], train_loop_config["events"])
     except Exception as error:
         mistake = error if isinstance(error, FailedAgainError) else cause_of(error)
-        if mistake is None or (isinstance(mistake, StorageError) and mistake.is_transient):
+        if mistake is None or _sits_out(mistake, train_loop_config, context.get_world_size()):
             _tell_attempt(train_loop_config["work"], error)
             raise
         outcome.put(mistake)
@@ -286,6 +314,20 @@ def _guarded(train_loop_config: dict[str, Any]) -> None:
         return
     if is_first:
         outcome.put(result | {"num_workers": context.get_world_size()})
+
+
+def _sits_out(mistake: Exception, config: dict[str, Any], world_size: int) -> bool:
+    """Whether the storage is away, as it has not been too often yet; then some time has passed, and a new group may try.
+
+    The outages are counted on the driver's node: the storage cannot count them.
+    """
+    times, seconds = config["patience"]
+    if not isinstance(mistake, StorageError) or not mistake.is_transient or config["outages"].qsize() >= times * world_size:
+        return False
+    config["outages"].put(None)
+    config["events"].put(f"begins again in {seconds:.0f} s: {mistake}")
+    time.sleep(seconds)
+    return True
 
 
 def _tell_attempt(work: Storage, error: Exception) -> None:
@@ -306,6 +348,8 @@ def _count_attempt(work: Storage, world_size: int, events: Any) -> None:
     told = told if told.get("from") == start else {}
     total, number = told.get("total", 0) + 1, told.get("number", 0) + 1 if told.get("workers") == world_size else 1
     if number > MAX_ATTEMPTS or total > MAX_ATTEMPTS_OF_ANY_SIZE:
+        if told.get("error", "").startswith(_STORAGE):
+            raise StorageError(told["error"].removeprefix(_STORAGE))
         if "error" in told:
             raise FailedAgainError(f"the training ended {total - 1} times from {start}, at last with {told['error']}")
         raise S2LError(
