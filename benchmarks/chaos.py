@@ -108,9 +108,14 @@ class Disturbed:
         return max(map(int, re.findall(r'"step": (\d+)', json.dumps(snapshot))), default=0)
 
     def went_on_from(self, since: int) -> int | None:
-        """The step that the training went on from, as its log says after the first `since` characters; None if it did not."""
-        steps = re.findall(r"proxy +goes on from step (\d+)", self.log.read_text("utf-8", "replace")[since:])
-        return int(steps[0]) if steps else None
+        """The step at which the next group began, as the log says after its first `since` characters; None if none did.
+
+        0 is the beginning: only a group that resumes says that it goes on.
+        """
+        after = self.log.read_text("utf-8", "replace")[since:]
+        group = re.search(r"proxy +accumulate .*\n((?s:.*?))proxy +step \d+/", after)
+        resumed = re.search(r"goes on from step (\d+)", group[1]) if group else None
+        return (int(resumed[1]) if resumed else 0) if group else None
 
     def kill_something(self, kinds: tuple[str, ...]) -> Row | None:
         """Kill one thing of a random kind among those that are there now."""

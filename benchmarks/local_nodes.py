@@ -194,6 +194,11 @@ class LocalNodes:
         return f"127.0.0.1:{self._gcs}"
 
     @property
+    def logs(self) -> str:
+        """Where Ray keeps its files."""
+        return self._ray.name
+
+    @property
     def dashboard(self) -> str:
         """Where jobs are submitted."""
         return f"http://127.0.0.1:{self._dashboard}"

@@ -266,7 +266,7 @@ class Storage:
             return Path(self.path(name))
         state = [[info.path, info.size, str(info.mtime)] for info in self.infos(name, recursive=True).values()]
         with self.explained(name):
-            target = _cache() / digest([self.uri, name, state])
+            target = cache() / digest([self.uri, name, state])
             with target.with_suffix(".lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # the other processes of this machine wait for the one that fetches
                 if not target.exists():
@@ -287,8 +287,8 @@ class Storage:
                 self.filesystem.delete_dir(self.path(name))
 
 
-def _cache() -> Path:
-    """This user's folder on this machine for what is fetched from object storage. Raises StorageError if it is another's."""
+def cache() -> Path:
+    """This user's folder on this machine, for models fetched or being trained. Raises StorageError if it is another's."""
     folder = Path(tempfile.gettempdir()) / f"s2l_ray-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():  # anyone may write there, and models are read from it

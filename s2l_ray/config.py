@@ -447,6 +447,13 @@ class TrainingWorkerConfig(WorkerConfig):
     checkpoint_every_minutes: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """How often a resume point (weights, optimizer) is kept, two at a time; auto: every half minute, and at most fifty."""
 
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _one_gpu_at_most(cls, number: Any) -> Any:
+        if number not in ("auto", 0, 1):
+            raise ValueError(f"a worker trains on one GPU or on none, not on {number}. Ask for more workers")
+        return number
+
     @property
     def resume_minutes(self) -> float:
         """Between two resume points, about."""

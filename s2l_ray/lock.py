@@ -7,8 +7,9 @@ and that nobody writes again; beside it the holder rewrites `beat-<owner>` every
 watches: a beat that advances is a live holder, and the run is refused; one that has not for `MISSED` beats is a dead one,
 whose lock is taken over by creating the next number. The highest number holds. Times are compared by the store's clock
 alone, or on the clock of one process. A holder that was only asleep finds at its next beat that it holds no more, and stops:
-for up to a beat both may then be at work. Every file appears whole, and a stage asks before its manifest is written whether
-the lock is still its run's: what two runs made together is never published by the one that lost.
+until then (a beat, or as long as the store does not answer it) both may be at work. Every file appears whole, and a stage asks
+before its manifest is written whether the lock is still its run's: what two runs made together the one that lost does not
+publish.
 """
 
 from __future__ import annotations
@@ -84,9 +85,13 @@ def _file_held(place: Storage) -> Iterator[Callable[[], None]]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
             raise _refusal(place, file.read().strip()) from None
+        except OSError as error:  # some mounts of network file systems
+            raise ArtifactError(
+                f"{path}: files cannot be locked there ({error.strerror}). Mount it with locks, or give another --run-dir."
+            ) from error
         file.truncate(0)
         file.write(f"{_self()}\n")
         file.flush()

@@ -141,7 +141,7 @@ class Need:
     """Per accelerator: the most at any moment, reserve included."""
 
     host: float
-    """Per node, while loading or training, whichever is more."""
+    """Per node, while loading, training or merging adapters, whichever is most."""
 
 
 # In order of speed. The first needs more than the second and is no faster: it is shown, never recommended.
@@ -208,7 +208,10 @@ def need(training: Training, setting: Setting) -> Need:
     loading = 4 * shape.parameters * (1 if is_sharded_at_once else training.workers_per_node)
     if stage == 3 and not is_sharded_at_once:
         most = max(most, w * shape.parameters)
-    return Need(states, activations, stepping, most + CONTEXT_BYTES, max(loading, training.workers_per_node * offloaded))
+    # Adapters are merged, at the end, into the whole model in float32 on the first worker, beside what is still offloaded.
+    merging = 4 * shape.parameters if setting.lora_rank else 0
+    host = max(loading, training.workers_per_node * offloaded + merging)
+    return Need(states, activations, stepping, most + CONTEXT_BYTES, host)
 
 
 def activation_bytes(training: Training, *, gradient_checkpointing: bool) -> float:

@@ -320,10 +320,10 @@ def run(
         for decision in decide(config, place, other):
             if decision.action == "refuse":
                 raise ArtifactError(decision.reason)
-        if config.target.lora is not None and until in (None, "target", "evaluation", "report"):
-            from s2l_ray.training.models import need_peft
+        if until in (None, "target", "evaluation", "report"):
+            from s2l_ray.training.models import check_ahead
 
-            need_peft("target.lora")  # said before the proxy trains, not after
+            check_ahead(config.target)
         write_run(config, place)
         artifacts: dict[str, Artifact] = {}
         seconds: dict[str, float] = {}

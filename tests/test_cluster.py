@@ -32,6 +32,7 @@ def test_a_disturbed_job_submitted_again_loses_and_doubles_nothing_and_no_secret
         place = chaos.Storage(f"s3://{store.bucket}/run")
         written = {f"s3 {name}": place.read(name) for name in place.names(recursive=True)}
         status = chaos.status(place.uri)
+        written |= {str(path): path.read_bytes() for path in Path(nodes.logs).rglob("*") if path.is_file()}
     assert len(row["kills"]) == 2
     assert (row["missing"], row["doubled"], row["different"]) == (0, 0, [])
     for kill in row["kills"]:  # where the training was ended, it went on from the last registered resume point at least

@@ -44,9 +44,10 @@ TOLERANCE = 1e-5
 # --- adapters, without workers -------------------------------------------------------------------------------------
 
 
-def adapted(folder: Path, **lora: Any) -> tuple[Any, TargetConfig]:
+def adapted(folder: Path, *, base_is_there: bool = False, **lora: Any) -> tuple[Any, TargetConfig]:
     """A model with adapters that change its output; its base lies in `folder`."""
-    make("llama").save_pretrained(folder)
+    if not base_is_there:
+        make("llama").save_pretrained(folder)
     config = TargetConfig.model_validate({"model": str(folder), "lora": {"rank": 4, "alpha": 12, **lora}})
     model = with_adapters(load_model(folder), config)
     torch.manual_seed(5)
@@ -161,7 +162,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "zero3": {"zero_stage": 3, "weight_decay": 0.1, "gradient_checkpointing": True, "is_read": True},
     "zero3-scratch": {"zero_stage": 3},
     "zero3-lora": {"zero_stage": 3, "lora": LORA, "offload": "parameters", "gradient_checkpointing": True, "is_read": True},
-    "zero3-bfloat16": {"zero_stage": 3, "precision": "bfloat16", "offload": "optimizer"},
+    "zero3-bfloat16": {"zero_stage": 3, "precision": "bfloat16", "offload": "optimizer", "is_read": True},
+    "zero3-of-adapter": {"zero_stage": 3, "is_adapter": True},
 }
 
 
@@ -226,14 +228,14 @@ def substitutes(part: Part) -> Iterator[None]:
 
     report, get_checkpoint, is_due = ray.train.report, ray.train.get_checkpoint, Recorder._is_due
 
-    def copy(metrics: Any, checkpoint: Any = None) -> None:
+    def copy(metrics: Any, checkpoint: Any = None, **options: Any) -> None:
         if part.through_ray:
-            report(metrics, checkpoint=checkpoint)
+            report(metrics, checkpoint=checkpoint, **options)
         elif checkpoint is not None:
             shutil.copytree(checkpoint.path, part.stops)
         torch.distributed.barrier()
         if checkpoint is not None:
-            shutil.rmtree(Path(checkpoint.path).parent)
+            shutil.rmtree(Path(checkpoint.path).parent, ignore_errors=True)
         raise Stopped
 
     ray.train.report = copy
@@ -260,6 +262,8 @@ def story(bench: Bench, ray_session: None, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("large")
     base = folder / "base"
     save_model(make_model(ZERO, bench.tokenizer), bench.tokenizer, base)
+    adapted_model, _ = adapted(base, target_modules=["query_key_value"], base_is_there=True)
+    adapted_model.save_pretrained(folder / "adapter")
     jobs: dict[str, TargetJob] = {}
 
     def part(setting: str, workers: str, *, through_ray: bool = False, stops: bool = False) -> Part:
@@ -267,6 +271,8 @@ def story(bench: Bench, ray_session: None, tmp_path_factory: pytest.TempPathFact
         machines = TargetWorkerConfig(device_batch_size=2, offload=values.pop("offload", "none"))
         if values.pop("is_read", False) or "save" in values.get("lora", {}):
             values["model"] = str(base)
+        if values.pop("is_adapter", False):
+            values["model"] = str(folder / "adapter")
         config = TargetConfig.model_validate(ZERO.model_dump() | values)
         storage = Draft.open(Storage(str(folder / f"{setting} {workers}")), Key("target", 1, {}, {})).storage
         job = TargetJob(config, bench.examples, bench.proxy, storage, {"selected": bench.ids}, machines)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
-import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from s2l_ray.artifacts import cache, digest
 from s2l_ray.config import TrainingConfig, TrainingWorkerConfig
 from s2l_ray.errors import ConfigError, DataError
 from s2l_ray.training.heads import accepts_logits_to_keep
@@ -196,14 +196,22 @@ def _trainer_class() -> Any:
 
 
 def _node_folder(phase: Phase) -> Path:
-    """A folder that the workers of one node share for the Trainer's own checkpoints, fresh for every attempt."""
+    """A folder that the workers of one node share for the Trainer's own checkpoints, fresh for every attempt.
+
+    What an attempt before it left on this node, killed as it was, goes away: it may be as large as the model's states.
+    """
+    import ray
+    import ray.train
     import torch.distributed
 
-    name = [tempfile.mkdtemp(prefix=f"s2l_ray-{phase.name}-")]
-    # Every node has its own disk: the name that rank 0 made is made on the others too.
-    torch.distributed.broadcast_object_list(name, src=0)
-    Path(name[0]).mkdir(exist_ok=True)
-    return Path(name[0])
+    context = ray.train.get_context()
+    of_fit = digest([context.get_storage().experiment_fs_path, ray.get_runtime_context().get_node_id()])
+    folder = cache() / f"{phase.name}-{of_fit}"
+    if context.get_local_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+    torch.distributed.barrier()
+    return folder
 
 
 def _arguments(phase: Phase, plan: BatchPlan, folder: Path, deepspeed: dict[str, Any] | None) -> Any:

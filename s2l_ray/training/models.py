@@ -81,10 +81,8 @@ def load_model(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    place = str(location)
-    if "://" in place:
-        place = str(Storage(place.rpartition("/")[0]).local_folder(place.rpartition("/")[2]))
-    if (Path(place) / ADAPTER).is_file():
+    place = local_place(str(location))
+    if has_adapter(place):
         named = json.loads((Path(place) / ADAPTER).read_text())
         base, of = named["base_model_name_or_path"], named.get("revision")
         return merged(load_model(base, tokenizer, revision=of, trust_remote_code=trust_remote_code), Path(place))
@@ -92,7 +90,7 @@ def load_model(
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(place, use_safetensors=True, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ConfigError(
             f"model '{location}': cannot be loaded ({reason}). Give the path of a folder with config.json and *.safetensors, "
             "a URI, or a Hub id (a gated one needs HF_TOKEN in the environment)."
@@ -110,6 +108,34 @@ def load_model(
             "was made with."
         )
     return model
+
+
+def check_ahead(config: TargetConfig) -> None:
+    """Raise ConfigError now for what the target's training would find hours from now: peft missing, nothing at a URI."""
+    if config.lora is not None:
+        need_peft("target.lora")
+    if isinstance(config.model, str) and "://" in config.model:
+        _check_there(config.model)
+
+
+def local_place(location: str) -> str:
+    """A path or Hub id as it is; what a URI names, fetched once per machine. Raises ConfigError where there is nothing."""
+    if "://" not in location:
+        return location
+    _check_there(location)
+    folder, _, name = location.rpartition("/")
+    return str(Storage(folder).local_folder(name))
+
+
+def _check_there(location: str) -> None:
+    folder, _, name = location.rpartition("/")
+    if not Storage(folder).exists(name):
+        raise ConfigError(f"model '{location}': there is nothing. Give the URI of a folder with config.json and *.safetensors.")
+
+
+def has_adapter(location: str) -> bool:
+    """Whether a path or URI names an adapter, to be added to another model."""
+    return (Path(local_place(location)) / ADAPTER).is_file()
 
 
 def num_parameters(config: TrainingConfig, vocab_size: int | None) -> int | None:

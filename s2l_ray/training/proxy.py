@@ -22,6 +22,7 @@ from s2l_ray.errors import ArtifactError, ConfigError, DataError, S2LError, caus
 from s2l_ray.examples import read_pool
 from s2l_ray.progress import get_log
 from s2l_ray.schedule import recorded_steps
+from s2l_ray.session import await_room
 from s2l_ray.training.fine_tuning import Phase, check_steps, data_order, fine_tune, num_steps, training_loss
 from s2l_ray.training.fit import Workers, fit
 from s2l_ray.training.models import check_positions, load_model, make_model, save_model
@@ -133,6 +134,7 @@ def _run_once(function: Any, job: ProxyJob, workers: Workers) -> Any:
     """Run a function of the job in a Ray task; a user's mistake is raised here as it was there."""
     import ray
 
+    await_room("proxy", workers.resources, 1, workers.wait_minutes)
     task = ray.remote(num_cpus=workers.cpus_per_worker, num_gpus=workers.gpus_per_worker)(function)
     try:
         return ray.get(task.remote(job))

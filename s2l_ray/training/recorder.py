@@ -84,7 +84,8 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
             saved = self._folder / f"checkpoint-{state.global_step}"
             (saved / PHASE).write_text(f"{self._phase.name} {ray.train.get_context().get_world_size()}")
             checkpoint = ray.train.Checkpoint.from_directory(saved)
-        ray.train.report({"step": state.global_step}, checkpoint=checkpoint)
+        # The Trainer removes old ones on the first worker's node only.
+        ray.train.report({"step": state.global_step}, checkpoint=checkpoint, delete_local_checkpoint_after_upload=True)
         self._resumable = time.monotonic()  # an upload may take longer than the interval
 
     def _is_due(self, step: int, steps: int) -> bool:

@@ -22,11 +22,13 @@ from s2l_ray.config import RunConfig, TargetConfig, TargetWorkerConfig
 from s2l_ray.errors import DataError, cause_of
 from s2l_ray.examples import quiet_ray_data, read_pool
 from s2l_ray.progress import get_log
+from s2l_ray.session import await_room
 from s2l_ray.training.fine_tuning import Phase, check_steps, data_order, fine_tune, num_steps, training_loss
 from s2l_ray.training.fit import Workers, fit
 from s2l_ray.training.models import (
     check_positions,
     count_parameters,
+    has_adapter,
     make_model,
     merged,
     need_peft,
@@ -96,6 +98,7 @@ def count_response_tokens(config: RunConfig, inputs: Mapping[str, Artifact], exa
         tokens = encode_table(tokenizer, table, config.target.max_tokens)
         return pa.table({"example_id": table["example_id"], "count": tokens.num_labels})
 
+    await_room("selection", {"CPU": 1}, 1, config.machines.target.wait_minutes)
     with quiet_ray_data():
         parts = ray.data.from_items([{"part": part} for part in inputs["examples"].parts()])
         try:
@@ -183,14 +186,15 @@ def zero(stage: int, offload: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def sharded_as_it_is_read(config: TargetConfig, deepspeed: dict[str, Any] | None) -> Iterator[None]:
-    """Under ZeRO 3 a model that is loaded in here is never whole anywhere: the first worker reads its files, tensor after
-    tensor, and each worker keeps its share.
+    """Under ZeRO 3 a model that is loaded in here is whole in the first worker's machine memory only, in its files' precision,
+    and on no accelerator: each worker keeps its share.
 
-    A model from scratch is made whole and sharded when its training begins: made in shards it would have other weights.
+    A model from scratch is made whole and sharded when its training begins: made in shards it would have other weights. So is
+    one that adapters are first added to.
     """
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-    if config.zero_stage != 3 or not isinstance(config.model, str):
+    if config.zero_stage != 3 or not isinstance(config.model, str) or has_adapter(config.model):
         yield
         return
     assert deepspeed is not None
