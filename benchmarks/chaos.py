@@ -14,6 +14,7 @@ that until the next finished piece of work is there.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import re
@@ -41,6 +42,9 @@ KINDS = ("training worker", "scoring actor", "node", "connections", "driver")
 PROCESSES = {"training worker": "ray::RayTrainWorker", "scoring actor": "ray::MapWorker", "driver": "/s2l run"}
 # Failures of a job beyond the number of kills after which something else is wrong.
 MOST_FAILURES = 5
+# After these kinds there must be a new group where there was one.
+ENDS_TRAINING = ("training worker", "driver")
+FIT = ".work/proxy"
 # Files that say nothing about how far the work is.
 NO_PROGRESS = ("/lock", "attempts.json", "building.json", "run.json")
 CONFIG = """\
@@ -84,9 +88,12 @@ class Disturbed:
         self.kills: list[Row] = []
         self.failures: list[str] = []
         self.submitted, self.lost = 0, 0.0
+        self._log_length = 0
+        self._steps: dict[str, int] = {}  # of resume points, by name
 
     def submit(self) -> subprocess.Popen[Any]:
         self.submitted += 1
+        self._log_length = self.log.stat().st_size if self.log.exists() else 0
         words = ["s2l", "run", "chaos.yaml", "--run-dir", self.run_dir, "--until", "selection"]
         return self.nodes.submit(words, self.folder / "job", self.log)
 
@@ -104,18 +111,25 @@ class Disturbed:
 
     def resume_step(self) -> int:
         """The step of the last resume point that Ray Train has registered, 0 if there is none."""
-        snapshot = Storage(self.run_dir).read_json(".work/proxy/ray/fit/checkpoint_manager_snapshot.json")
-        return max(map(int, re.findall(r'"step": (\d+)', json.dumps(snapshot))), default=0)
+        snapshot = Storage(self.run_dir).read_json(f"{FIT}/ray/fit/checkpoint_manager_snapshot.json") or {}
+        for result in snapshot.get("checkpoint_results", []):
+            self._steps[result["checkpoint_dir_name"]] = result["metrics"]["step"]
+        return max((result["metrics"]["step"] for result in snapshot.get("checkpoint_results", [])), default=0)
 
-    def went_on_from(self, since: int) -> int | None:
-        """The step at which the next group began, as the log says after its first `since` characters; None if none did.
+    def attempt(self) -> Row | None:
+        """The newest group of the proxy's training: when it began, by the store's clock, and at which step."""
+        value = Storage(self.run_dir).read_json(f"{FIT}/attempts.json")
+        if value is None or "error" in value:  # written anew when the group ends with an error
+            return None
+        began = Storage(self.run_dir).infos(FIT).get("attempts.json")
+        self.resume_step()
+        step = self._steps.get(value["from"].rpartition("/")[2], 0)
+        return None if began is None else {"began": began.mtime, "step": step}
 
-        0 is the beginning: only a group that resumes says that it goes on.
-        """
-        after = self.log.read_text("utf-8", "replace")[since:]
-        group = re.search(r"proxy +accumulate .*\n((?s:.*?))proxy +step \d+/", after)
-        resumed = re.search(r"goes on from step (\d+)", group[1]) if group else None
-        return (int(resumed[1]) if resumed else 0) if group else None
+    def went_on_from(self, kill: Row) -> int | None:
+        """The step at which the first group after a kill began; None while there is none."""
+        found = self.attempt()
+        return found["step"] if found is not None and found["began"] > kill["killed"] else None
 
     def kill_something(self, kinds: tuple[str, ...]) -> Row | None:
         """Kill one thing of a random kind among those that are there now."""
@@ -134,9 +148,21 @@ class Disturbed:
                 if not found:
                     continue
                 found[int(self.rng.integers(len(found)))].kill()
-            length = len(self.log.read_text("utf-8", "replace"))
-            return {"kind": str(kind), "at": time.monotonic(), "before": before, "resume_step": step, "log_length": length}
+            found = {"kind": str(kind), "resume_step": step, "went_on_from": None, "recovered_after": None}
+            return found | {"at": time.monotonic(), "killed": datetime.datetime.now(datetime.UTC), "before": before}
         return None
+
+    def has_recovered(self, kill: Row) -> bool:
+        """Whether new work is finished, and the training that was ended has begun again or is over."""
+        if kill["went_on_from"] is None:
+            kill["went_on_from"] = self.went_on_from(kill)
+        ended = kill["kind"] in ENDS_TRAINING and kill["resume_step"] > 0
+        if ended and kill["went_on_from"] is None and self.resume_step():
+            return False
+        if not self.progress() - kill["before"]:
+            return False
+        kill["recovered_after"] = time.monotonic() - kill["at"]
+        return True
 
     def run(self, kills: int, every: float) -> None:
         """Run to the end, with so many kills at most; after each there is progress before the next."""
@@ -153,9 +179,7 @@ class Disturbed:
             if len(self.nodes.workers) < 2 and time.monotonic() - self.lost > 5:
                 self.nodes.add()
             if pending is not None:
-                pending["went_on_from"] = self.went_on_from(pending["log_length"])
-                if self.progress() - pending["before"]:
-                    pending["recovered_after"] = time.monotonic() - pending["at"]
+                if self.has_recovered(pending):
                     self.kills.append(pending)
                     pending, begun, wait = None, time.monotonic(), self.rng.exponential(every)
             elif len(self.kills) < kills and time.monotonic() - begun > wait:
@@ -163,11 +187,12 @@ class Disturbed:
                 if pending is not None:
                     print(f"  killed: {pending['kind']}", flush=True)
         if pending is not None:
-            self.kills.append({"went_on_from": None} | pending | {"recovered_after": time.monotonic() - pending["at"]})
+            self.kills.append(pending | {"recovered_after": time.monotonic() - pending["at"]})
 
     def last_line(self) -> str:
         """What the job said last, for a failure."""
-        lines = [line.strip() for line in self.log.read_text("utf-8", "replace").splitlines() if line.strip()]
+        text = self.log.read_bytes()[self._log_length :].decode("utf-8", "replace")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
         said = [line for line in lines if line.startswith(("s2l:", "Error", "error"))]
         return (said or lines or [""])[-1][:300]
 
@@ -227,7 +252,7 @@ def disturb(nodes: LocalNodes, store: S3Server, folder: Path, name: str, kills: 
     facts = {"seconds": seconds, "submitted": run.submitted, "failures": run.failures, "resumed_from_steps": resumed}
     went_on = [(kill["went_on_from"], kill["resume_step"]) for kill in run.kills if kill["went_on_from"] is not None]
     facts["went_back"] = sum(step < registered for step, registered in went_on)
-    told = [{name: value for name, value in kill.items() if name not in ("before", "at", "log_length")} for kill in run.kills]
+    told = [{name: value for name, value in kill.items() if name not in ("before", "at", "killed")} for kill in run.kills]
     return facts | {"kills": told} | check(nodes, folder, run.run_dir)
 
 
