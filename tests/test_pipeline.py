@@ -12,6 +12,7 @@ import logging
 import math
 import random
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import s2l_ray
 from s2l_ray.artifacts import Artifact, Storage
 from s2l_ray.config import RunConfig, parse_config
-from s2l_ray.errors import ArtifactError
+from s2l_ray.errors import ArtifactError, ConfigError
 from s2l_ray.pipeline import STAGES, decide, export_subset, run, select_trajectories
 
 STAGE_NAMES = ["examples", "proxy", "trajectories", "clustering", "selection", "target", "evaluation"]
@@ -426,6 +427,18 @@ def test_another_recipe_in_the_same_directory_is_refused_with_the_changed_field_
         run(finished.config(clustering={"num_clusters": 5}), str(finished.place))
     assert "--reuse" in str(caught.value), "the remedy"
     assert published(finished.place) == before
+
+
+def test_a_target_that_cannot_be_trained_is_refused_before_the_proxy_is(tmp_path, monkeypatch):
+    values = config_values(write_corpus(tmp_path / "corpus.jsonl"))
+    (tmp_path / "models").mkdir()
+    elsewhere = parse_config(values | {"target": values["target"] | {"model": f"file://{tmp_path}/models/mistyped"}})
+    with pytest.raises(ConfigError, match=r"model 'file://.*/mistyped': there is nothing\. Give the URI"):
+        run(elsewhere, str(tmp_path / "run"))
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ConfigError, match=r"target.lora needs peft"):
+        run(parse_config(values | {"target": values["target"] | {"lora": {}}}), str(tmp_path / "run"))
+    assert not (tmp_path / "run" / "examples").exists()
 
 
 def test_a_changed_corpus_is_another_recipe(finished, tmp_path):
