@@ -1,15 +1,15 @@
 """Stage `examples`: any corpus -> canonical parts with stable ids, sorted by id.
 
 Every row becomes an *example*: prompt, response, source, and an id that does not depend on where the row stood. Ray
-Data does the work in two executions, so that nothing has to be sorted at once and no text travels to the driver:
+Data does the work in three executions, so that nothing has to be sorted at once, and the driver's memory does not grow with
+the corpus:
 
-1. each *unit* of the corpus is read, checked, given ids and written to the scratch directory in order of id; only an id of
-   every 1,024 comes back;
-2. the driver goes over the units' ids and hashes range by range, drops duplicates and writes down which row of which unit
-   stands where (`index`); each task gathers a run of parts from the units and writes them.
+1. each *unit* of the corpus is read, checked, given ids and written to the scratch directory in order of id;
+2. each *range* of ids is put in order by the ids and hashes in the units alone: duplicates are dropped, and it is written down
+   which row of which unit stands where (`index`);
+3. each task gathers a run of parts from the units and writes them.
 
-The driver's memory does not grow with the corpus. A finished unit or part is not made again. The parts have the same bytes
-however the corpus is cut, ordered or resumed.
+A finished unit or part is not made again. The parts have the same bytes however the corpus is cut, ordered or resumed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +36,19 @@ from s2l_ray.corpus import Unit, cut_corpus
 from s2l_ray.corpus import corpus_identity as corpus_identity  # noqa: PLC0414  it goes with examples_recipe
 from s2l_ray.errors import ArtifactError, DataError
 from s2l_ray.fields import DUPLICATE, HELD_OUT, POOL, normalise
-from s2l_ray.index import UNIT_ROW_GROUP, Addresses, Order, UnitIndex, described, order_rows, row_groups, unit_path
+from s2l_ray.index import (
+    UNIT_ROW_GROUP,
+    Addresses,
+    Order,
+    OrderRange,
+    RangeFacts,
+    UnitIndex,
+    cut_ids,
+    described,
+    join_ranges,
+    row_groups,
+    unit_path,
+)
 from s2l_ray.progress import get_log, track
 from s2l_ray.rows import Records, join_columns
 from s2l_ray.session import await_room
@@ -84,7 +97,7 @@ def build_examples(config: ExamplesConfig, workers: WorkerConfig, draft: Draft) 
     work = draft.work.child(digest(repr(units)))
     indexes = _read_units(units, config, workers, work)
     dropped = sum((index.dropped for index in indexes), Counter[str]())
-    order = order_rows(indexes, work, has_own_ids=config.id_field is not None)
+    order = _order_rows(indexes, config, workers, work)
     dropped[DUPLICATE] += order.num_duplicates
     summary = _summary(order, +dropped, config)
     columns = join_columns((_name(unit), index.columns) for unit, index in zip(units, indexes, strict=True))
@@ -247,7 +260,25 @@ def _with_original(table: pa.Table, original: pa.DataType) -> pa.Table:
     return table.set_column(at, pa.field("original", original), table["original"].cast(original))
 
 
-# --- pass 2: units to parts --------------------------------------------------------------------------------------
+# --- pass 2: units to an order -----------------------------------------------------------------------------------
+
+
+def _order_rows(indexes: list[UnitIndex], config: ExamplesConfig, workers: WorkerConfig, work: Storage) -> Order:
+    """Have the rows of the units put in order of id, range by range."""
+    import ray.data
+
+    ranges = cut_ids(indexes)
+    found: dict[int, RangeFacts] = {}
+    if ranges:
+        task = OrderRange(tuple(index.firsts for index in indexes), tuple(ranges), work)
+        with quiet_ray_data(), track("examples", len(ranges), "ranges of ids put in order") as progress:
+            for result in _results(ray.data.range(len(ranges), override_num_blocks=len(ranges)), task, workers):
+                found[result["range"]] = RangeFacts(**json.loads(result["facts"]))
+                progress.advance()
+    return join_ranges([found[number] for number in range(len(ranges))], work, has_own_ids=config.id_field is not None)
+
+
+# --- pass 3: units to parts --------------------------------------------------------------------------------------
 
 
 def _write_parts(addresses: Addresses, size: int, original: pa.DataType, workers: WorkerConfig, draft: Draft) -> None:

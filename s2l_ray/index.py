@@ -1,21 +1,22 @@
-"""The index of a corpus: which rows of its units are its examples, and in what order, found with memory for a few of them.
+"""The index of a corpus: which rows of its units are its examples, and in what order, whatever their number.
 
-Every unit's file lies in order of id. So the ids can be gone over in ascending *ranges*: of each, ids and hashes alone are
-read from the units, put in order and freed of copies, and the addresses (unit, position) of the rows that are kept are
-written to the scratch directory. Whoever does this holds one range, however many rows there are; all rows at once would
-take 0.3 KB each. Where rows bring their own ids, equal contents may lie in different ranges: then the hashes of the contents
-kept so far are remembered, 10 bytes each.
+Every unit's file lies in order of id. So the ids can be cut into *ranges*, and a task needs only the ids and hashes of one
+range's rows to put them in order, drop exact copies and write down the addresses (unit, position) of the rows that it keeps.
+The driver learns numbers: all rows' ids and hashes would take 0.3 KB of its memory each. Where rows bring their own ids, equal
+contents may lie in different ranges: then it goes over the kept rows once more, and remembers 10 bytes of each.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import itertools
 import json
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,12 +27,11 @@ import pyarrow.parquet as pq
 from s2l_ray.artifacts import Storage, table_bytes
 from s2l_ray.errors import DataError
 from s2l_ray.fields import DIGEST_BYTES, HELD_OUT, POOL
-from s2l_ray.progress import track
 from s2l_ray.rows import Columns
 
 # Rows of a unit that are read together. A range or a run of parts needs a few from every unit: smaller groups waste less.
 UNIT_ROW_GROUP = 1024
-# Rows of a range: the driver's memory (about 30 MB), against opening every unit once more.
+# Rows of a range: the memory of a task (about 30 MB), against opening every unit once more.
 RANGE_ROWS = 131_072
 # Units that are read at once: in object storage each is a few requests that wait.
 READERS = 16
@@ -61,12 +61,6 @@ class UnitIndex:
         columns = Columns(pa.struct(list(original)), notes["ranks"])
         firsts, sizes = (tuple(groups[name].to_pylist()) for name in ("example_id", "size"))
         return cls(firsts, sizes, Counter(notes["dropped"]), columns)
-
-    def groups_between(self, low: str, high: str | None) -> range:
-        """The row groups that may hold ids from `low` on and below `high`."""
-        # An id may begin in the group before the first that starts with it.
-        start = max(0, bisect_left(self.firsts, low) - 1)
-        return range(start, len(self.firsts) if high is None else bisect_left(self.firsts, high))
 
 
 def unit_path(unit: int) -> str:
@@ -105,6 +99,13 @@ def cut_ids(units: Sequence[UnitIndex]) -> list[tuple[str, str | None]]:
     return list(zip(cuts, [*cuts[1:], None], strict=True)) if cuts else []
 
 
+def groups_between(firsts: Sequence[str], low: str, high: str | None) -> range:
+    """The row groups of a unit that may hold ids from `low` on and below `high`, by the first id of each."""
+    # An id may begin in the group before the first that starts with it.
+    start = max(0, bisect_left(firsts, low) - 1)
+    return range(start, len(firsts) if high is None else bisect_left(firsts, high))
+
+
 def keep_first(index: pa.Table) -> tuple[pa.Table, pa.Array]:
     """The index in order of id, without exact copies; and the ids that stand for different contents.
 
@@ -123,6 +124,12 @@ def _shared_ids(index: pa.Table, codes: np.ndarray) -> pa.Array:
     ids = index["example_id"].combine_chunks()
     is_same_id = pc.equal(ids[1:], ids[:-1]).to_numpy(zero_copy_only=False)
     return ids.take(pa.array(np.flatnonzero(is_same_id & (codes[1:] != codes[:-1])))).unique()
+
+
+def count_splits(kept: pa.Table) -> list[tuple[str, str, int]]:
+    """Rows by source and split."""
+    counted = kept.group_by(["source", "split"]).aggregate([([], "count_all")]).to_pylist()
+    return [(row["source"], row["split"], row["count_all"]) for row in counted]
 
 
 class SeenContents:
@@ -149,6 +156,75 @@ class SeenContents:
         return is_new
 
 
+# --- ranges ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RangeFacts:
+    """What the driver learns about a range that was put in order. Made of what JSON has."""
+
+    num_read: int
+    num_kept: int
+    counts: list[tuple[str, str, int]]
+    """Source, split, rows kept."""
+    num_shared: int
+    """Ids that stand for different contents."""
+    shared: list[str]
+    """The first few of them."""
+
+
+@dataclass(frozen=True)
+class OrderRange:
+    """Task: put the rows of a range in order, without exact copies, and write down where they are."""
+
+    firsts: tuple[tuple[str, ...], ...]
+    """Of every unit the first id of every row group."""
+    ranges: tuple[tuple[str, str | None], ...]
+    work: Storage
+
+    def __call__(self, batch: pa.Table) -> dict[str, Any]:
+        [number] = batch["id"].to_pylist()
+        index = self._read(*self.ranges[number])
+        kept, shared = keep_first(index)
+        _write_order(self.work, number, kept)
+        named = shared[:_NAMED_IDS].to_pylist()
+        facts = RangeFacts(index.num_rows, kept.num_rows, count_splits(kept), len(shared), named)
+        return {"range": number, "facts": json.dumps(dataclasses.asdict(facts))}
+
+    def _read(self, low: str, high: str | None) -> pa.Table:
+        """The index of all rows with ids from `low` on and below `high`, with their addresses."""
+        groups = {unit: groups_between(firsts, low, high) for unit, firsts in enumerate(self.firsts)}
+        wanted = [unit for unit, some in groups.items() if some]
+        with ThreadPoolExecutor(READERS) as pool:
+            return pa.concat_tables(pool.map(lambda unit: self._read_unit(unit, groups[unit], low, high), wanted))
+
+    def _read_unit(self, unit: int, groups: range, low: str, high: str | None) -> pa.Table:
+        """A range's part in a unit, which lies in some row groups."""
+        path = unit_path(unit)
+        with self.work.open(path) as source, self.work.explained(path):
+            file: Any = pq.ParquetFile(source, pre_buffer=True)  # few requests for columns that lie side by side
+            table = file.read_row_groups(list(groups), columns=INDEX_COLUMNS, use_threads=False).replace_schema_metadata()
+        is_inside = pc.greater_equal(table["example_id"], low)
+        if high is not None:
+            is_inside = pc.and_(is_inside, pc.less(table["example_id"], high))
+        positions = np.flatnonzero(is_inside.to_numpy()).astype(np.int32) + np.int32(groups.start * UNIT_ROW_GROUP)
+        addresses = {"unit": pa.array(np.full(len(positions), unit, np.int32)), "position": pa.array(positions)}
+        table = table.filter(is_inside)
+        return pa.table({name: table[name] for name in INDEX_COLUMNS} | addresses)
+
+
+def _order_path(number: int) -> str:
+    return f"order-{number:05d}.parquet"
+
+
+def _write_order(work: Storage, number: int, kept: pa.Table) -> None:
+    work.write(_order_path(number), table_bytes(kept.drop_columns(["example_id", "row"])))
+
+
+def _read_order(work: Storage, number: int, columns: list[str] | None = None) -> pa.Table:
+    return pq.read_table(io.BytesIO(work.read(_order_path(number))), columns=columns)
+
+
 # --- the order ---------------------------------------------------------------------------------------------------
 
 
@@ -166,12 +242,12 @@ class Addresses:
 
     def of(self, rows: np.ndarray) -> pa.Table:
         """`unit` and `position` of these rows of the whole order, ascending."""
-        number_of_row = np.searchsorted(self.ends, rows, side="right")
+        range_of_row = np.searchsorted(self.ends, rows, side="right")
         tables = []
-        for number in np.unique(number_of_row):
-            table = pq.read_table(io.BytesIO(self.work.read(_order_path(number))))
+        for number in np.unique(range_of_row):
+            table = _read_order(self.work, number, ["unit", "position"])
             begin = self.ends[number] - table.num_rows
-            tables.append(table.take(pa.array(rows[number_of_row == number] - begin)))
+            tables.append(table.take(pa.array(rows[range_of_row == number] - begin)))
         return pa.concat_tables(tables)
 
 
@@ -185,84 +261,45 @@ class Order:
     num_duplicates: int
 
 
-def order_rows(units: Sequence[UnitIndex], work: Storage, has_own_ids: bool) -> Order:
-    """The order of the rows of units, whose files are in the scratch directory, without exact copies.
+def join_ranges(ranges: Sequence[RangeFacts], work: Storage, has_own_ids: bool) -> Order:
+    """The whole order from its ranges, whose files are in the scratch directory.
 
-    Raises DataError where an id stands for different contents. Ids made from the content are the same for the same content.
+    Raises DataError where an id stands for different contents. Ids that rows did not bring are made from the contents: equal
+    contents then have one id, and lie in one range.
     """
-    ranges = cut_ids(units)
-    seen = SeenContents(sum(sum(unit.sizes) for unit in units)) if has_own_ids and len(ranges) > 1 else None
-    ordering = _Ordering(work, seen)
-    with ThreadPoolExecutor(READERS) as pool, track("examples", len(ranges), "ranges of ids ordered") as progress:
-        for low, high in ranges:
-            ordering.add(_read_range(units, low, high, work, pool))
-            # Else what Arrow's threads freed stays theirs, and every range adds some.
-            pa.default_memory_pool().release_unused()
-            progress.advance()
-    return ordering.finished()
+    _refuse_shared_ids(ranges)
+    num_read = sum(facts.num_read for facts in ranges)
+    if has_own_ids and len(ranges) > 1:
+        seen = SeenContents(sum(facts.num_kept for facts in ranges))
+        ranges = [_without_seen(number, facts, seen, work) for number, facts in enumerate(ranges)]
+    counts: Counter[tuple[str, str]] = Counter()
+    for facts in ranges:
+        counts.update({(source, split): rows for source, split, rows in facts.counts})
+    sources: dict[str, dict[str, int]] = {}
+    for (source, split), rows in sorted(counts.items()):
+        sources.setdefault(source, {POOL: 0, HELD_OUT: 0})[split] = rows
+    addresses = Addresses(work, tuple(itertools.accumulate(facts.num_kept for facts in ranges)))
+    return Order(addresses, sources, num_read - addresses.num_rows)
 
 
-@dataclass
-class _Ordering:
-    """The order while it is being made, range by range."""
-
-    work: Storage
-    seen: SeenContents | None
-    ends: list[int] = field(default_factory=list)
-    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
-    num_read: int = 0
-    num_shared: int = 0
-    shared: list[str] = field(default_factory=list)
-
-    def add(self, index: pa.Table) -> None:
-        """Order the next range and write down what is kept."""
-        kept, shared = keep_first(index)
-        if self.seen is not None:
-            kept = kept.filter(pa.array(self.seen.add(kept["content"])))
-        self.work.write(_order_path(len(self.ends)), table_bytes(kept.select(["unit", "position"])))
-        self.ends.append(sum(self.ends[-1:]) + kept.num_rows)
-        self.num_read += index.num_rows
-        for row in kept.group_by(["source", "split"]).aggregate([([], "count_all")]).to_pylist():
-            self.counts[row["source"], row["split"]] += row["count_all"]
-        self.num_shared += len(shared)
-        self.shared += shared[: _NAMED_IDS - len(self.shared)].to_pylist()
-
-    def finished(self) -> Order:
-        """The whole order. Raises DataError naming ids that stand for different contents."""
-        if self.num_shared:
-            shown = ", ".join(self.shared) + (", ..." if self.num_shared > len(self.shared) else "")
-            raise DataError(
-                f"examples.id_field: {self.num_shared:,} ids stand for rows with different prompt or response: {shown}. Give "
-                "every row its own id, or leave examples.id_field out: ids are then made from the content."
-            )
-        sources: dict[str, dict[str, int]] = {}
-        for (source, split), count in sorted(self.counts.items()):
-            sources.setdefault(source, {POOL: 0, HELD_OUT: 0})[split] = count
-        addresses = Addresses(self.work, tuple(self.ends))
-        return Order(addresses, sources, self.num_read - addresses.num_rows)
+def _without_seen(number: int, facts: RangeFacts, seen: SeenContents, work: Storage) -> RangeFacts:
+    """A range without the contents of those before it: its file is written again where there are any."""
+    kept = _read_order(work, number)
+    is_new = seen.add(kept["content"])
+    if is_new.all():
+        return facts
+    kept = kept.filter(pa.array(is_new))
+    work.write(_order_path(number), table_bytes(kept))
+    return dataclasses.replace(facts, num_kept=kept.num_rows, counts=count_splits(kept))
 
 
-def _order_path(number: int) -> str:
-    return f"order-{number:05d}.parquet"
-
-
-def _read_range(units: Sequence[UnitIndex], low: str, high: str | None, work: Storage, pool: Executor) -> pa.Table:
-    """The index of all rows with ids from `low` on and below `high`, with their addresses."""
-    groups = {number: unit.groups_between(low, high) for number, unit in enumerate(units)}
-    wanted = [number for number, some in groups.items() if some]
-    return pa.concat_tables(pool.map(lambda number: _read_unit_range(number, groups[number], low, high, work), wanted))
-
-
-def _read_unit_range(unit: int, groups: range, low: str, high: str | None, work: Storage) -> pa.Table:
-    """A range's part in a unit, which lies in some row groups."""
-    path = unit_path(unit)
-    with work.open(path) as source, work.explained(path):
-        # One request for what lies side by side; a thread for every unit is enough.
-        file: Any = pq.ParquetFile(source, pre_buffer=True)
-        table = file.read_row_groups(list(groups), columns=INDEX_COLUMNS, use_threads=False).replace_schema_metadata()
-    begin = pc.sum(pc.less(table["example_id"], low)).as_py()
-    end = table.num_rows if high is None else pc.sum(pc.less(table["example_id"], high)).as_py()
-    positions = np.arange(begin, end, dtype=np.int32) + np.int32(groups.start * UNIT_ROW_GROUP)
-    addresses = {"unit": pa.array(np.full(end - begin, unit, np.int32)), "position": pa.array(positions)}
-    table = table.slice(begin, end - begin)
-    return pa.table({name: table[name] for name in INDEX_COLUMNS} | addresses)
+def _refuse_shared_ids(ranges: Sequence[RangeFacts]) -> None:
+    """Raise DataError naming ids that stand for different contents."""
+    count = sum(facts.num_shared for facts in ranges)
+    if count:
+        names = [name for facts in ranges for name in facts.shared][:_NAMED_IDS]
+        shown = ", ".join(names) + (", ..." if count > len(names) else "")
+        raise DataError(
+            f"examples.id_field: {count:,} ids stand for rows with different prompt or response: {shown}. Give "
+            "every row its own id, or leave examples.id_field out: ids are then made from the content."
+        )
