@@ -39,13 +39,14 @@ from s2l_ray.fields import DUPLICATE, HELD_OUT, POOL, normalise
 from s2l_ray.index import (
     UNIT_ROW_GROUP,
     Addresses,
+    DropSeen,
     Order,
     OrderRange,
     RangeFacts,
     UnitIndex,
     cut_ids,
     described,
-    join_ranges,
+    refuse_shared_ids,
     row_groups,
     unit_path,
 )
@@ -264,18 +265,34 @@ def _with_original(table: pa.Table, original: pa.DataType) -> pa.Table:
 
 
 def _order_rows(indexes: list[UnitIndex], config: ExamplesConfig, workers: WorkerConfig, work: Storage) -> Order:
-    """Have the rows of the units put in order of id, range by range."""
+    """Have the rows of the units put in order of id, range by range. Raises DataError for an id of different contents."""
+    cuts = cut_ids(indexes)
+    facts = _order_ranges(OrderRange(tuple(index.firsts for index in indexes), tuple(cuts), work), workers) if cuts else []
+    refuse_shared_ids(facts)
+    # Ids made from the contents are equal for equal contents: these lie in one range.
+    if config.id_field is not None and len(facts) > 1:
+        facts = _drop_seen(DropSeen(tuple(facts), work), workers)
+    return Order.of(facts, work)
+
+
+def _order_ranges(task: OrderRange, workers: WorkerConfig) -> list[RangeFacts]:
     import ray.data
 
-    ranges = cut_ids(indexes)
+    num_ranges = len(task.ranges)
     found: dict[int, RangeFacts] = {}
-    if ranges:
-        task = OrderRange(tuple(index.firsts for index in indexes), tuple(ranges), work)
-        with quiet_ray_data(), track("examples", len(ranges), "ranges of ids put in order") as progress:
-            for result in _results(ray.data.range(len(ranges), override_num_blocks=len(ranges)), task, workers):
-                found[result["range"]] = RangeFacts(**json.loads(result["facts"]))
-                progress.advance()
-    return join_ranges([found[number] for number in range(len(ranges))], work, has_own_ids=config.id_field is not None)
+    with quiet_ray_data(), track("examples", num_ranges, "ranges of ids put in order") as progress:
+        for result in _results(ray.data.range(num_ranges, override_num_blocks=num_ranges), task, workers):
+            found[result["range"]] = RangeFacts(**json.loads(result["facts"]))
+            progress.advance()
+    return [found[number] for number in range(num_ranges)]
+
+
+def _drop_seen(task: DropSeen, workers: WorkerConfig) -> list[RangeFacts]:
+    import ray.data
+
+    with quiet_ray_data():
+        [result] = _results(ray.data.range(1), task, workers)
+    return [RangeFacts(**facts) for facts in json.loads(result["ranges"])]
 
 
 # --- pass 3: units to parts --------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 Every unit's file lies in order of id. So the ids can be cut into *ranges*, and a task needs only the ids and hashes of one
 range's rows to put them in order, drop exact copies and write down the addresses (unit, position) of the rows that it keeps.
 The driver learns numbers: all rows' ids and hashes would take 0.3 KB of its memory each. Where rows bring their own ids, equal
-contents may lie in different ranges: then it goes over the kept rows once more, and remembers 10 bytes of each.
+contents may lie in different ranges: then one more task goes over the rows kept, and remembers 10 bytes of each.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ UNIT_ROW_GROUP = 1024
 # Rows of a range: the memory of a task (about 30 MB), against opening every unit once more.
 RANGE_ROWS = 131_072
 # Units that are read at once: in object storage each is a few requests that wait.
-READERS = 16
+READERS = 8
 INDEX_COLUMNS = ["example_id", "source", "split", "content", "row"]
 _NAMED_IDS = 5
 
@@ -163,6 +163,8 @@ class SeenContents:
 class RangeFacts:
     """What the driver learns about a range that was put in order. Made of what JSON has."""
 
+    path: str
+    """The file in the scratch directory that says where the rows kept are."""
     num_read: int
     num_kept: int
     counts: list[tuple[str, str, int]]
@@ -186,9 +188,10 @@ class OrderRange:
         [number] = batch["id"].to_pylist()
         index = self._read(*self.ranges[number])
         kept, shared = keep_first(index)
-        _write_order(self.work, number, kept)
+        path = f"order-{number:05d}.parquet"
+        self.work.write(path, table_bytes(kept.drop_columns(["example_id", "row"])))
         named = shared[:_NAMED_IDS].to_pylist()
-        facts = RangeFacts(index.num_rows, kept.num_rows, count_splits(kept), len(shared), named)
+        facts = RangeFacts(path, index.num_rows, kept.num_rows, count_splits(kept), len(shared), named)
         return {"range": number, "facts": json.dumps(dataclasses.asdict(facts))}
 
     def _read(self, low: str, high: str | None) -> pa.Table:
@@ -202,7 +205,7 @@ class OrderRange:
         """A range's part in a unit, which lies in some row groups."""
         path = unit_path(unit)
         with self.work.open(path) as source, self.work.explained(path):
-            file: Any = pq.ParquetFile(source, pre_buffer=True)  # few requests for columns that lie side by side
+            file = pq.ParquetFile(source, pre_buffer=True)  # few requests for columns that lie side by side
             table = file.read_row_groups(list(groups), columns=INDEX_COLUMNS, use_threads=False).replace_schema_metadata()
         is_inside = pc.greater_equal(table["example_id"], low)
         if high is not None:
@@ -213,16 +216,43 @@ class OrderRange:
         return pa.table({name: table[name] for name in INDEX_COLUMNS} | addresses)
 
 
-def _order_path(number: int) -> str:
-    return f"order-{number:05d}.parquet"
+def refuse_shared_ids(ranges: Sequence[RangeFacts]) -> None:
+    """Raise DataError naming ids that stand for different contents."""
+    count = sum(facts.num_shared for facts in ranges)
+    if count:
+        names = [name for facts in ranges for name in facts.shared][:_NAMED_IDS]
+        shown = ", ".join(names) + (", ..." if count > len(names) else "")
+        raise DataError(
+            f"examples.id_field: {count:,} ids stand for rows with different prompt or response: {shown}. Give "
+            "every row its own id, or leave examples.id_field out: ids are then made from the content."
+        )
 
 
-def _write_order(work: Storage, number: int, kept: pa.Table) -> None:
-    work.write(_order_path(number), table_bytes(kept.drop_columns(["example_id", "row"])))
+@dataclass(frozen=True)
+class DropSeen:
+    """Task: take from every range the contents of those before it."""
+
+    ranges: tuple[RangeFacts, ...]
+    work: Storage
+
+    def __call__(self, _batch: pa.Table) -> dict[str, Any]:
+        seen = SeenContents(sum(facts.num_kept for facts in self.ranges))
+        found = [self._without_seen(number, facts, seen) for number, facts in enumerate(self.ranges)]
+        return {"ranges": json.dumps([dataclasses.asdict(facts) for facts in found])}
+
+    def _without_seen(self, number: int, facts: RangeFacts, seen: SeenContents) -> RangeFacts:
+        """A range without what was seen; where there is any, in another file, so that this can be done again."""
+        kept = _read(self.work, facts.path)
+        is_new = seen.add(kept["content"])
+        if is_new.all():
+            return facts
+        kept, path = kept.filter(pa.array(is_new)), f"distinct-{number:05d}.parquet"
+        self.work.write(path, table_bytes(kept))
+        return dataclasses.replace(facts, path=path, num_kept=kept.num_rows, counts=count_splits(kept))
 
 
-def _read_order(work: Storage, number: int, columns: list[str] | None = None) -> pa.Table:
-    return pq.read_table(io.BytesIO(work.read(_order_path(number))), columns=columns)
+def _read(work: Storage, path: str) -> pa.Table:
+    return pq.read_table(io.BytesIO(work.read(path)))
 
 
 # --- the order ---------------------------------------------------------------------------------------------------
@@ -233,6 +263,7 @@ class Addresses:
     """Which row of which unit stands where, range by range in files of the scratch directory. Cheap to send to a worker."""
 
     work: Storage
+    paths: tuple[str, ...]
     ends: tuple[int, ...]
     """The number of rows up to the end of every range."""
 
@@ -245,7 +276,7 @@ class Addresses:
         range_of_row = np.searchsorted(self.ends, rows, side="right")
         tables = []
         for number in np.unique(range_of_row):
-            table = _read_order(self.work, number, ["unit", "position"])
+            table = _read(self.work, self.paths[number]).select(["unit", "position"])
             begin = self.ends[number] - table.num_rows
             tables.append(table.take(pa.array(rows[range_of_row == number] - begin)))
         return pa.concat_tables(tables)
@@ -260,46 +291,15 @@ class Order:
     """Rows in the pool and held out, by source in order of name."""
     num_duplicates: int
 
-
-def join_ranges(ranges: Sequence[RangeFacts], work: Storage, has_own_ids: bool) -> Order:
-    """The whole order from its ranges, whose files are in the scratch directory.
-
-    Raises DataError where an id stands for different contents. Ids that rows did not bring are made from the contents: equal
-    contents then have one id, and lie in one range.
-    """
-    _refuse_shared_ids(ranges)
-    num_read = sum(facts.num_read for facts in ranges)
-    if has_own_ids and len(ranges) > 1:
-        seen = SeenContents(sum(facts.num_kept for facts in ranges))
-        ranges = [_without_seen(number, facts, seen, work) for number, facts in enumerate(ranges)]
-    counts: Counter[tuple[str, str]] = Counter()
-    for facts in ranges:
-        counts.update({(source, split): rows for source, split, rows in facts.counts})
-    sources: dict[str, dict[str, int]] = {}
-    for (source, split), rows in sorted(counts.items()):
-        sources.setdefault(source, {POOL: 0, HELD_OUT: 0})[split] = rows
-    addresses = Addresses(work, tuple(itertools.accumulate(facts.num_kept for facts in ranges)))
-    return Order(addresses, sources, num_read - addresses.num_rows)
-
-
-def _without_seen(number: int, facts: RangeFacts, seen: SeenContents, work: Storage) -> RangeFacts:
-    """A range without the contents of those before it: its file is written again where there are any."""
-    kept = _read_order(work, number)
-    is_new = seen.add(kept["content"])
-    if is_new.all():
-        return facts
-    kept = kept.filter(pa.array(is_new))
-    work.write(_order_path(number), table_bytes(kept))
-    return dataclasses.replace(facts, num_kept=kept.num_rows, counts=count_splits(kept))
-
-
-def _refuse_shared_ids(ranges: Sequence[RangeFacts]) -> None:
-    """Raise DataError naming ids that stand for different contents."""
-    count = sum(facts.num_shared for facts in ranges)
-    if count:
-        names = [name for facts in ranges for name in facts.shared][:_NAMED_IDS]
-        shown = ", ".join(names) + (", ..." if count > len(names) else "")
-        raise DataError(
-            f"examples.id_field: {count:,} ids stand for rows with different prompt or response: {shown}. Give "
-            "every row its own id, or leave examples.id_field out: ids are then made from the content."
-        )
+    @classmethod
+    def of(cls, ranges: Sequence[RangeFacts], work: Storage) -> Order:
+        """The whole order from its ranges, of which no two have a content in common."""
+        counts: Counter[tuple[str, str]] = Counter()
+        for facts in ranges:
+            counts.update({(source, split): rows for source, split, rows in facts.counts})
+        sources: dict[str, dict[str, int]] = {}
+        for (source, split), rows in sorted(counts.items()):
+            sources.setdefault(source, {POOL: 0, HELD_OUT: 0})[split] = rows
+        ends = itertools.accumulate(facts.num_kept for facts in ranges)
+        addresses = Addresses(work, tuple(facts.path for facts in ranges), tuple(ends))
+        return cls(addresses, sources, sum(facts.num_read for facts in ranges) - addresses.num_rows)
