@@ -33,6 +33,7 @@ from s2l_ray.index import (
     SeenContents,
     UnitIndex,
     cut_ids,
+    described,
     groups_between,
     keep_first,
     refuse_shared_ids,
@@ -89,11 +90,10 @@ def test_one_id_for_different_contents_is_named_once() -> None:
 # --- ranges ------------------------------------------------------------------------------------------------------
 
 
-def units_of(ids: list[list[str]]) -> list[UnitIndex]:
-    """What is known of units with these ids."""
-    columns = Columns(pa.struct([]), {})
-    groups = [row_groups(pa.table({"example_id": pa.array(sorted(some), pa.string())})) for some in ids]
-    return [UnitIndex(*(tuple(g[name].to_pylist()) for name in ("example_id", "size")), Counter(), columns) for g in groups]
+def unit_of(ids: list[str]) -> UnitIndex:
+    """What is known of a unit with these ids."""
+    table = pa.table({"example_id": pa.array(sorted(ids), pa.string())})
+    return UnitIndex.of(row_groups(described(table, Counter(), Columns(pa.struct([]), {}))))
 
 
 @given(
@@ -105,7 +105,7 @@ def test_ranges_hold_every_row_once_and_an_id_lies_in_one(ids: list[list[str]], 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(index_module, "UNIT_ROW_GROUP", group)
         patch.setattr(index_module, "RANGE_ROWS", size)
-        units = units_of(ids)
+        units = [unit_of(some) for some in ids]
         ranges = cut_ids(units)
         found: list[str] = []
         for low, high in ranges:
@@ -121,14 +121,14 @@ def test_ranges_hold_every_row_once_and_an_id_lies_in_one(ids: list[list[str]], 
 def test_ranges_are_about_as_large_as_wanted_and_few_for_a_small_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(0)
     ids = [[f"{rng.random():.12f}" for _ in range(5000)] for _ in range(10)]
-    assert len(cut_ids(units_of(ids))) == 1
+    assert len(cut_ids([unit_of(some) for some in ids])) == 1
     monkeypatch.setattr(index_module, "RANGE_ROWS", 10_000)
-    ranges = cut_ids(units_of(ids))
+    ranges = cut_ids([unit_of(some) for some in ids])
     sizes = [sum(low <= name < (high or "2") for some in ids for name in some) for low, high in ranges]
     assert len(ranges) == 5
     # Each of ten units adds what lies between two samples, a thousand rows apart, at both ends.
     assert all(size <= 10_000 + 2 * 10 * 1024 for size in sizes)
-    assert cut_ids(units_of([["a"] * 30_000, ["b"]])) == [("a", "b"), ("b", None)], "one id is never cut"
+    assert cut_ids([unit_of(["a"] * 30_000), unit_of(["b"])]) == [("a", "b"), ("b", None)], "one id is never cut"
 
 
 @given(st.lists(st.lists(st.binary(min_size=10, max_size=10) | st.sampled_from([b"\0" * 10, b"a" + b"\0" * 9]), unique=True)))
@@ -145,15 +145,12 @@ def test_contents_are_new_once(batches: list[list[bytes]]) -> None:
 
 def order_of(work: Storage, units: list[list[Row]]) -> Order:
     """The order of units with these rows, each range a task that is called here."""
-    indexes = []
     for number, rows in enumerate(units):
         table = index_of(sorted(rows)).drop_columns(["unit", "position"])
         content = pa.array([c * 10 for c in table["content"].to_pylist()], pa.binary(10))
         table = table.set_column(2, "content", content).append_column("split", pa.array(["pool"] * len(rows)))
         pq.write_table(table.select(INDEX_COLUMNS), work.path(unit_path(number)), row_group_size=index_module.UNIT_ROW_GROUP)
-        groups = row_groups(table)
-        firsts, sizes = (tuple(groups[name].to_pylist()) for name in ("example_id", "size"))
-        indexes.append(UnitIndex(firsts, sizes, Counter(), Columns(pa.struct([]), {})))
+    indexes = [unit_of([row[0] for row in rows]) for rows in units]
     task = OrderRange(tuple(unit.firsts for unit in indexes), tuple(cut_ids(indexes)), work)
     facts = [RangeFacts(**json.loads(task(pa.table({"id": [number]}))["facts"])) for number in range(len(task.ranges))]
     refuse_shared_ids(facts)
