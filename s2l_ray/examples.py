@@ -1,12 +1,13 @@
 """Stage `examples`: any corpus -> canonical parts with stable ids, sorted by id.
 
 Every row becomes an *example*: prompt, response, source, and an id that does not depend on where the row stood. Ray
-Data does the work in two executions, so that nothing has to be sorted at once and no text travels to the driver:
+Data does the work in three executions, so that nothing has to be sorted at once, and the driver's memory does not grow with
+the corpus:
 
-1. each *unit* of the corpus is read, checked, given ids and written to the scratch directory in order of id; only the
-   index (ids and hashes) comes back;
-2. the driver orders the ids, drops duplicates and says which row of which unit stands where; each task gathers a
-   run of parts from the units and writes them.
+1. each *unit* of the corpus is read, checked, given ids and written to the scratch directory in order of id;
+2. each *range* of ids is put in order by the ids and hashes in the units alone: duplicates are dropped, and it is written down
+   which row of which unit stands where (`index`);
+3. each task gathers a run of parts from the units and writes them.
 
 A finished unit or part is not made again. The parts have the same bytes however the corpus is cut, ordered or resumed.
 """
@@ -35,39 +36,30 @@ from s2l_ray.corpus import Unit, cut_corpus
 from s2l_ray.corpus import corpus_identity as corpus_identity  # noqa: PLC0414  it goes with examples_recipe
 from s2l_ray.errors import ArtifactError, DataError
 from s2l_ray.fields import DUPLICATE, HELD_OUT, POOL, normalise
+from s2l_ray.index import (
+    UNIT_ROW_GROUP,
+    Addresses,
+    DropSeen,
+    Order,
+    OrderRange,
+    RangeFacts,
+    UnitIndex,
+    cut_ids,
+    described,
+    refuse_shared_ids,
+    row_groups,
+    unit_path,
+)
 from s2l_ray.progress import get_log, track
-from s2l_ray.rows import Columns, Records, join_columns
+from s2l_ray.rows import Records, join_columns
 from s2l_ray.session import await_room
 
 SMALLEST_PART, MOST_PARTS = 512, 1024
-# Rows of a unit that are read together. A run of parts needs a few from every unit: smaller groups waste less.
-UNIT_ROW_GROUP = 1024
 # Rows that one task gathers: its memory, against opening every unit once more.
 ROWS_PER_TASK = 32_768
 TASKS_WANTED = 16
-INDEX_COLUMNS = ["example_id", "source", "split", "content", "row"]
 
 _log = get_log("examples")
-
-
-# --- types -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class UnitIndex:
-    """What the driver learns about a unit: ids and hashes of its rows, which were dropped, which columns they had."""
-
-    rows: pa.Table
-    dropped: Counter[str]
-    columns: Columns
-
-    @classmethod
-    def of(cls, table: pa.Table) -> UnitIndex:
-        """The index in a unit's table, or in a part of its columns."""
-        notes = json.loads(table.schema.metadata[b"notes"])
-        schema = pa.ipc.read_schema(pa.py_buffer(table.schema.metadata[b"original"]))
-        rows = table.select(INDEX_COLUMNS).replace_schema_metadata()
-        return cls(rows, Counter(notes["dropped"]), Columns(pa.struct(list(schema)), notes["ranks"]))
 
 
 # --- pure core ---------------------------------------------------------------------------------------------------
@@ -93,42 +85,6 @@ def rows_per_part(num_rows: int, wanted: int | str) -> int:
     return size
 
 
-def keep_first(index: pa.Table) -> pa.Table:
-    """The index in order of id, without exact copies: of equal contents the first by (id, source, row hash) is kept.
-
-    Raises DataError where an id stands for different contents.
-    """
-    keys = [(name, "ascending") for name in ("example_id", "source", "row", "unit", "position")]
-    index = index.take(pc.sort_indices(index, sort_keys=keys))
-    # Codes count up in order of first appearance: a code above all before it is a content's first row.
-    codes = index["content"].combine_chunks().dictionary_encode().indices.to_numpy()
-    _refuse_shared_ids(index, codes)
-    highest_before = np.concatenate([[-1], np.maximum.accumulate(codes)[:-1]]) if len(codes) else codes
-    return index.filter(pa.array(codes > highest_before))
-
-
-def _refuse_shared_ids(index: pa.Table, codes: np.ndarray) -> None:
-    """Raise DataError naming ids that stand for different contents. The index is in order of id."""
-    ids = index["example_id"].combine_chunks()
-    is_same_id = pc.equal(ids[1:], ids[:-1]).to_numpy(zero_copy_only=False)
-    clashes = ids.take(pa.array(np.flatnonzero(is_same_id & (codes[1:] != codes[:-1])))).unique()
-    if len(clashes):
-        shown = ", ".join(clashes[:5].to_pylist()) + (", ..." if len(clashes) > 5 else "")
-        raise DataError(
-            f"examples.id_field: {len(clashes):,} ids stand for rows with different prompt or response: {shown}. Give "
-            "every row its own id, or leave examples.id_field out: ids are then made from the content."
-        )
-
-
-def count_sources(kept: pa.Table) -> dict[str, dict[str, int]]:
-    """Rows in the pool and held out, by source in order of name."""
-    counted = kept.group_by(["source", "split"]).aggregate([([], "count_all")]).to_pylist()
-    sources: dict[str, dict[str, int]] = {}
-    for row in sorted(counted, key=lambda row: str(row["source"])):
-        sources.setdefault(row["source"], {POOL: 0, HELD_OUT: 0})[row["split"]] = row["count_all"]
-    return sources
-
-
 # --- build -------------------------------------------------------------------------------------------------------
 
 
@@ -142,12 +98,11 @@ def build_examples(config: ExamplesConfig, workers: WorkerConfig, draft: Draft) 
     work = draft.work.child(digest(repr(units)))
     indexes = _read_units(units, config, workers, work)
     dropped = sum((index.dropped for index in indexes), Counter[str]())
-    rows = pa.concat_tables(_with_addresses(index.rows, unit) for unit, index in enumerate(indexes))
-    kept = keep_first(rows)
-    dropped[DUPLICATE] += rows.num_rows - kept.num_rows
-    summary = _summary(kept, +dropped, config)
+    order = _order_rows(indexes, config, workers, work)
+    dropped[DUPLICATE] += order.num_duplicates
+    summary = _summary(order, +dropped, config)
     columns = join_columns((_name(unit), index.columns) for unit, index in zip(units, indexes, strict=True))
-    _write_parts(kept, summary["rows_per_part"], columns.type, work, workers, draft)
+    _write_parts(order.addresses, summary["rows_per_part"], columns.type, workers, draft)
     return draft.publish(summary)
 
 
@@ -157,18 +112,12 @@ def _name(unit: Unit) -> str:
     return names[0] + (f" (or one of {len(names) - 1} files after it)" if len(names) > 1 else "")
 
 
-def _with_addresses(rows: pa.Table, unit: int) -> pa.Table:
-    """An index with the unit and the position in it of every row."""
-    units = pa.array(np.full(rows.num_rows, unit, np.int32))
-    return rows.append_column("unit", units).append_column("position", pa.array(np.arange(rows.num_rows)))
-
-
-def _summary(kept: pa.Table, dropped: Counter[str], config: ExamplesConfig) -> dict[str, Any]:
+def _summary(order: Order, dropped: Counter[str], config: ExamplesConfig) -> dict[str, Any]:
     """The stage's numbers, said in the log. Raises DataError if there is nothing to learn from."""
-    sources = count_sources(kept)
-    num_pool, num_held_out = (sum(counts[split] for counts in sources.values()) for split in (POOL, HELD_OUT))
+    num_rows = order.addresses.num_rows
+    num_pool, num_held_out = (sum(counts[split] for counts in order.sources.values()) for split in (POOL, HELD_OUT))
     why = ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items()))
-    if not kept.num_rows:
+    if not num_rows:
         found = f"no row is left ({why}). Check examples.where and the fields" if dropped else "no row in it"
         raise DataError(f"examples.dataset: the corpus is empty: {found}.")
     if not num_pool:
@@ -180,14 +129,14 @@ def _summary(kept: pa.Table, dropped: Counter[str], config: ExamplesConfig) -> d
             f"no row is held out at examples.held_out_fraction={config.held_out_fraction}: prompts that differ in numbers "
             "only stay together, and there are few others. Raise it, or there is no loss on held-out rows."
         )
-    _log.info(f"{kept.num_rows:,} rows = {num_pool:,} in the pool + {num_held_out:,} held out; dropped: {why or 'none'}")
+    _log.info(f"{num_rows:,} rows = {num_pool:,} in the pool + {num_held_out:,} held out; dropped: {why or 'none'}")
     return {
-        "rows": kept.num_rows,
+        "rows": num_rows,
         POOL: num_pool,
         HELD_OUT: num_held_out,
         "dropped": dict(sorted(dropped.items())),
-        "sources": sources,
-        "rows_per_part": rows_per_part(kept.num_rows, config.rows_per_part),
+        "sources": order.sources,
+        "rows_per_part": rows_per_part(num_rows, config.rows_per_part),
     }
 
 
@@ -274,7 +223,7 @@ def _read_units(units: list[Unit], config: ExamplesConfig, workers: WorkerConfig
 
 @dataclass(frozen=True)
 class _ReadUnit:
-    """Task: one unit of the corpus to a file in order of id, and back its index."""
+    """Task: one unit of the corpus to a file in order of id, and back what `UnitIndex` tells."""
 
     units: tuple[Unit, ...]
     config: ExamplesConfig
@@ -282,32 +231,26 @@ class _ReadUnit:
 
     def __call__(self, batch: pa.Table) -> dict[str, Any]:
         [unit] = batch["id"].to_pylist()
-        path = _unit_path(unit)
+        path = unit_path(unit)
         is_reused = self.work.exists(path)
         if is_reused:
-            table = pq.read_table(io.BytesIO(self.work.read(path)), columns=INDEX_COLUMNS)
+            table = pq.read_table(io.BytesIO(self.work.read(path)), columns=["example_id"])
         else:
             table = read_unit(self.units[unit], self.config)
             sink = io.BytesIO()
             pq.write_table(table, sink, compression="zstd", row_group_size=UNIT_ROW_GROUP)
             self.work.write(path, sink.getvalue())
-        return {"unit": unit, "is_reused": is_reused, "index": table_bytes(table.select(INDEX_COLUMNS))}
-
-
-def _unit_path(unit: int) -> str:
-    return f"unit-{unit:05d}.parquet"
+        return {"unit": unit, "is_reused": is_reused, "index": table_bytes(row_groups(table))}
 
 
 def read_unit(unit: Unit, config: ExamplesConfig) -> pa.Table:
-    """The examples of a unit in order of id; what `UnitIndex` tells beside the rows is in the schema's metadata."""
+    """The examples of a unit in order of id; what `UnitIndex` tells beside the ids is in the schema's metadata."""
     found = [(piece.name, normalise(rows, config)) for piece in unit for rows in piece.read()]
     found = found or [("", normalise(Records([], str, ""), config))]
     columns = join_columns((name, batch.columns) for name, batch in found)
     table = pa.concat_tables(_with_original(batch.table, columns.type) for _, batch in found)
-    notes = {"dropped": sum((batch.dropped for _, batch in found), Counter[str]()), "ranks": columns.ranks}
-    metadata = {"notes": json.dumps(notes), "original": pa.schema(list(columns.type)).serialize().to_pybytes()}
     order = pc.sort_indices(table, sort_keys=[("example_id", "ascending")])
-    return table.take(order).replace_schema_metadata(metadata)
+    return described(table.take(order), sum((batch.dropped for _, batch in found), Counter[str]()), columns)
 
 
 def _with_original(table: pa.Table, original: pa.DataType) -> pa.Table:
@@ -318,26 +261,59 @@ def _with_original(table: pa.Table, original: pa.DataType) -> pa.Table:
     return table.set_column(at, pa.field("original", original), table["original"].cast(original))
 
 
-# --- pass 2: units to parts --------------------------------------------------------------------------------------
+# --- pass 2: units to an order -----------------------------------------------------------------------------------
 
 
-def _write_parts(kept: pa.Table, size: int, original: pa.DataType, work: Storage, workers: WorkerConfig, draft: Draft) -> None:
+def _order_rows(indexes: list[UnitIndex], config: ExamplesConfig, workers: WorkerConfig, work: Storage) -> Order:
+    """Have the rows of the units put in order of id, range by range. Raises DataError for an id of different contents."""
+    cuts = cut_ids(indexes)
+    facts = _order_ranges(OrderRange(tuple(index.firsts for index in indexes), tuple(cuts), work), workers) if cuts else []
+    refuse_shared_ids(facts)
+    # Ids made from the contents are equal for equal contents: these lie in one range.
+    if config.id_field is not None and len(facts) > 1:
+        facts = _drop_seen(DropSeen(tuple(facts), work), workers)
+    return Order.of(facts, work)
+
+
+def _order_ranges(task: OrderRange, workers: WorkerConfig) -> list[RangeFacts]:
+    import ray.data
+
+    num_ranges = len(task.ranges)
+    found: dict[int, RangeFacts] = {}
+    with quiet_ray_data(), track("examples", num_ranges, "ranges of ids put in order") as progress:
+        for result in _results(ray.data.range(num_ranges, override_num_blocks=num_ranges), task, workers):
+            found[result["range"]] = RangeFacts(**json.loads(result["facts"]))
+            progress.advance()
+    return [found[number] for number in range(num_ranges)]
+
+
+def _drop_seen(task: DropSeen, workers: WorkerConfig) -> list[RangeFacts]:
+    import ray.data
+
+    with quiet_ray_data():
+        [result] = _results(ray.data.range(1), task, workers)
+    return [RangeFacts(**facts) for facts in json.loads(result["ranges"])]
+
+
+# --- pass 3: units to parts --------------------------------------------------------------------------------------
+
+
+def _write_parts(addresses: Addresses, size: int, original: pa.DataType, workers: WorkerConfig, draft: Draft) -> None:
     """Have every part gathered from the units and written; parts that an earlier run wrote stay."""
     import ray.data
 
-    num_parts = -(-kept.num_rows // size)
+    num_parts = -(-addresses.num_rows // size)
     missing = [part for part in range(num_parts) if not draft.has(_part_path(part))]
     step = max(1, min(ROWS_PER_TASK // size, -(-len(missing) // TASKS_WANTED)))
-    addresses = kept.select(["unit", "position"]).append_column("part", pa.array(np.arange(kept.num_rows) // size))
-    parts = [addresses.slice(part * size, size) for part in missing]
     num_done = num_parts - len(missing)
     _log.info(f"{num_parts:,} parts of {size:,} rows" + (f", {num_done:,} written by an earlier run" if num_done else ""))
     if not missing:
         return
+    task = _WriteParts(addresses, size, original, draft.storage)
     with quiet_ray_data(), track("examples", num_parts, "parts written") as progress:
         progress.at(num_done)
-        blocks = [pa.concat_tables(parts[first : first + step]).combine_chunks() for first in range(0, len(parts), step)]
-        for result in _results(ray.data.from_arrow(blocks), _WriteParts(original, draft.storage, work), workers):
+        blocks = [pa.table({"part": missing[first : first + step]}) for first in range(0, len(missing), step)]
+        for result in _results(ray.data.from_arrow(blocks), task, workers):
             draft.add(*(FileRecord(**record) for record in result["records"]))
             progress.advance(len(result["records"]))
 
@@ -348,14 +324,18 @@ def _part_path(part: int) -> str:
 
 @dataclass(frozen=True)
 class _WriteParts:
-    """Task: gather the rows of some parts by their addresses (part, unit, position) and write the parts."""
+    """Task: gather the rows of some parts from the units and write the parts."""
 
+    addresses: Addresses
+    size: int
     original: pa.DataType
     storage: Storage
-    work: Storage
 
-    def __call__(self, addresses: pa.Table) -> dict[str, Any]:
-        units, positions, parts = (addresses[name].to_numpy() for name in ("unit", "position", "part"))
+    def __call__(self, batch: pa.Table) -> dict[str, Any]:
+        starts = [self.size * part for part in batch["part"].to_pylist()]
+        numbers = np.concatenate([np.arange(start, min(start + self.size, self.addresses.num_rows)) for start in starts])
+        addresses, parts = self.addresses.of(numbers), numbers // self.size
+        units, positions = (addresses[name].to_numpy() for name in ("unit", "position"))
         rows = self._gather(units, positions)
         records = []
         for part in np.unique(parts):
@@ -368,11 +348,11 @@ class _WriteParts:
     def _gather(self, units: np.ndarray, positions: np.ndarray) -> pa.Table:
         """The rows at these addresses, in this order."""
         order = np.lexsort((positions, units))
-        tables = []
+        tables, work = [], self.addresses.work
         for unit in np.unique(units):
             wanted = np.sort(positions[units == unit])
-            with self.work.explained(_unit_path(unit)):
-                table = take_rows(self.work.filesystem, self.work.path(_unit_path(unit)), wanted)
+            with work.explained(unit_path(unit)):
+                table = take_rows(work.filesystem, work.path(unit_path(unit)), wanted)
             tables.append(_with_original(table.drop_columns(["content", "row"]), self.original))
         place = np.empty_like(order)
         place[order] = np.arange(len(order))

@@ -36,7 +36,7 @@ LAYERS = (
     ("artifacts",),
     ("rows", "lock"),
     ("pieces", "fields"),
-    ("corpus",),
+    ("corpus", "index"),
     ("session",),
     ("examples",),
     ("sorting",),

@@ -28,20 +28,19 @@ from hypothesis import strategies as st
 from s2l_ray import examples, pieces
 from s2l_ray.artifacts import MANIFEST, Artifact, Draft, Key, Storage
 from s2l_ray.config import ExamplesConfig, WorkerConfig
-from s2l_ray.corpus import HASH_CACHE, corpus_identity, cut_corpus, find_files, hub_id, sample_corpus
+from s2l_ray.corpus import HASH_CACHE, Unit, corpus_identity, cut_corpus, find_files, hub_id, sample_corpus
 from s2l_ray.errors import ArtifactError, ConfigError, DataError, S2LError
 from s2l_ray.examples import (
-    UnitIndex,
     build_examples,
     examples_recipe,
     fetch_rows,
-    keep_first,
     read_held_out,
     read_pool,
     read_unit,
     rows_per_part,
 )
 from s2l_ray.fields import Texts, masked, split_of
+from s2l_ray.index import UnitIndex, row_groups
 from s2l_ray.pieces import CorpusFile, Lines, owned_lines
 from s2l_ray.pipeline import schema_of
 from s2l_ray.rows import join_columns
@@ -85,7 +84,11 @@ def read_all(dataset: Any, **fields: Any) -> pa.Table:
 
 def dropped_of(dataset: Any, **fields: Any) -> dict[str, int]:
     config = config_of(dataset, **fields)
-    return dict(sum((UnitIndex.of(read_unit(unit, config)).dropped for unit in cut_corpus(config)), Counter[str]()))
+    return dict(sum((index_of(unit, config).dropped for unit in cut_corpus(config)), Counter[str]()))
+
+
+def index_of(unit: Unit, config: ExamplesConfig) -> UnitIndex:
+    return UnitIndex.of(row_groups(read_unit(unit, config)))
 
 
 def draft_of(run_dir: Path, config: ExamplesConfig) -> Draft:
@@ -200,44 +203,6 @@ def test_the_held_out_share_is_the_one_asked_for() -> None:
 )
 def test_parts_grow_with_the_corpus(num_rows: int, wanted: Any, expected: int) -> None:
     assert rows_per_part(num_rows, wanted) == expected
-
-
-def index_of(rows: list[tuple[str, str, bytes, bytes]]) -> pa.Table:
-    ids, sources, contents, hashes = zip(*rows, strict=True)
-    columns = {
-        "example_id": ids,
-        "source": sources,
-        "content": pa.array(contents, pa.binary(1)),
-        "row": pa.array(hashes, pa.binary(1)),
-        "unit": pa.array(range(len(rows)), pa.int32()),
-        "position": range(len(rows)),
-    }
-    return pa.table(columns)
-
-
-def test_of_exact_copies_the_smallest_id_stays_in_whatever_order_they_come() -> None:
-    rows = [
-        ("c", "s", b"1", b"x"),
-        ("a", "s", b"1", b"x"),
-        ("b", "s", b"2", b"x"),
-        ("d", "s", b"2", b"x"),
-        ("e", "s", b"3", b"x"),
-    ]
-    for seed in range(5):
-        shuffled = random.Random(seed).sample(rows, len(rows))
-        assert keep_first(index_of(shuffled))["example_id"].to_pylist() == ["a", "b", "e"]
-
-
-def test_of_copies_with_one_id_the_first_source_stays() -> None:
-    rows = [("a", "t", b"1", b"w"), ("a", "s", b"1", b"z"), ("a", "s", b"1", b"y")]
-    for seed in range(5):
-        kept = keep_first(index_of(random.Random(seed).sample(rows, len(rows))))
-        assert (kept["source"].to_pylist(), kept["row"].to_pylist()) == (["s"], [b"y"])
-
-
-def test_one_id_for_different_contents_is_refused() -> None:
-    with pytest.raises(DataError, match=r"examples\.id_field: 1 ids .* a\. Give every row its own id, or leave"):
-        keep_first(index_of([("a", "s", b"1", b"x"), ("b", "s", b"3", b"x"), ("a", "s", b"2", b"x")]))
 
 
 # --- formats -----------------------------------------------------------------------------------------------------
@@ -563,7 +528,7 @@ def test_columns_of_two_files_that_do_not_join_are_named_with_their_files(tmp_pa
     units = []
     for name, value in (("a", 1), ("b", "one")):
         config = config_of(write_lines(tmp_path / f"{name}.jsonl", [{**ROW, "level": value}]))
-        units += [(f"{name}.jsonl", UnitIndex.of(read_unit(unit, config)).columns) for unit in cut_corpus(config)]
+        units += [(f"{name}.jsonl", index_of(unit, config).columns) for unit in cut_corpus(config)]
     with pytest.raises(DataError, match=r"field 'level' is int64 in a\.jsonl and string in b\.jsonl.*Write it alike"):
         join_columns(units)
 
