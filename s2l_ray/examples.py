@@ -58,6 +58,8 @@ SMALLEST_PART, MOST_PARTS = 512, 1024
 # Rows that one task gathers: its memory, against opening every unit once more.
 ROWS_PER_TASK = 32_768
 TASKS_WANTED = 16
+# So few rows are put in order sooner than a worker is started for it.
+ROWS_DONE_HERE = 8192
 
 _log = get_log("examples")
 
@@ -266,8 +268,8 @@ def _with_original(table: pa.Table, original: pa.DataType) -> pa.Table:
 
 def _order_rows(indexes: list[UnitIndex], config: ExamplesConfig, workers: WorkerConfig, work: Storage) -> Order:
     """Have the rows of the units put in order of id, range by range. Raises DataError for an id of different contents."""
-    cuts = cut_ids(indexes)
-    facts = _order_ranges(OrderRange(tuple(index.firsts for index in indexes), tuple(cuts), work), workers) if cuts else []
+    task = OrderRange(tuple(index.firsts for index in indexes), tuple(cut_ids(indexes)), work)
+    facts = _order_ranges(task, workers, sum(sum(index.sizes) for index in indexes)) if task.ranges else []
     refuse_shared_ids(facts)
     # Ids made from the contents are equal for equal contents: these lie in one range.
     if config.id_field is not None and len(facts) > 1:
@@ -275,9 +277,11 @@ def _order_rows(indexes: list[UnitIndex], config: ExamplesConfig, workers: Worke
     return Order.of(facts, work)
 
 
-def _order_ranges(task: OrderRange, workers: WorkerConfig) -> list[RangeFacts]:
+def _order_ranges(task: OrderRange, workers: WorkerConfig, num_rows: int) -> list[RangeFacts]:
     import ray.data
 
+    if len(task.ranges) == 1 and num_rows <= ROWS_DONE_HERE:
+        return [RangeFacts(**json.loads(task(pa.table({"id": [0]}))["facts"]))]
     num_ranges = len(task.ranges)
     found: dict[int, RangeFacts] = {}
     with quiet_ray_data(), track("examples", num_ranges, "ranges of ids put in order") as progress:
