@@ -164,6 +164,7 @@ class LocalNodes:
         self.environment["RAY_raylet_start_wait_time_s"] = "120"  # a busy machine
         self._autoscaling = autoscaling
         self.workers: list[subprocess.Popen[Any]] = []
+        self._started = 0
 
     def __enter__(self) -> LocalNodes:
         self._gcs, self._dashboard = free_port(), free_port()
@@ -207,16 +208,30 @@ class LocalNodes:
         command = [str(BIN / "ray"), "start", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"]
         command += [f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={free_port()}"]
         command += ["--object-store-memory=200000000", *more]
-        with (self._folder / "nodes.log").open("ab") as log:
-            return subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
+        self._started += 1
+        path = self._folder / f"node-{self._started}.log"
+        with path.open("wb") as log:
+            node = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            wait_for(f"a node ({path})", lambda: JOINED in path.read_bytes() or node.poll() is not None, 150)
+            if node.poll() is not None:
+                raise RuntimeError(f"a node did not start: {path}")
+        except BaseException:
+            end(node)
+            raise
+        return node
 
     def add(self, num_cpus: int = 1) -> subprocess.Popen[Any]:
-        """Start a worker node, and return when it has joined."""
-        log = self._folder / "nodes.log"
-        joined = log.read_bytes().count(JOINED)
-        node = self._start([f"--address={self.address}", f"--num-cpus={num_cpus}"])
-        self.workers.append(node)
-        wait_for("a worker node", lambda: log.read_bytes().count(JOINED) > joined or node.poll() is not None, 150)
+        """Start a worker node, and return when it has joined; on a busy machine one may need another try."""
+        for left in (2, 1, 0):
+            try:
+                node = self._start([f"--address={self.address}", f"--num-cpus={num_cpus}"])
+            except RuntimeError:
+                if not left:
+                    raise
+            else:
+                self.workers.append(node)
+                break
         return node
 
     def remove(self, node: subprocess.Popen[Any]) -> None:
