@@ -7,6 +7,7 @@ test_resume.py.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import signal
@@ -225,3 +226,17 @@ def test_a_run_that_lost_its_lock_publishes_nothing(place):
         assert other._create(lock._conditional(place), 2)
         draft.publish({"rows": 1})
     assert not place.exists("examples/manifest.json")
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("s2l_ray.lock.fcntl.flock", refuse)
+    with (
+        pytest.raises(
+            ArtifactError, match=r"files cannot be locked there \(No locks available\)\. Mount it with locks, or give"
+        ),
+        lock.exclusive(Storage(str(tmp_path))),
+    ):
+        pass
