@@ -115,13 +115,12 @@ class Relay:
 class S3Server:
     """moto's server in a process of its own with one bucket, behind a relay."""
 
-    bucket = "runs"
-
     def __init__(self, secret: str = "test") -> None:  # noqa: S107
         self._secret = secret
 
     def __enter__(self) -> S3Server:
         port = free_port()
+        self.bucket = f"runs-{port}"  # of this server: a process that uses two keeps connections by bucket
         command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wait_for("the S3 server", lambda: accepts(port))
