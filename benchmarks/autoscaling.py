@@ -79,16 +79,17 @@ def stage_of(log: Path) -> str:
 
 def scaled_run(folder: Path, idle_seconds: float, wait_seconds: float = 300.0) -> dict[str, Any]:
     """One run on nodes that come and go: its exit code, the most nodes there were, those left, and the timeline."""
-    (folder / "job").mkdir(parents=True, exist_ok=True)
-    (folder / "job" / "chaos.yaml").write_text(CONFIG, "utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder.absolute() / "chaos.yaml"
+    config.write_text(CONFIG, "utf-8")
     scaling = autoscaling(TYPES, idle_seconds)
     environment = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
     timeline: list[dict[str, Any]] = []
     log = folder / "run.log"
     with S3Server() as store, LocalNodes(store.environment | environment, folder, autoscaling=scaling) as nodes:
         begun = time.monotonic()
-        words = ["s2l", "run", "chaos.yaml", "--run-dir", f"s3://{store.bucket}/scaled", "--until", "selection", *SMALLER]
-        job = nodes.submit(words, folder / "job", log)
+        words = ["s2l", "run", str(config), "--run-dir", f"s3://{store.bucket}/scaled", "--until", "selection", *SMALLER]
+        job = nodes.submit(words, None, log)
         ended: float | None = None
         while ended is None or time.monotonic() - ended < wait_seconds:
             now, stage = alive(nodes), "done" if ended else stage_of(log)

@@ -238,19 +238,14 @@ class LocalNodes:
         self.workers.remove(node)
         end(node)
 
-    def submit(self, words: list[str], working_dir: Path, log: Path) -> subprocess.Popen[Any]:
-        """`ray job submit`, which shows the driver's log and ends as the job does."""
-        command = [
-            str(BIN / "ray"),
-            "job",
-            "submit",
-            "--address",
-            self.dashboard,
-            "--working-dir",
-            str(working_dir),
-            "--",
-            *words,
-        ]
+    def submit(self, words: list[str], working_dir: Path | None, log: Path) -> subprocess.Popen[Any]:
+        """`ray job submit`, which shows the driver's log and ends as the job does.
+
+        Ray puts the working directory where all nodes of this machine look for it, and one that goes takes it along: where
+        nodes go, there had better be none.
+        """
+        command = [str(BIN / "ray"), "job", "submit", "--address", self.dashboard]
+        command += ["--", *words] if working_dir is None else ["--working-dir", str(working_dir), "--", *words]
         with log.open("ab") as file:
             return subprocess.Popen(command, env=self.environment, stdout=file, stderr=subprocess.STDOUT)
 

@@ -80,7 +80,7 @@ def test_a_training_shrinks_with_a_lost_node_grows_with_a_new_one_and_goes_on_fr
 def test_a_run_on_a_cluster_without_nodes_starts_some_and_leaves_none_and_asks_for_no_gpu(chaos, tmp_path):
     from autoscaling import scaled_run
 
-    done = scaled_run(tmp_path, idle_seconds=5)
+    done = scaled_run(tmp_path, idle_seconds=10)
     assert done["code"] == 0, (tmp_path / "run.log").read_text()[-3000:]
     assert not any(done["timeline"][0]["nodes"].values())
     assert 1 <= done["most_nodes"] <= 2
