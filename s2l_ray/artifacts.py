@@ -33,6 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from s2l_ray.config import has_credentials
 from s2l_ray.errors import ArtifactError, ConfigError, StorageError, storage_problem
 
 SCHEMA = "s2l_ray/1"
@@ -86,9 +87,9 @@ class Storage:
     uri: str
 
     def __post_init__(self) -> None:
-        if "://" in self.uri and "@" in self.uri.partition("://")[2].partition("/")[0]:
-            place = self.uri.partition("@")[2]
-            raise ConfigError(f"...@{place}: credentials in a URI would end up in logs. Put them into the environment.")
+        if has_credentials(self.uri):
+            kind = self.uri.partition("://")[0]
+            raise ConfigError(f"{kind}://...: credentials in a URI would end up in logs. Put them into the environment.")
         # A worker has another working directory than the command: a relative path is made absolute where it is given.
         object.__setattr__(self, "uri", absolute_uri(self.uri))
 

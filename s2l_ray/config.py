@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import re
 import string
 from collections.abc import Iterator
 from pathlib import Path
@@ -526,7 +527,7 @@ class RunConfig(Section):
     def _no_credentials_in_uris(cls, values: Any) -> Any:
         """They would end up in run.json, manifests and logs."""
         for place, text in _texts(values):
-            if "@" in text.partition("://")[2].partition("/")[0]:
+            if has_credentials(text):
                 raise ValueError(f"{place}: credentials in a URI end up in files and logs. Put them into the environment")
         return values
 
@@ -556,6 +557,13 @@ class RunConfig(Section):
                 "Set proxy.tokenizer={train: bpe, vocab_size: 4096} or name one"
             )
         return self
+
+
+def has_credentials(text: str) -> bool:
+    """Whether a text is a URI with `user:key@` (keys have slashes, too), `user@`, or a query that names a key."""
+    return (
+        re.match(r"[a-z0-9+.-]+://(([^/\s]*|[^\s@]*:[^\s@]*)@|\S*\?\S*(key|secret|token)\S*=)", text, re.IGNORECASE) is not None
+    )
 
 
 def _texts(value: Any, place: str = "") -> Iterator[tuple[str, str]]:

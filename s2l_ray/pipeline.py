@@ -36,7 +36,7 @@ from s2l_ray.artifacts import (
 )
 from s2l_ray.config import ClusteringConfig, GroupingConfig, RunConfig, SelectionConfig
 from s2l_ray.errors import ArtifactError, ConfigError
-from s2l_ray.lock import exclusive
+from s2l_ray.lock import exclusive, submitted_job
 from s2l_ray.progress import duration, get_log
 from s2l_ray.session import connect_ray, resolve_revisions, write_run
 
@@ -314,6 +314,11 @@ def run(
         raise ArtifactError(f"--reuse {other.uri}: there is no such run.")
     if until is not None and until not in STAGE_NAMES:
         raise ConfigError(f"--until {until}: no such stage. Stages: {', '.join(STAGE_NAMES)}.")
+    if submitted_job() is not None and "runtime_resources" in Path(place.uri).parts:
+        raise ConfigError(
+            f"{run_dir or place.uri}: is in Ray's temporary copy of your working directory. Give --run-dir s3://... or an "
+            "absolute path that all nodes see."
+        )
     log.info("%s in %s", config.name, place.uri)
     with exclusive(place) as still_held:
         config = resolve_revisions(config, place, other)
@@ -323,7 +328,7 @@ def run(
         if until in (None, "target", "evaluation", "report"):
             from s2l_ray.training.models import check_ahead
 
-            check_ahead(config.target)
+            check_ahead(config)
         write_run(config, place)
         artifacts: dict[str, Artifact] = {}
         seconds: dict[str, float] = {}

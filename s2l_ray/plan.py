@@ -13,9 +13,9 @@ from s2l_ray.artifacts import BUILDING, WORK, Artifact, Storage
 from s2l_ray.config import RunConfig, ScratchModel, TrainedTokenizer, TrainingConfig
 from s2l_ray.errors import ArtifactError, ConfigError, DataError
 from s2l_ray.memory import Setting, Shape, Training, need, recommended, resume_point_bytes, settings
-from s2l_ray.pipeline import STAGES, Decision, decide
+from s2l_ray.pipeline import STAGE_NAMES, STAGES, Decision, decide
 from s2l_ray.progress import duration
-from s2l_ray.session import resolve_revisions
+from s2l_ray.session import RUN, resolve_revisions
 from s2l_ray.trajectory_files import unit_grid
 
 # Makers' data sheets: dense peak rates in operations per second in bfloat16 (float16 on T4, V100) and in float32, and memory
@@ -131,6 +131,10 @@ def make_plan(
     memory: list[str] = []
     if accelerator is not None and sizes.target_parameters and _is_built(decisions, "target"):
         number = num_accelerators or _num_accelerators(config)
+        if config.target.global_batch_size % number:
+            raise ConfigError(
+                f"--num-accelerators {number} does not divide target.global_batch_size={config.target.global_batch_size}."
+            )
         memory = [*_memory(config, sizes.target_parameters, accelerator, number, accelerators_per_node), ""]
     if accelerator is not None:
         notes.append(
@@ -339,8 +343,16 @@ def _memory(config: RunConfig, parameters: float, accelerator: str, number: int,
     if best is None:
         lines.append("None fits: more or larger accelerators, a smaller device_batch_size or max_tokens.")
     elif best != configured:
-        lines.append("Recommended: " + " ".join(f"--set {value}" for value in best.overrides(rank)))
-    if best is not None and best.offload != "none":
+        values = best.overrides(rank)
+        if number != _num_accelerators(config):
+            values.append(f"machines.target.num_workers={number}")
+        lines.append("Recommended: " + " ".join(f"--set {value}" for value in values))
+    if 4 * parameters > memory_bytes:
+        whole = f"{4 * parameters / 1e9:.0f} GB"
+        lines.append(
+            f"The evaluation holds the target in float32 on one of them, {whole}, which does not fit: use --until target."
+        )
+    if best is not None:
         lines.append("Whether the machines have that much memory of their own is not known here.")
     return lines
 
@@ -402,8 +414,8 @@ def _resume_points(config: RunConfig, sizes: Sizes) -> list[str]:
 def status_text(run_dir: str) -> str:
     """How far each stage of a run is, part by part. Raises ConfigError where there is no run."""
     place = Storage(run_dir)
-    if not place.exists():
-        raise ConfigError(f"{place.uri}: there is no such run directory.")
+    if not any(place.exists(name) for name in (RUN, WORK, *STAGE_NAMES)):
+        raise ConfigError(f"{place.uri}: there is no run. Give the directory of --run-dir.")
     return "\n".join([place.uri, "", *(line for stage in STAGES for line in _stage_lines(place, stage.name))])
 
 

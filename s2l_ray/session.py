@@ -207,6 +207,13 @@ def _hub_commit(kind: str, name: str, revision: str | None) -> str | None:
     api = huggingface_hub.HfApi()
     try:
         info = (api.dataset_info if kind == "dataset" else api.model_info)(name, revision=revision, timeout=10)
+    except (huggingface_hub.errors.HFValidationError, huggingface_hub.errors.RepositoryNotFoundError) as error:
+        raise ConfigError(
+            f"'{name}': no such path here, and no {kind} of the Hub that it shows to you. Check the name, and for a private or "
+            "gated one HF_TOKEN in the environment."
+        ) from error
+    except huggingface_hub.errors.RevisionNotFoundError as error:
+        raise ConfigError(f"'{name}': the Hub has no revision '{revision}' of it. Check the name of the revision.") from error
     except Exception as error:  # noqa: BLE001 - the Hub's client raises its HTTP library's errors, and changes that library
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         get_log("run").warning("%s is not pinned to a commit: the Hub does not answer (%s)", name, reason)

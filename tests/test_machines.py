@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s2l_ray import session
+from s2l_ray.artifacts import Storage
 from s2l_ray.config import RunConfig, TrainingWorkerConfig, WorkerConfig, parse_config
 from s2l_ray.errors import ConfigError
 from s2l_ray.training.fit import Workers, _trainer_class
@@ -159,10 +160,16 @@ def test_bounds_without_a_size_that_divides_the_batch_are_refused():
 
 
 @pytest.mark.parametrize("place", ["proxy.model", "target.tokenizer", "examples.dataset"])
-def test_credentials_in_a_uri_are_refused_and_not_repeated(place):
+@pytest.mark.parametrize(
+    "uri", ["s3://AKIAKEY:planted@bucket/x", "s3://AKIAKEY:a/planted@bucket/x", "s3://b/x?secret_key=planted"]
+)
+def test_credentials_in_a_uri_are_refused_and_not_repeated(place, uri):
+    with pytest.raises(ConfigError, match="credentials in a URI") as refused:
+        Storage(uri)
+    assert "planted" not in str(refused.value)
     values = elastic(1, 2, 64).model_dump(mode="json")
     section, field = place.split(".")
-    values[section][field] = "s3://AKIAKEY:planted@bucket/x"
+    values[section][field] = uri
     with pytest.raises(ConfigError, match=f"{place}: credentials in a URI") as refused:
         parse_config(values)
     assert "planted" not in str(refused.value)

@@ -3,13 +3,14 @@ safetensors only."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 from s2l_ray.artifacts import Storage
-from s2l_ray.config import Lora, Scratch, ScratchModel, TargetConfig, TrainingConfig
+from s2l_ray.config import Lora, RunConfig, Scratch, ScratchModel, TargetConfig, TrainingConfig
 from s2l_ray.errors import ConfigError
 
 # The sizes of a scratch model under the names that transformers' configurations use.
@@ -110,12 +111,19 @@ def load_model(
     return model
 
 
-def check_ahead(config: TargetConfig) -> None:
-    """Raise ConfigError now for what the target's training would find hours from now: peft missing, nothing at a URI."""
-    if config.lora is not None:
+def check_ahead(config: RunConfig) -> None:
+    """Raise ConfigError now for what would be found hours from now: a library that is missing, nothing at the target's URI,
+    adapters for layers that it does not have."""
+    target = config.target
+    if config.evaluation.tasks and importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError("evaluation.tasks needs lm-eval: pip install 's2l_ray[lm-eval]' (for the workers, too)")
+    if isinstance(target.model, str) and "://" in target.model:
+        _check_there(target.model)
+    if target.lora is not None:
         need_peft("target.lora")
-    if isinstance(config.model, str) and "://" in config.model:
-        _check_there(config.model)
+        skeleton = _skeleton(target, None)
+        if skeleton is not None:
+            check_target_modules(target.lora, skeleton)
 
 
 def local_place(location: str) -> str:
@@ -140,6 +148,12 @@ def has_adapter(location: str) -> bool:
 
 def num_parameters(config: TrainingConfig, vocab_size: int | None) -> int | None:
     """Parameters of the model that a section names, without loading weights; None where that cannot be known here."""
+    skeleton = _skeleton(config, vocab_size)
+    return None if skeleton is None else int(skeleton.num_parameters())
+
+
+def _skeleton(config: TrainingConfig, vocab_size: int | None) -> Any:
+    """The model that a section names, without weights; None where its shape cannot be known here."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -151,7 +165,7 @@ def num_parameters(config: TrainingConfig, vocab_size: int | None) -> int | None
                 config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
             )
         with torch.device("meta"):
-            return int(AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code).num_parameters())
+            return AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError):
         return None
 
