@@ -322,10 +322,12 @@ def run(
     log.info("%s in %s", config.name, place.uri)
     with exclusive(place) as still_held:
         config = resolve_revisions(config, place, other)
-        for decision in decide(config, place, other):
+        decisions = decide(config, place, other)
+        for decision in decisions:
             if decision.action == "refuse":
                 raise ArtifactError(decision.reason)
-        if until in (None, "target", "evaluation", "report"):
+        trains = any(decision.stage.name == "target" and decision.action != "reuse" for decision in decisions)
+        if trains and until in (None, "target", "evaluation", "report"):
             from s2l_ray.training.models import check_ahead
 
             check_ahead(config)
