@@ -263,7 +263,7 @@ def story(bench: Bench, ray_session: None, tmp_path_factory: pytest.TempPathFact
     base = folder / "base"
     save_model(make_model(ZERO, bench.tokenizer), bench.tokenizer, base)
     adapted_model, _ = adapted(base, target_modules=["query_key_value"], base_is_there=True)
-    adapted_model.save_pretrained(folder / "adapter")
+    save_model(adapted_model, bench.tokenizer, folder / "adapter")
     jobs: dict[str, TargetJob] = {}
 
     def part(setting: str, workers: str, *, through_ray: bool = False, stops: bool = False) -> Part:

@@ -268,7 +268,8 @@ def merged(base: Any, folder: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*missing adapter keys")  # peft would make them up
-            return peft.PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
+            model = peft.PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
+            return model.requires_grad_(True)  # peft froze the base
     except (OSError, RuntimeError, SafetensorError, UserWarning, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise ConfigError(f"adapter '{folder}': cannot be added to a {type(base).__name__} ({reason}).") from error
