@@ -31,7 +31,7 @@ def connect_ray() -> None:
 
     Ray is left running for its caller: a library must not shut down what others use.
     """
-    is_ours = "RAY_ADDRESS" not in os.environ
+    is_ours = not os.environ.get("RAY_ADDRESS")
     # Worker processes of a Ray started here inherit these. What stages have to say reaches the driver by itself, so the
     # workers' own output stays in Ray's log files; RAY_LOG_TO_DRIVER=1 shows it.
     defaults = {"RAY_LOG_TO_DRIVER": "0", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -55,7 +55,7 @@ def connect_ray() -> None:
     begun = time.monotonic()
     global _started_here  # noqa: PLW0603 - Ray is one per process, too
     _started_here = is_ours
-    address = os.environ.get("RAY_ADDRESS", "a new one on this machine")
+    address = os.environ.get("RAY_ADDRESS") or "a new one on this machine"
     _check_address(address)
     try:
         # Not just any Ray that runs on this machine: that may be another user's.
