@@ -33,8 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from s2l_ray.config import has_credentials
-from s2l_ray.errors import ArtifactError, ConfigError, StorageError, storage_problem
+from s2l_ray.errors import ArtifactError, ConfigError, StorageError, has_credentials, storage_problem
 
 SCHEMA = "s2l_ray/1"
 MANIFEST = "manifest.json"

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from s2l_ray.errors import ConfigError
+from s2l_ray.errors import ConfigError, has_credentials
 from s2l_ray.schedule import Schedule
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -557,13 +557,6 @@ class RunConfig(Section):
                 "Set proxy.tokenizer={train: bpe, vocab_size: 4096} or name one"
             )
         return self
-
-
-def has_credentials(text: str) -> bool:
-    """Whether a text is a URI with `user:key@` (keys have slashes, too), `user@`, or a query that names a key."""
-    return (
-        re.match(r"[a-z0-9+.-]+://(([^/\s]*|[^\s@]*:[^\s@]*)@|\S*\?\S*(key|secret|token)\S*=)", text, re.IGNORECASE) is not None
-    )
 
 
 def _texts(value: Any, place: str = "") -> Iterator[tuple[str, str]]:

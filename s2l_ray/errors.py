@@ -136,3 +136,10 @@ def storage_problem(error: BaseException, place: str = "", host: str = "") -> st
     is_ours = not place and error.errno in (errno.EEXIST, errno.EISDIR, errno.ENOTDIR)
     reason = "" if is_ours else _ON_DISK.get(error.errno or 0, "")
     return f"{error.filename or place or 'writing'} on {host}: {reason}" if reason else None
+
+
+def has_credentials(text: str) -> bool:
+    """Whether a text is a URI with `user:key@` (keys have slashes, too), `user@`, or a query that names a key."""
+    return (
+        re.match(r"[a-z0-9+.-]+://(([^/\s]*|[^\s@]*:[^\s@]*)@|\S*\?\S*(key|secret|token)\S*=)", text, re.IGNORECASE) is not None
+    )
