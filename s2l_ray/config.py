@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import re
 import string
 from collections.abc import Iterator
 from pathlib import Path
