@@ -114,7 +114,7 @@ def test_a_training_ends_at_once_where_the_storage_refuses(ray_session, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_resume_points_are_kept_as_often_as_asked_and_two_stay(bench: Bench, ray_session, tmp_path):  # noqa: F811
+def test_resume_points_are_kept_as_often_as_asked_and_old_ones_go(bench: Bench, ray_session, tmp_path):  # noqa: F811
     """The training takes a few seconds: at the default of half a minute there would be none."""
     machines = TargetWorkerConfig(device_batch_size=1, checkpoint_every_minutes=0.005)
     config = ZERO.model_copy(update={"zero_stage": 0, "epochs": 40.0})
@@ -123,7 +123,7 @@ def test_resume_points_are_kept_as_often_as_asked_and_two_stay(bench: Bench, ray
     snapshot = json.loads((tmp_path / "work" / "ray" / "fit" / "checkpoint_manager_snapshot.json").read_text())
     steps = [int(step) for step in re.findall(r'\\?"step\\?": (\d+)', json.dumps(snapshot))]
     kept = list((tmp_path / "work" / "ray" / "fit").glob("checkpoint_*"))
-    assert len(kept) == 2
+    assert 2 <= len(kept) <= 3, "two, and one that Ray Train may not have removed yet when the training ended"
     assert max(steps) >= 20, "far into the training, of about 200 steps"
 
 
