@@ -53,7 +53,7 @@ def test_a_training_shrinks_with_a_lost_node_grows_with_a_new_one_and_goes_on_fr
     def wait_for_group(workers: int, after: int) -> int:
         """The end of the line in which a group of so many workers says that it trains; from `after` on."""
         end = time.monotonic() + 300
-        while (found := re.compile(rf"\({workers} workers x .*\n(?s:.*?)step \d+/").search(log.read_text(), after)) is None:
+        while (found := re.compile(rf"\({workers} workers x .*\n(?s:.*?)step [\d,]+/").search(log.read_text(), after)) is None:
             assert time.monotonic() < end, log.read_text()[-3000:]
             time.sleep(0.5)
         return found.end()
