@@ -92,6 +92,11 @@ class Workers:
         return cls(high, cpus_per_worker, gpus_per_worker, low, config.wait_minutes, divides)
 
     @property
+    def is_elastic(self) -> bool:
+        """Whether their number may change as machines come and go."""
+        return self.min_workers < self.num_workers
+
+    @property
     def device(self) -> str:
         """Where the workers compute: on a GPU only if they were given one."""
         return "cuda" if self.gpus_per_worker else "cpu"
@@ -102,7 +107,7 @@ class Workers:
         return {"CPU": self.cpus_per_worker} | ({"GPU": self.gpus_per_worker} if self.gpus_per_worker else {})
 
     def __str__(self) -> str:
-        number = f"{self.min_workers} to {self.num_workers}" if self.min_workers < self.num_workers else f"{self.num_workers}"
+        number = f"{self.min_workers} to {self.num_workers}" if self.is_elastic else f"{self.num_workers}"
         return f"{number} workers"
 
     def await_room(self, stage: str) -> None:
@@ -142,7 +147,6 @@ def fit(
     events, outcome, outages = queues
     listener = threading.Thread(target=_show_events, args=(stage, events, on_event), daemon=True)
     storage = work.child("ray")
-    is_elastic = workers.min_workers < workers.num_workers
     trainer = _trainer_class(stage, workers, events)(
         _guarded,
         train_loop_config={
@@ -156,7 +160,7 @@ def fit(
             "threads": workers.cpus_per_worker,
         },
         scaling_config=ScalingConfig(
-            num_workers=(workers.min_workers, workers.num_workers) if is_elastic else workers.num_workers,
+            num_workers=(workers.min_workers, workers.num_workers) if workers.is_elastic else workers.num_workers,
             # To grow ends the group without a resume point.
             elastic_resize_monitor_interval_s=max(60.0, 2 * 60 * resume_minutes),
             use_gpu=workers.gpus_per_worker > 0,
@@ -257,7 +261,7 @@ def _trainer_class(stage: str, workers: Workers, events: Any) -> Any:
             return next((number for number in sizes if not workers.divides or workers.divides % number == 0), 0)
 
     class Trainer(TorchTrainer):  # type: ignore[misc]
-        policy = Dividing if workers.min_workers < workers.num_workers else Fixed
+        policy = Dividing if workers.is_elastic else Fixed
 
         def _initialize_and_run_controller(self, **parts: Any) -> Any:
             return super()._initialize_and_run_controller(**parts | {"scaling_policy": self.policy(self.scaling_config)})

@@ -98,7 +98,7 @@ def count_response_tokens(config: RunConfig, inputs: Mapping[str, Artifact], exa
         tokens = encode_table(tokenizer, table, config.target.max_tokens)
         return pa.table({"example_id": table["example_id"], "count": tokens.num_labels})
 
-    await_room("selection", {"CPU": 1}, 1, config.machines.target.wait_minutes)
+    await_room("target", {"CPU": 1}, 1, config.machines.target.wait_minutes)
     with quiet_ray_data():
         parts = ray.data.from_items([{"part": part} for part in inputs["examples"].parts()])
         try:
@@ -192,11 +192,11 @@ def sharded_as_it_is_read(config: TargetConfig, deepspeed: dict[str, Any] | None
     A model from scratch is made whole and sharded when its training begins: made in shards it would have other weights. So is
     one that adapters are first added to.
     """
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
-
     if config.zero_stage != 3 or not isinstance(config.model, str) or has_adapter(config.model):
         yield
         return
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
     assert deepspeed is not None
     # The batch is of no account here, but DeepSpeed wants one. transformers knows of it as long as this object lives.
     known = HfDeepSpeedConfig(
