@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from chaos import CONFIG
 from local_nodes import LocalNodes, S3Server
 
-from s2l_ray.artifacts import provenance
+from s2l_ray.storage.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results" / "autoscaling.jsonl"
 STAGES = ("examples", "proxy", "trajectories", "clustering", "selection")

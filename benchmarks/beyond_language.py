@@ -44,9 +44,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import s2l_ray
-from s2l_ray.artifacts import Artifact, Storage, provenance
 from s2l_ray.config import ClusteringConfig, SelectionConfig
-from s2l_ray.pipeline import select_trajectories
+from s2l_ray.selection.alone import select_trajectories
+from s2l_ray.storage.artifacts import Artifact
+from s2l_ray.storage.places import Storage
+from s2l_ray.storage.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results" / "beyond_language.json"
 WINDOW_DAYS = 20

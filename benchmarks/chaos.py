@@ -34,7 +34,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from local_nodes import LocalNodes, S3Server
 
-from s2l_ray.artifacts import Artifact, Storage, provenance
+from s2l_ray.storage.artifacts import Artifact
+from s2l_ray.storage.places import Storage
+from s2l_ray.storage.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results" / "chaos.jsonl"
 KINDS = ("training worker", "scoring actor", "node", "connections", "driver")

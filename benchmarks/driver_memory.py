@@ -22,7 +22,10 @@ from typing import Any
 
 import psutil
 
-from s2l_ray.artifacts import Artifact, Storage, digest, provenance
+from s2l_ray.storage.artifacts import Artifact
+from s2l_ray.storage.places import Storage
+from s2l_ray.storage.provenance import provenance
+from s2l_ray.storage.records import digest
 
 RESULTS = Path(__file__).parent / "results" / "driver_memory.jsonl"
 CONFIG = Path(__file__).parents[1] / "configs" / "jsonl-cpu.yaml"

@@ -29,7 +29,8 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from s2l_ray.training.limits import keep_freed_memory, operations, product_rate
+from s2l_ray.runtime.process import keep_freed_memory
+from s2l_ray.training.flops import operations, product_rate
 from s2l_ray.training.losses import losses_of_models
 from s2l_ray.training.token_rows import TokenRows
 

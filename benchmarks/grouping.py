@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from s2l_ray.artifacts import provenance
+from s2l_ray.storage.provenance import provenance
 
 NUM_CLUSTERS, PART_ROWS, NUM_KINDS, BLOCK_ROWS = 100, 1_000_000, 300, 16_384
 RESULTS = Path(__file__).parent / "results" / "grouping"
@@ -180,7 +180,7 @@ def fit(name: str, data: str, rows: int, points: int, seed: int, iterations: int
     """
     losses = load(data, rows, points)
     if name == "s2l":
-        from s2l_ray.clustering import cluster
+        from s2l_ray.clustering.stage import cluster
 
         options = {"num_restarts": 1, "num_iterations": iterations} if iterations else {}
         seconds, found = timed(lambda: cluster(losses, num_clusters=NUM_CLUSTERS, seed=seed, **options))
@@ -214,8 +214,8 @@ def fit(name: str, data: str, rows: int, points: int, seed: int, iterations: int
 
 def choose(num_rows: int, num_clusters: int = NUM_CLUSTERS, fraction: float = 0.1, seed: int = 0) -> Row:
     """Choosing from finished groups of skewed sizes, and apart from it the hashing of ids to priorities."""
-    from s2l_ray.selection import select_rows
-    from s2l_ray.trajectory_store import priorities
+    from s2l_ray.examples.ids import priorities
+    from s2l_ray.selection.stage import select_rows
 
     shares = 1 / np.arange(1, num_clusters + 1)
     bounds, draws = np.cumsum(shares / shares.sum())[:-1], np.random.default_rng(seed).random(num_rows)

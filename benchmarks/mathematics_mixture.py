@@ -12,10 +12,11 @@ import json
 import sys
 from pathlib import Path
 
-from s2l_ray.artifacts import Artifact, Storage
 from s2l_ray.config import load_config
 from s2l_ray.pipeline import STAGES, run
 from s2l_ray.progress import log_to_console
+from s2l_ray.storage.artifacts import Artifact
+from s2l_ray.storage.places import Storage
 
 HERE = Path(__file__).parent
 FILES = ("gsm8k", "mathqa", "math_hendrycks_test", "aqua", "svamp", "mawps", "draw1k", "alg514", "dolphin1878", "theoremqa")

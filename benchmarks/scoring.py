@@ -37,8 +37,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from gpu_scoring import SHAPES, make_models, real_rows
 
-from s2l_ray.artifacts import Artifact, Storage, provenance
-from s2l_ray.training.limits import keep_freed_memory, product_rate
+from s2l_ray.runtime.process import keep_freed_memory
+from s2l_ray.storage.artifacts import Artifact
+from s2l_ray.storage.places import Storage
+from s2l_ray.storage.provenance import provenance
+from s2l_ray.training.flops import product_rate
 
 RESULTS = Path(__file__).parent / "results" / "scoring"
 Row = dict[str, Any]
@@ -149,12 +152,12 @@ def actors(arguments: argparse.Namespace) -> None:
     """Seconds for N parts more: through Ray Data with two actors of one thread, and in this process with two threads."""
     import torch
 
-    from s2l_ray.pipeline import connect_ray
-    from s2l_ray.training.fit import Workers
+    from s2l_ray.runtime.fit import Workers
+    from s2l_ray.runtime.pool import do_units
+    from s2l_ray.runtime.session import connect_ray
     from s2l_ray.training.models import save_model
     from s2l_ray.training.tokens import load_tokenizer
-    from s2l_ray.training.trajectories import Scorer, ScoringJob
-    from s2l_ray.training.units import do_units
+    from s2l_ray.trajectories.stage import Scorer, ScoringJob
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -346,11 +349,12 @@ def bfloat16(arguments: argparse.Namespace) -> None:
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from s2l_ray.clustering import cluster
-    from s2l_ray.quality import mean_agreement
+    from s2l_ray.clustering.diagnostics import mean_agreement
+    from s2l_ray.clustering.stage import cluster
+    from s2l_ray.proxy import checkpoint_folder
+    from s2l_ray.storage.layout import TOKENIZER
     from s2l_ray.training.losses import losses_of_models
     from s2l_ray.training.models import load_model
-    from s2l_ray.training.proxy import TOKENIZER, checkpoint_folder
     from s2l_ray.training.token_parts import TokenParts
     from s2l_ray.training.token_rows import TokenRows
 

@@ -42,7 +42,7 @@ def plan(
 ) -> None:
     """Say what would be built, reused or refused, and what it will cost. Builds nothing and needs no accelerator."""
     from s2l_ray.config import load_config
-    from s2l_ray.plan import make_plan
+    from s2l_ray.plan.costs import make_plan
 
     made = make_plan(
         load_config(config, set_),
@@ -76,7 +76,7 @@ def run(
 @app.command()
 def status(run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run directory, local or URI.")]) -> None:
     """Say how far each stage is, part by part."""
-    from s2l_ray.plan import status_text
+    from s2l_ray.plan.costs import status_text
 
     print(status_text(run_dir))
 
@@ -109,7 +109,7 @@ def select(
 ) -> None:
     """Clustering and selection alone, on anybody's trajectories (columns `example_id` and `losses`)."""
     from s2l_ray.config import ClusteringConfig, GroupingConfig, SelectionConfig, checked
-    from s2l_ray.pipeline import select_trajectories
+    from s2l_ray.selection.alone import select_trajectories
 
     clustering = checked(
         ClusteringConfig,
@@ -138,9 +138,9 @@ def select(
 @app.command()
 def report(run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run directory, local or URI.")]) -> None:
     """(Re)build the HTML report of a run from what is finished."""
-    from s2l_ray.pipeline import report as build
+    from s2l_ray.report import build_report
 
-    print(build(run_dir))
+    print(build_report(run_dir))
 
 
 @app.command()
@@ -151,7 +151,7 @@ def export(
     subset: Annotated[str, typer.Option(help="selected, random, or selected-BUDGET of a further budget.")] = "selected",
 ) -> None:
     """Write the subset, with the corpus's own columns, for another trainer."""
-    from s2l_ray.pipeline import export_subset
+    from s2l_ray.selection.export import export_subset
 
     rows = export_subset(run_dir, format_, output, subset)
     print(f"{output}: {rows:,} examples")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ import pytest
 import yaml
 
 import s2l_ray
+from s2l_ray.storage.layout import STAGE_NAMES
 
 PACKAGE = Path(s2l_ray.__file__).parent
 MODULES = {
@@ -28,64 +30,8 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
     if path != PACKAGE / "__init__.py"
 }
-# A module imports only from lines above its own. `report` shows any run, so it knows the artifacts and no stage.
-LAYERS = (
-    ("errors",),
-    ("schedule",),
-    ("config", "progress"),
-    ("artifacts",),
-    ("rows", "lock"),
-    ("pieces", "fields"),
-    ("corpus", "index"),
-    ("session",),
-    ("examples",),
-    ("sorting",),
-    ("trajectory_store",),
-    ("trajectory_files",),
-    ("features",),
-    ("quality", "kmeans"),
-    ("engines",),
-    ("grouping",),
-    ("clustering",),
-    ("selection",),
-    ("report.facts",),
-    ("report.plots",),
-    ("report",),
-    ("recording",),
-    ("training",),
-    ("training.token_rows", "training.heads", "training.attention", "training.limits", "training.metrics"),
-    ("training.losses",),
-    ("training.tokens", "training.models", "training.fit"),
-    ("training.callback", "training.units", "training.token_parts"),
-    ("training.recorder",),
-    ("training.fine_tuning",),
-    ("training.proxy",),
-    ("training.trajectories", "training.target"),
-    ("training.evaluation",),
-    ("pipeline",),
-    ("memory",),
-    ("plan",),
-    ("cli",),
-)
-# The ground that every stage stands on.
-GROUND = {"errors", "config", "progress", "artifacts"}
-# What each may know of the stages, where that is less than all above it.
-ALONE = {
-    "sorting": {"errors"},
-    "trajectory_store": {"errors", "sorting"},
-    "trajectory_files": (GROUND - {"config"}) | {"sorting", "trajectory_store"},
-    "recording": (GROUND - {"config"}) | {"sorting", "trajectory_store", "trajectory_files"},
-    "features": {"errors"},
-    "quality": {"features"},
-    "kmeans": {"errors"},
-    "engines": {"errors", "config", "kmeans"},
-    "grouping": GROUND | {"sorting", "trajectory_store", "features", "quality", "kmeans", "engines"},
-    "clustering": GROUND | {"sorting", "trajectory_store", "kmeans", "engines", "grouping"},
-    "selection": GROUND | {"sorting", "trajectory_store", "quality", "grouping", "clustering"},
-    "report.facts": GROUND,
-    "report.plots": {"report.facts"},
-    "report": GROUND | {"report.facts", "report.plots"},
-}
+# Read from the page that a newcomer reads first: the rooms in the order in which they may know each other.
+ROOMS = re.findall(r"^    (\w+)/? {2,}", s2l_ray.__doc__ or "", re.MULTILINE)
 HEAVY = ["torch", "ray", "transformers", "deepspeed", "faiss", "datasets"]
 
 
@@ -133,39 +79,53 @@ def loaded_after(code: str, *names: str) -> set[str]:
 # --- who imports whom ----------------------------------------------------------------------------------------------
 
 
-def test_every_module_has_its_place_in_the_order():
-    assert sorted(name for layer in LAYERS for name in layer) == sorted(MODULES)
+def room_of(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def test_every_room_has_its_place_in_the_package_s_docstring():
+    assert sorted(ROOMS) == sorted({room_of(module) for module in MODULES})
+
+
+def test_the_rooms_are_in_the_order_of_the_flow():
+    flow = [room for room in ROOMS if room in STAGE_NAMES]
+    assert flow == list(STAGE_NAMES)
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_a_module_imports_only_from_what_stands_above_it(module):
-    level = next(i for i, layer in enumerate(LAYERS) if module in layer)
-    above = {name for layer in LAYERS[:level] for name in layer}
-    assert imports_of(module) <= above
+def test_a_room_knows_only_those_above_it(module):
+    above = ROOMS[: ROOMS.index(room_of(module))]
+    assert {room_of(name) for name in imports_of(module)} <= {*above, room_of(module)}
 
 
-@pytest.mark.parametrize("module", ALONE)
-def test_the_light_half_knows_no_other_stage(module):
-    assert imports_of(module) <= ALONE[module]
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_two_files_of_a_room_import_each_other(room):
+    known = {module: imports_of(module) & MODULES.keys() for module in MODULES if room_of(module) == room}
+    known = {module: {name for name in names if room_of(name) == room} for module, names in known.items()}
+    while free := [module for module, names in known.items() if not names & known.keys()]:
+        for module in free:
+            del known[module]
+    assert not known
 
 
-def test_stages_are_joined_in_the_pipeline_alone():
-    """Only pipeline, plan and cli may know both the light half and the training."""
-    light = {"clustering", "selection"}
-    for module in MODULES:
-        known = imports_of(module)
-        if known & light and any(name.startswith("training.") for name in known):
-            assert module == "pipeline"
+@pytest.mark.parametrize("room", [room for room in ROOMS if (PACKAGE / room).is_dir()])
+def test_a_room_s_page_says_what_it_is_and_loads_nothing(room):
+    """But for the ground floor's config, whose sections all of the package names, and the report's one function."""
+    tree = tree_of(room)
+    assert len((ast.get_docstring(tree) or "").splitlines()) >= 3, "what lives there, in which order to read it"
+    if room not in {"config", "report"}:
+        assert len(tree.body) == 1
 
 
 def test_the_pipeline_loads_no_stage_before_it_is_run():
-    assert imports_of("pipeline", at_import_only=True) <= GROUND | {"session", "lock"}
-    assert imports_of("cli", at_import_only=True) <= GROUND
+    light = set(ROOMS[: ROOMS.index("examples")])
+    assert {room_of(name) for name in imports_of("pipeline", at_import_only=True)} <= light
+    assert {room_of(name) for name in imports_of("cli", at_import_only=True)} <= light
 
 
 def test_ray_and_the_trainers_are_imported_where_they_are_used():
     """No module but the Trainer's callbacks brings them along when it is itself imported."""
-    callbacks = {"training.recorder", "training.callback"}
+    callbacks = {"training.resume_points", "trajectories.callback"}
     for module in MODULES.keys() - callbacks:
         assert not callbacks & imports_of(module, at_import_only=True)
         for node in _nodes(tree_of(module), at_import_only=True):
@@ -182,7 +142,9 @@ def test_importing_the_package_is_light():
     assert loaded_after("import s2l_ray", *HEAVY, "pyarrow", "numpy", "pydantic", "yaml") == set()
 
 
-@pytest.mark.parametrize("module", ["trajectory_store", "clustering", "selection", "session", "cli", "pipeline", "plan"])
+@pytest.mark.parametrize(
+    "module", ["trajectories.store", "clustering.stage", "selection.alone", "runtime.session", "cli", "pipeline", "plan.costs"]
+)
 def test_a_light_module_loads_neither_torch_nor_ray(module):
     assert loaded_after(f"import s2l_ray.{module}") <= {"faiss"}
 
@@ -265,7 +227,7 @@ def test_only_the_command_line_prints(module):
 
 
 # The Hub's client raises whatever its HTTP library does; this says so in a warning and goes on with an unpinned model.
-SWALLOWS = {("session", "_hub_commit"), ("training.trajectories", "_run")}
+SWALLOWS = {("storage.hub", "_hub_commit"), ("trajectories.overlapped", "_run")}
 
 
 def test_no_error_is_swallowed_by_a_broad_except():

@@ -9,8 +9,13 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from s2l_ray.artifacts import BUILDING, MANIFEST, Artifact, Draft, Key, Storage, adopt, digest, provenance
 from s2l_ray.errors import ArtifactError, ConfigError, StorageError
+from s2l_ray.storage.artifacts import Artifact, Key, adopt
+from s2l_ray.storage.drafts import Draft
+from s2l_ray.storage.layout import BUILDING, MANIFEST
+from s2l_ray.storage.places import Storage
+from s2l_ray.storage.provenance import provenance
+from s2l_ray.storage.records import digest
 
 
 def key(stage: str = "examples", inputs: dict[str, str] | None = None, **recipe: object) -> Key:

@@ -11,7 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from s2l_ray.trajectory_files import read_trajectories
+from s2l_ray.trajectories.files import read_trajectories
 
 
 @pytest.fixture(scope="module")

@@ -21,12 +21,13 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from s2l_ray import RecordTrajectories
-from s2l_ray.artifacts import Artifact, Storage
 from s2l_ray.config import ClusteringConfig, SelectionConfig
 from s2l_ray.errors import ArtifactError, ConfigError, DataError
-from s2l_ray.pipeline import select_trajectories
-from s2l_ray.training.callback import check_logits, tokens_of
-from s2l_ray.trajectory_files import find_artifact, read_trajectories
+from s2l_ray.selection.alone import select_trajectories
+from s2l_ray.storage.artifacts import Artifact
+from s2l_ray.storage.places import Storage
+from s2l_ray.trajectories.callback import check_logits, tokens_of
+from s2l_ray.trajectories.files import find_artifact, read_trajectories
 
 VOCAB = 64
 

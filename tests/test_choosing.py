@@ -16,11 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from s2l_ray import cli, selection
-from s2l_ray.artifacts import Artifact, Storage
+from s2l_ray import cli
 from s2l_ray.errors import ConfigError
-from s2l_ray.selection import choose, read_selection, select, select_rows
-from s2l_ray.trajectory_store import priorities
+from s2l_ray.examples.ids import priorities
+from s2l_ray.selection import stage as selection
+from s2l_ray.selection.stage import choose, read_selection, select, select_rows
+from s2l_ray.storage.artifacts import Artifact
+from s2l_ray.storage.places import Storage
 
 # --- METHOD, step 4, by the book and one row at a time ----------------------------------------------------------------
 

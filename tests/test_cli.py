@@ -24,9 +24,12 @@ import pytest
 import yaml
 
 from s2l_ray import cli
-from s2l_ray.artifacts import Draft, Key, Storage, digest
 from s2l_ray.config import load_config
 from s2l_ray.pipeline import ANOTHER_RUN
+from s2l_ray.storage.artifacts import Key
+from s2l_ray.storage.drafts import Draft
+from s2l_ray.storage.places import Storage
+from s2l_ray.storage.records import digest
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 STAGE_NAMES = ["examples", "proxy", "trajectories", "clustering", "selection", "target", "evaluation"]

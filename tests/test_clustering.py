@@ -12,16 +12,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from s2l_ray import clustering as module
-from s2l_ray import grouping, kmeans
-from s2l_ray.artifacts import Artifact, Draft, Key, Storage
-from s2l_ray.clustering import Clustering, build_clustering, cluster, read_clustering
+from s2l_ray.clustering import grouping, kmeans
+from s2l_ray.clustering import stage as module
+from s2l_ray.clustering.features import on_grid
+from s2l_ray.clustering.kmeans import LocalRows, MemoryColumn, lloyd, single_threads
+from s2l_ray.clustering.stage import Clustering, cluster, publish_clustering, read_clustering
 from s2l_ray.config import ClusteringConfig, GroupingConfig
 from s2l_ray.errors import ArtifactError, ConfigError, DataError
-from s2l_ray.features import on_grid
-from s2l_ray.kmeans import LocalRows, MemoryColumn, lloyd, single_threads
-from s2l_ray.trajectory_files import read_trajectories
-from s2l_ray.trajectory_store import Trajectories, TrajectoryStore
+from s2l_ray.storage.artifacts import Artifact, Key
+from s2l_ray.storage.drafts import Draft
+from s2l_ray.storage.places import Storage
+from s2l_ray.trajectories.files import read_trajectories
+from s2l_ray.trajectories.store import Trajectories, TrajectoryStore
 
 CURVES = np.array([[5.0, 4.8, 4.7, 4.6], [5.0, 2.0, 1.0, 0.5], [1.0, 0.9, 0.9, 0.8], [3.0, 3.0, 1.0, 0.1]], np.float32)
 SHARES = [60, 25, 10, 5]
@@ -46,7 +48,7 @@ def built(folder: Path, trajectories: Trajectories, machines: GroupingConfig | N
     draft = Draft.open(Storage(str(folder)), Key("clustering", 1, config.model_dump(), {}))
     scratch = folder / ".work" / "scratch"
     scratch.mkdir(parents=True, exist_ok=True)
-    return build_clustering(config, machines or GroupingConfig(), TrajectoryStore.of(trajectories), scratch, draft)
+    return publish_clustering(config, machines or GroupingConfig(), TrajectoryStore.of(trajectories), scratch, draft)
 
 
 def file_bytes(artifact: Artifact) -> dict[str, bytes]:

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from s2l_ray.artifacts import Artifact, Storage
 from s2l_ray.config import load_config
-from s2l_ray.training.fit import Workers
+from s2l_ray.runtime.fit import Workers
+from s2l_ray.storage.artifacts import Artifact
+from s2l_ray.storage.places import Storage
 
 from .test_resume import Started, times, units, write_config
 
@@ -137,7 +138,7 @@ def test_a_lost_node_loses_no_finished_unit_and_changes_no_byte(begun, undisturb
 
 def test_a_checkpoint_written_anew_is_scored_anew(begun, tmp_path):
     """Units of another checkpoint of the same step lie there and are not taken."""
-    from s2l_ray.training.trajectories import ScoringJob
+    from s2l_ray.trajectories.stage import ScoringJob
 
     run = Storage(str(copied(begun, tmp_path)))
     examples, proxy = (Artifact.read(run.child(name)) for name in ("examples", "proxy"))

@@ -25,25 +25,24 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from s2l_ray import examples, pieces
-from s2l_ray.artifacts import MANIFEST, Artifact, Draft, Key, Storage
-from s2l_ray.config import ExamplesConfig, WorkerConfig
-from s2l_ray.corpus import HASH_CACHE, Unit, corpus_identity, cut_corpus, find_files, hub_id, sample_corpus
+from s2l_ray.config import ExamplesConfig
+from s2l_ray.config.recipes import SCHEMAS
 from s2l_ray.errors import ArtifactError, ConfigError, DataError, S2LError
-from s2l_ray.examples import (
-    build_examples,
-    examples_recipe,
-    fetch_rows,
-    read_held_out,
-    read_pool,
-    read_unit,
-    rows_per_part,
-)
-from s2l_ray.fields import Texts, masked, split_of
-from s2l_ray.index import UnitIndex, row_groups
-from s2l_ray.pieces import CorpusFile, Lines, owned_lines
-from s2l_ray.pipeline import schema_of
-from s2l_ray.rows import join_columns
+from s2l_ray.examples import pieces
+from s2l_ray.examples import stage as examples
+from s2l_ray.examples.corpus import HASH_CACHE, Unit, corpus_identity, cut_corpus, examples_recipe, find_files, sample_corpus
+from s2l_ray.examples.fields import Texts, masked, split_of
+from s2l_ray.examples.index import UnitIndex, row_groups
+from s2l_ray.examples.pieces import CorpusFile, Lines, owned_lines
+from s2l_ray.examples.rows import join_columns
+from s2l_ray.examples.stage import build as build_stage
+from s2l_ray.examples.stage import fetch_rows, read_held_out, read_pool, read_unit, rows_per_part
+from s2l_ray.storage.artifacts import Artifact, Key
+from s2l_ray.storage.drafts import Draft
+from s2l_ray.storage.hub import hub_id
+from s2l_ray.storage.layout import MANIFEST
+from s2l_ray.storage.places import Storage
+from tests.building import context_of
 
 SHARED_DATA = Path(os.environ.get("S2L_SHARED_DATA", Path(__file__).parents[1] / "../shared/data")).resolve()
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -92,13 +91,13 @@ def index_of(unit: Unit, config: ExamplesConfig) -> UnitIndex:
 
 
 def draft_of(run_dir: Path, config: ExamplesConfig) -> Draft:
-    key = Key("examples", schema_of("examples"), examples_recipe(config, corpus_identity(config)), {})
+    key = Key("examples", SCHEMAS["examples"], examples_recipe(config, corpus_identity(config)), {})
     return Draft.open(Storage(str(run_dir)), key)
 
 
 def build(run_dir: Path, dataset: Any, **fields: Any) -> Artifact:
     config = config_of(dataset, **fields)
-    return build_examples(config, WorkerConfig(), draft_of(run_dir, config))
+    return build_stage(context_of(draft_of(run_dir, config), examples=config))
 
 
 def read_parts(artifact: Artifact) -> pa.Table:
@@ -154,7 +153,7 @@ def test_parquet_is_cut_between_row_groups(tmp_path: Path) -> None:
 
 
 def examples_pieces(file: CorpusFile) -> list[Any]:
-    from s2l_ray.corpus import _cut_row_groups
+    from s2l_ray.examples.corpus import _cut_row_groups
 
     return list(_cut_row_groups(file, 1))
 
@@ -374,7 +373,7 @@ def test_a_conversation_is_kept_with_its_prompt_and_answers(tmp_path: Path) -> N
 def test_a_sample_tells_about_how_much_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_lines(tmp_path / "rows.jsonl", questions(2000))
     assert sample_corpus(config_of(path, where={"source": "set-0"}), 100)[0] == 667, "a small corpus is read whole"
-    monkeypatch.setattr("s2l_ray.corpus.SMALLEST_UNIT_BYTES", 10_000)
+    monkeypatch.setattr("s2l_ray.examples.corpus.SMALLEST_UNIT_BYTES", 10_000)
     count, texts = sample_corpus(config_of(path), 100)
     assert abs(count - 2000) < 100  # rows are between 78 and 92 bytes long
     assert 100 <= len(texts) <= 200
@@ -591,7 +590,7 @@ def test_a_hub_dataset_is_read_in_runs_of_rows(monkeypatch: pytest.MonkeyPatch) 
         return datasets.Dataset.from_list(questions(50))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr("s2l_ray.corpus.SMALLEST_UNIT_BYTES", 1000)
+    monkeypatch.setattr("s2l_ray.examples.corpus.SMALLEST_UNIT_BYTES", 1000)
     config = config_of("org/name", subset="main", revision=COMMIT, split="test")
     assert len(cut_corpus(config)) > 1
     table = pa.concat_tables([read_unit(unit, config) for unit in cut_corpus(config)])
@@ -649,7 +648,8 @@ def test_a_wrong_task_is_named(tasks: dict[str, Any], message: str) -> None:
 
 
 def test_importing_the_stage_is_light() -> None:
-    code = "import sys, s2l_ray.examples; print([m for m in ('ray', 'torch', 'datasets', 'reasoning_gym') if m in sys.modules])"
+    heavy = ("ray", "torch", "datasets", "reasoning_gym")
+    code = f"import sys, s2l_ray.examples.stage as _; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
@@ -723,9 +723,9 @@ def test_an_interrupted_build_goes_on_to_the_same_bytes(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = [write_lines(tmp_path / f"data/{n}.jsonl", questions(200 * (n + 1))[200 * n :]) for n in range(3)]
-    monkeypatch.setattr("s2l_ray.corpus.SMALLEST_UNIT_BYTES", 8000)
+    monkeypatch.setattr("s2l_ray.examples.corpus.SMALLEST_UNIT_BYTES", 8000)
     config = config_of([str(path) for path in paths], rows_per_part=50)
-    whole = build_examples(config, WorkerConfig(), draft_of(tmp_path / "whole", config))
+    whole = build_stage(context_of(draft_of(tmp_path / "whole", config), examples=config))
 
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -734,7 +734,7 @@ def test_an_interrupted_build_goes_on_to_the_same_bytes(
         patch.setattr(Draft, "publish", interrupt)
         torn = draft_of(tmp_path / "torn", config)
         with pytest.raises(KeyboardInterrupt):
-            build_examples(config, WorkerConfig(), torn)
+            build_stage(context_of(torn, examples=config))
     stage = tmp_path / "torn/examples"
     [work] = (tmp_path / "torn/.work/examples").iterdir()
     assert not (stage / MANIFEST).exists()
@@ -753,7 +753,7 @@ def test_an_interrupted_build_goes_on_to_the_same_bytes(
             return publish(draft, *args)
 
         patch.setattr(Draft, "publish", look_and_publish)
-        resumed = build_examples(config, WorkerConfig(), draft_of(tmp_path / "torn", config))
+        resumed = build_stage(context_of(draft_of(tmp_path / "torn", config), examples=config))
     assert before.items() <= seen.items(), "a finished unit or part was made again"
     assert seen.keys() - before.keys() == {"part-00002.parquet", "part-00005.parquet", "unit-00001.parquet"}
     assert hashes_of(resumed) == hashes_of(whole)
@@ -764,7 +764,7 @@ def test_a_file_renamed_between_interruption_and_resume_loses_no_row(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another name is another cut of the same corpus: units of the old one must not stand in for those of the new."""
-    monkeypatch.setattr("s2l_ray.corpus.SMALLEST_UNIT_BYTES", 8000)
+    monkeypatch.setattr("s2l_ray.examples.corpus.SMALLEST_UNIT_BYTES", 8000)
     paths = [write_lines(tmp_path / f"data/{n}.jsonl", questions(200 * (n + 1))[200 * n :]) for n in range(2)]
     config = config_of(tmp_path / "data", source_field="source")
 
@@ -772,11 +772,11 @@ def test_a_file_renamed_between_interruption_and_resume_loses_no_row(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("s2l_ray.examples._write_parts", interrupt)
+        patch.setattr("s2l_ray.examples.stage._write_parts", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            build_examples(config, WorkerConfig(), draft_of(tmp_path / "run", config))
+            build_stage(context_of(draft_of(tmp_path / "run", config), examples=config))
     paths[0].rename(tmp_path / "data/9.jsonl")
-    made = build_examples(config, WorkerConfig(), draft_of(tmp_path / "run", config))
+    made = build_stage(context_of(draft_of(tmp_path / "run", config), examples=config))
     assert made.summary["rows"] == 400
     assert made.summary["dropped"] == {}
 

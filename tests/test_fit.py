@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from s2l_ray.artifacts import Storage
 from s2l_ray.config import TargetWorkerConfig
 from s2l_ray.errors import ConfigError, StorageError
-from s2l_ray.training.fit import MAX_ATTEMPTS, FailedAgainError, Workers, _trainer_class, fit
-from s2l_ray.training.target import TargetJob, train_target
-from s2l_ray.training.units import PAUSES, UnitWorker
+from s2l_ray.runtime.fit import MAX_ATTEMPTS, FailedAgainError, Workers, _trainer_class, fit
+from s2l_ray.runtime.pool import PAUSES, UnitWorker
+from s2l_ray.storage.places import Storage
+from s2l_ray.target import TargetJob, train_target
 
 from .test_resume import ZERO, Bench, bench  # noqa: F401 - bench is a fixture
 
@@ -62,8 +62,8 @@ def test_a_training_begins_again_where_the_storage_was_away_for_a_moment(ray_ses
 
 
 def test_a_training_gives_the_storage_time_and_then_says_that_it_is_away(ray_session, tmp_path, monkeypatch):
-    monkeypatch.setattr("s2l_ray.training.fit.MAX_OUTAGES", 2)
-    monkeypatch.setattr("s2l_ray.training.fit.OUTAGE_SECONDS", 0.1)
+    monkeypatch.setattr("s2l_ray.runtime.fit.MAX_OUTAGES", 2)
+    monkeypatch.setattr("s2l_ray.runtime.fit.OUTAGE_SECONDS", 0.1)
     with pytest.raises(StorageError, match="cannot be reached"):
         fit("proxy", finds_the_store_gone, tmp_path / "marker", ONE, Storage(str(tmp_path / "work")))
     assert (tmp_path / "marker").read_text() == "begun\n" * 3
@@ -93,7 +93,7 @@ def test_time_without_machines_counts_anew_after_each_group(ray_session, monkeyp
                 base, f"make_decision_for_{name}_worker_group", lambda *_: NoopDecision(), raising=base is ScalingPolicy
             )
     clock = [0.0]
-    monkeypatch.setattr("s2l_ray.training.fit.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("s2l_ray.runtime.fit.time.monotonic", lambda: clock[0])
     for clock[0] in (0.0, 20.0):
         policy.make_decision_for_non_running_worker_group()
     group = SimpleNamespace(num_workers=low)
@@ -148,7 +148,7 @@ def told(tmp_path, monkeypatch):
 
     def run(failures: list[Exception]) -> tuple[dict[str, Any], list[float]]:
         slept: list[float] = []
-        monkeypatch.setattr("s2l_ray.training.units.time.sleep", slept.append)
+        monkeypatch.setattr("s2l_ray.runtime.pool.time.sleep", slept.append)
         row = Worker(failures, Storage(str(tmp_path)), ONE, 1)({"part": ["part-0"], "models": ["step-1"], "units": [1]})
         return {name: value[0] for name, value in row.items()}, slept
 

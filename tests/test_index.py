@@ -18,13 +18,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from s2l_ray import index as index_module
-from s2l_ray.artifacts import Artifact, Draft, Key, Storage
-from s2l_ray.config import ExamplesConfig, WorkerConfig
-from s2l_ray.corpus import corpus_identity
+from s2l_ray.config import ExamplesConfig
+from s2l_ray.config.recipes import SCHEMAS
 from s2l_ray.errors import DataError
-from s2l_ray.examples import build_examples, examples_recipe
-from s2l_ray.index import (
+from s2l_ray.examples import index as index_module
+from s2l_ray.examples.corpus import corpus_identity, examples_recipe
+from s2l_ray.examples.index import (
     INDEX_COLUMNS,
     DropSeen,
     Order,
@@ -40,8 +39,12 @@ from s2l_ray.index import (
     row_groups,
     unit_path,
 )
-from s2l_ray.pipeline import schema_of
-from s2l_ray.rows import Columns
+from s2l_ray.examples.rows import Columns
+from s2l_ray.examples.stage import build as build_stage
+from s2l_ray.storage.artifacts import Artifact, Key
+from s2l_ray.storage.drafts import Draft
+from s2l_ray.storage.places import Storage
+from tests.building import context_of
 
 Row = tuple[str, str, bytes, bytes]
 
@@ -213,8 +216,8 @@ def test_an_id_that_is_repeated_past_a_range_stays_in_one(tmp_path: Path) -> Non
 
 def build(run_dir: Path, dataset: Path, **fields: Any) -> Artifact:
     config = ExamplesConfig(dataset=str(dataset), source_field="source", rows_per_part=64, **fields)
-    key = Key("examples", schema_of("examples"), examples_recipe(config, corpus_identity(config)), {})
-    return build_examples(config, WorkerConfig(), Draft.open(Storage(str(run_dir)), key))
+    key = Key("examples", SCHEMAS["examples"], examples_recipe(config, corpus_identity(config)), {})
+    return build_stage(context_of(Draft.open(Storage(str(run_dir)), key), examples=config))
 
 
 def result_of(artifact: Artifact) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -235,11 +238,11 @@ def test_several_ranges_give_the_same_bytes_as_one(
     rows += [{**row, "id": f"{rng.random()}"} for row in rng.sample(rows, 500)] + rng.sample(rows, 100)
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr("s2l_ray.corpus.SMALLEST_UNIT_BYTES", 150_000)
+    monkeypatch.setattr("s2l_ray.examples.corpus.SMALLEST_UNIT_BYTES", 150_000)
     one = build(tmp_path / "one", path, id_field=id_field)
     cuts = []
     monkeypatch.setattr(index_module, "RANGE_ROWS", 1500)
-    monkeypatch.setattr("s2l_ray.examples.cut_ids", lambda units: cuts.append(cut_ids(units)) or cuts[-1])
+    monkeypatch.setattr("s2l_ray.examples.stage.cut_ids", lambda units: cuts.append(cut_ids(units)) or cuts[-1])
     several = build(tmp_path / "several", path, id_field=id_field)
     assert len(cuts[0]) > 1
     assert result_of(several) == result_of(one)

@@ -17,12 +17,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2l_ray import engines, kmeans
+from s2l_ray.clustering import engines, kmeans
+from s2l_ray.clustering.engines import Engine, GpuRows
+from s2l_ray.clustering.features import on_grid
+from s2l_ray.clustering.kmeans import FileColumn, Fit, LocalRows, MemoryColumn, Rows, lloyd, plus_plus, single_threads
 from s2l_ray.config import GroupingConfig
-from s2l_ray.engines import Engine, GpuRows
 from s2l_ray.errors import ConfigError
-from s2l_ray.features import on_grid
-from s2l_ray.kmeans import FileColumn, Fit, LocalRows, MemoryColumn, Rows, lloyd, plus_plus, single_threads
 
 SMALL_BLOCK = 100
 FOUR = np.array([[0, 0, 0], [8, 0, 0], [0, 8, 1], [-7, -7, 3]], np.float32)

@@ -23,15 +23,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from s2l_ray.artifacts import Draft, FileRecord, Key, Storage
 from s2l_ray.config import RunConfig, TargetConfig, TargetWorkerConfig
 from s2l_ray.errors import ConfigError
-from s2l_ray.training.evaluation import EvaluationJob, Evaluator
-from s2l_ray.training.fit import Workers, fit
+from s2l_ray.evaluation import EvaluationJob, Evaluator
+from s2l_ray.runtime.fit import Workers, fit
+from s2l_ray.storage.artifacts import Key
+from s2l_ray.storage.drafts import Draft
+from s2l_ray.storage.places import Storage
+from s2l_ray.storage.records import FileRecord
+from s2l_ray.target import RECORD, TargetJob, build, train_target
 from s2l_ray.training.losses import example_losses
 from s2l_ray.training.models import load_model, make_model, merged, save_model, with_adapters
-from s2l_ray.training.target import RECORD, TargetJob, build_target, train_target
 from s2l_ray.training.tokens import pool_tokens
+from tests.building import context_of
 
 from .test_losses import make, rows
 from .test_resume import ZERO, Bench, bench, plain_training, sum_of_losses  # noqa: F401 - bench is a fixture
@@ -133,14 +137,15 @@ def run_config(**target: Any) -> RunConfig:
     return RunConfig.model_validate({"name": "run", **values})
 
 
-def test_adapters_without_peft_are_refused_before_anything_is_started(monkeypatch):
+def test_adapters_without_peft_are_refused_before_anything_is_started(monkeypatch, tmp_path):
+    draft = Draft.open(Storage(str(tmp_path)), Key("target", 1, {}, {}))
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ConfigError, match=r"target.lora needs peft: pip install 's2l_ray\[lora\]'"):
-        build_target(run_config(model="large", lora={}), {}, None)  # type: ignore[arg-type]
+        build(context_of(draft, target={"model": "large", "lora": {}}))
 
 
 def test_workers_ask_the_clock_a_few_times_between_two_resume_points():
-    from s2l_ray.training.recorder import steps_to_wait
+    from s2l_ray.training.resume_points import steps_to_wait
 
     for pace in (0.001, 0.5, 7.0, 1000.0):
         step, asked = 1, 1
@@ -203,7 +208,7 @@ def several(parts: dict[str, Part], _events: Any) -> dict[str, Any]:
 
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    from s2l_ray.training.target import reset_accelerate
+    from s2l_ray.target import reset_accelerate
 
     done = {}
     for name, part in parts.items():
@@ -224,7 +229,7 @@ def substitutes(part: Part) -> Iterator[None]:
     """Resume points at step STOP, or at none, and in folders of the test's instead of in Ray Train's."""
     import ray.train
 
-    from s2l_ray.training.recorder import Recorder
+    from s2l_ray.training.resume_points import Recorder
 
     report, get_checkpoint, is_due = ray.train.report, ray.train.get_checkpoint, Recorder._is_due
 

@@ -19,9 +19,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from s2l_ray import lock
-from s2l_ray.artifacts import Draft, Key, Storage
 from s2l_ray.errors import ArtifactError, ConfigError, StorageError
+from s2l_ray.storage import lock
+from s2l_ray.storage.artifacts import Key
+from s2l_ray.storage.drafts import Draft
+from s2l_ray.storage.places import Storage
 
 # S3 tells times in whole seconds: a beat much shorter than that would look still.
 BEAT = 0.6
@@ -29,8 +31,8 @@ DEAD = lock.MISSED * BEAT
 
 RUNNER = """
 import signal, sys
-from s2l_ray import lock
-from s2l_ray.artifacts import Storage
+from s2l_ray.storage import lock
+from s2l_ray.storage.places import Storage
 from s2l_ray.errors import S2LError
 from s2l_ray.progress import log_to_console
 lock.BEAT = float(sys.argv[2])
@@ -232,7 +234,7 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("s2l_ray.lock.fcntl.flock", refuse)
+    monkeypatch.setattr("s2l_ray.storage.lock.fcntl.flock", refuse)
     with (
         pytest.raises(
             ArtifactError, match=r"files cannot be locked there \(No locks available\)\. Mount it with locks, or give"

@@ -8,11 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from s2l_ray.config import Scratch
-from s2l_ray.training import attention, losses
-from s2l_ray.training.heads import Head, hidden_states
-from s2l_ray.training.limits import operations
+from s2l_ray.training import losses, varlen_attention
+from s2l_ray.training.flops import operations
 from s2l_ray.training.losses import batches, example_losses, tiled_cross_entropy
 from s2l_ray.training.models import scratch_config
+from s2l_ray.training.output_head import Head, hidden_states
 from s2l_ray.training.token_rows import TokenRows
 
 VOCAB = 320
@@ -152,8 +152,8 @@ def test_rows_laid_end_to_end_have_the_losses_of_rows_alone(monkeypatch, archite
     """The GPU's way, with the kernel's work done row by row."""
     model, tokens = make(architecture), rows(np.random.default_rng(10), 30)
     expected, seen = reference_losses(model, tokens), []
-    attend = attention._attend
-    monkeypatch.setattr(attention, "_attend", lambda *args: seen.append(1) or attend(*args))
+    attend = varlen_attention._attend
+    monkeypatch.setattr(varlen_attention, "_attend", lambda *args: seen.append(1) or attend(*args))
     monkeypatch.setattr(losses, "is_fused", lambda device, dtype: True)
     np.testing.assert_allclose(example_losses(model, tokens, tokens_per_batch=300), expected, atol=1e-5)
     assert bool(seen) == (architecture != "gemma2"), "soft-capped attention is left alone"

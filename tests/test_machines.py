@@ -17,13 +17,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from s2l_ray import session
-from s2l_ray.artifacts import Storage
 from s2l_ray.config import RunConfig, TrainingWorkerConfig, WorkerConfig, parse_config
 from s2l_ray.errors import ConfigError
-from s2l_ray.training.fit import Workers, _trainer_class
-from s2l_ray.training.metrics import count
-from s2l_ray.training.trajectories import spare_workers
+from s2l_ray.runtime import session
+from s2l_ray.runtime.fit import Workers, _trainer_class
+from s2l_ray.runtime.metrics import count
+from s2l_ray.storage.places import Storage
+from s2l_ray.trajectories.overlapped import spare_workers
 
 
 @contextmanager
@@ -209,7 +209,7 @@ def test_a_driver_far_from_its_cluster_is_told_to_submit_a_job():
 def test_a_cluster_with_another_version_of_ray_is_one_clear_error(ray_session):
     import ray
 
-    code = "import ray; ray.__version__ = '0.0.1'; from s2l_ray.session import connect_ray; connect_ray()"
+    code = "import ray; ray.__version__ = '0.0.1'; from s2l_ray.runtime.session import connect_ray; connect_ray()"
     environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
     said = done.stderr.splitlines()[-1]

@@ -26,12 +26,15 @@ import pytest
 from pyarrow import fs
 
 from s2l_ray import cli
-from s2l_ray.artifacts import Artifact, Draft, Key, Storage, adopt
 from s2l_ray.config import ClusteringConfig, SelectionConfig
 from s2l_ray.errors import ArtifactError, StorageError, cause_of, storage_problem
-from s2l_ray.lock import exclusive
-from s2l_ray.pipeline import export_subset, select_trajectories
-from s2l_ray.plan import status_text
+from s2l_ray.plan.costs import status_text
+from s2l_ray.selection.alone import select_trajectories
+from s2l_ray.selection.export import export_subset
+from s2l_ray.storage.artifacts import Artifact, Key, adopt
+from s2l_ray.storage.drafts import Draft
+from s2l_ray.storage.lock import exclusive
+from s2l_ray.storage.places import Storage
 
 
 def build(run: Storage, **recipe: object) -> Artifact:
@@ -87,7 +90,7 @@ def test_of_several_processes_of_a_machine_one_fetches_a_folder_and_the_others_w
         time.sleep(0.3)
         copy(*arguments, **options)
 
-    monkeypatch.setattr("s2l_ray.artifacts.fs.copy_files", slow_copy)
+    monkeypatch.setattr("s2l_ray.storage.places.fs.copy_files", slow_copy)
     with ThreadPoolExecutor(4) as pool:
         folders = set(pool.map(storage.local_folder, ["model"] * 4))
     assert len(fetched) == len(folders) == 1
@@ -125,7 +128,7 @@ def test_an_upload_that_fails_half_way_publishes_nothing(bucket, monkeypatch):
         target.write(source.read(6 * 2**20))
         raise OSError("the disk went away")
 
-    monkeypatch.setattr("s2l_ray.artifacts.shutil.copyfileobj", broken)
+    monkeypatch.setattr("s2l_ray.storage.places.shutil.copyfileobj", broken)
     storage = Storage(f"{bucket}/half")
     with pytest.raises(OSError, match="went away"), storage.beside("part.parquet") as path:
         path.write_bytes(bytes(12 * 2**20))
@@ -275,7 +278,7 @@ def test_a_full_disk_on_the_way_to_object_storage_is_that_disks(bucket, monkeypa
     def no_space(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("s2l_ray.artifacts.shutil.copyfile", no_space)
+    monkeypatch.setattr("s2l_ray.storage.places.shutil.copyfile", no_space)
     with pytest.raises(StorageError, match=rf"^{tempfile.gettempdir()} on {socket.gethostname()}: the disk is full"):
         Storage(f"{bucket}/full").upload(Path(__file__).parent, "folder")
 
@@ -303,7 +306,7 @@ def test_an_error_of_storage_comes_out_of_rays_wrapping(wrapping, monkeypatch, c
     def broken(*_: object) -> None:
         raise _wrapped_by_ray(full)[wrapping]
 
-    monkeypatch.setattr("s2l_ray.plan.status_text", broken)
+    monkeypatch.setattr("s2l_ray.plan.costs.status_text", broken)
     monkeypatch.setattr(cli, "log_to_console", lambda: None)
     monkeypatch.setattr(sys, "argv", ["s2l", "status", "run"])
     with pytest.raises(SystemExit) as end:

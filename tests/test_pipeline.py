@@ -27,10 +27,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import s2l_ray
-from s2l_ray.artifacts import Artifact, Storage
 from s2l_ray.config import RunConfig, parse_config
 from s2l_ray.errors import ArtifactError, ConfigError
-from s2l_ray.pipeline import STAGES, decide, export_subset, run, select_trajectories
+from s2l_ray.pipeline import STAGES, decide, run
+from s2l_ray.selection.alone import select_trajectories
+from s2l_ray.selection.export import export_subset
+from s2l_ray.storage.artifacts import Artifact
+from s2l_ray.storage.places import Storage
 
 STAGE_NAMES = ["examples", "proxy", "trajectories", "clustering", "selection", "target", "evaluation"]
 SCRIPT = "<script>alert('corpus')</script>"
@@ -488,7 +491,7 @@ def test_another_k_and_budget_costs_neither_proxy_nor_scoring(finished, tmp_path
     config = finished.config(clustering={"num_clusters": 4}, selection={"budget": 20})
     actions = {d.stage.name: d.action for d in decide(config, Storage(str(tmp_path)), Storage(str(finished.place)))}
     assert actions == dict.fromkeys(STAGE_NAMES[:3], "reuse") | dict.fromkeys(STAGE_NAMES[3:], "build")
-    for name in ("examples.build_examples", "training.proxy.build_proxy", "training.trajectories.build_trajectories"):
+    for name in ("examples.stage.build", "proxy.build", "trajectories.stage.build"):
         monkeypatch.setattr(f"s2l_ray.{name}", must_not_run)
     before = published(finished.place)
     run(config, str(tmp_path), reuse=str(finished.place), until="selection")

@@ -12,14 +12,14 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score
 
-from s2l_ray import grouping as module
-from s2l_ray import quality
-from s2l_ray.clustering import Clustering, cluster, cluster_store
+from s2l_ray.clustering import diagnostics as quality
+from s2l_ray.clustering import grouping as module
+from s2l_ray.clustering.features import Features, Spectrum, on_grid
+from s2l_ray.clustering.stage import Clustering, cluster, cluster_store
 from s2l_ray.config import ClusteringConfig
 from s2l_ray.errors import ConfigError
-from s2l_ray.features import Features, Spectrum, on_grid
-from s2l_ray.selection import select
-from s2l_ray.trajectory_store import Trajectories, TrajectoryStore
+from s2l_ray.selection.stage import select
+from s2l_ray.trajectories.store import Trajectories, TrajectoryStore
 
 KINDS = ("raw", "reduction", "shape", "whitened")
 # Features are rounded to multiples of this.
@@ -403,8 +403,8 @@ def test_groups_that_stay_empty_in_one_stratum_leave_the_others_groups_alone(mon
         start[:7] = features[:7]
         return start
 
-    monkeypatch.setattr("s2l_ray.grouping.plus_plus", partly_far_away)
-    monkeypatch.setattr("s2l_ray.kmeans.MAX_REPAIRS", 0)
+    monkeypatch.setattr("s2l_ray.clustering.grouping.plus_plus", partly_far_away)
+    monkeypatch.setattr("s2l_ray.clustering.kmeans.MAX_REPAIRS", 0)
     rng = np.random.default_rng(14)
     strata = np.repeat(["a", "b", "c"], [200, 300, 100])
     losses = np.array([100, 0, 9])[np.repeat([0, 1, 2], [200, 300, 100])][:, None] + rng.random((600, 2))

@@ -19,13 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import s2l_ray
-from s2l_ray import recording
-from s2l_ray.artifacts import Artifact, Storage
 from s2l_ray.config import ClusteringConfig, SelectionConfig
 from s2l_ray.errors import ArtifactError, ConfigError, DataError
-from s2l_ray.pipeline import select_trajectories
-from s2l_ray.recording import finish_recording, record_losses
-from s2l_ray.trajectory_files import find_artifact, read_trajectories
+from s2l_ray.selection.alone import select_trajectories
+from s2l_ray.storage.artifacts import Artifact
+from s2l_ray.storage.places import Storage
+from s2l_ray.trajectories import recording
+from s2l_ray.trajectories.files import find_artifact, read_trajectories
+from s2l_ray.trajectories.recording import finish_recording, record_losses
 
 IDS = ["d", "a", "c", "b"]
 LOSSES = {10: np.array([4, 1, 3, 2], np.float32), 5: np.array([4.5, 1.5, 3.5, 2.5], np.float32)}

@@ -21,7 +21,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from s2l_ray.artifacts import Artifact, Draft, Key, Storage
 from s2l_ray.errors import ArtifactError
 from s2l_ray.report import build_report, count, percent, quantity, signed
 from s2l_ray.report.facts import (
@@ -37,6 +36,9 @@ from s2l_ray.report.facts import (
     without_credentials,
 )
 from s2l_ray.report.plots import label
+from s2l_ray.storage.artifacts import Artifact, Key
+from s2l_ray.storage.drafts import Draft
+from s2l_ray.storage.places import Storage
 
 HOSTILE = "</script><script>alert(1)</script>"
 BOLD = "<b>x</b>"

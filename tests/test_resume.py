@@ -31,13 +31,16 @@ import yaml
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from s2l_ray.artifacts import Artifact, Draft, Key, Storage
 from s2l_ray.config import TargetConfig, TargetWorkerConfig, TrainedTokenizer
+from s2l_ray.proxy import train_tokenizer
+from s2l_ray.runtime.fit import Workers, fit
+from s2l_ray.storage.artifacts import Artifact, Key
+from s2l_ray.storage.drafts import Draft
+from s2l_ray.storage.layout import TOKENIZER
+from s2l_ray.storage.places import Storage
+from s2l_ray.target import TargetJob, train_target
 from s2l_ray.training.fine_tuning import data_order, num_steps
-from s2l_ray.training.fit import Workers, fit
 from s2l_ray.training.models import make_model, with_adapters
-from s2l_ray.training.proxy import TOKENIZER, train_tokenizer
-from s2l_ray.training.target import TargetJob, train_target
 from s2l_ray.training.token_rows import TokenRows
 from s2l_ray.training.tokens import load_tokenizer, pool_tokens
 
@@ -49,7 +52,7 @@ STEPS_KEPT = 5
 DRIVER = """
 import logging, ray
 def keep_resume_points_often():
-    from s2l_ray.training import recorder
+    from s2l_ray.training import resume_points as recorder
     recorder.RESUME_SECONDS = 0.0
 ray.init(num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False,
          runtime_env={"worker_process_setup_hook": keep_resume_points_often})

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from s2l_ray.config import Schedule
 from s2l_ray.errors import ConfigError
-from s2l_ray.schedule import Schedule, recorded_steps
+from s2l_ray.training.schedule import recorded_steps
 
 SCHEDULES = get_args(Schedule)
 

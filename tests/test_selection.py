@@ -17,20 +17,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from s2l_ray.artifacts import Artifact, Draft, Key, Storage
-from s2l_ray.clustering import build_clustering, cluster
+from s2l_ray.clustering.stage import cluster, publish_clustering
 from s2l_ray.config import ClusteringConfig, GroupingConfig, SelectionConfig
 from s2l_ray.errors import ConfigError, DataError
-from s2l_ray.selection import (
-    build_selection,
-    read_selection,
-    select,
-    select_rows,
-    selection_order,
-    water_fill,
-)
-from s2l_ray.trajectory_files import fetch_rows, open_trajectories
-from s2l_ray.trajectory_store import priorities
+from s2l_ray.examples.ids import priorities
+from s2l_ray.selection.stage import publish_selection, read_selection, select, select_rows, selection_order, water_fill
+from s2l_ray.storage.artifacts import Artifact, Key
+from s2l_ray.storage.drafts import Draft
+from s2l_ray.storage.places import Storage
+from s2l_ray.trajectories.files import fetch_rows, open_trajectories
 
 sizes_of_groups = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 
@@ -263,10 +258,10 @@ def built(
     with ThreadPoolExecutor(2) as pool:
         store = open_trajectories(uri, scratch / "store", pool, stratify_by=stratify_by, seed=0)
     draft = Draft.open(Storage(str(folder)), Key("clustering", 1, grouping.model_dump(), {}))
-    groups = build_clustering(grouping, GroupingConfig(), store, scratch, draft)
+    groups = publish_clustering(grouping, GroupingConfig(), store, scratch, draft)
     draft = Draft.open(Storage(str(folder)), Key("selection", 1, config.model_dump(), {}))
     fetch = fetch or partial(fetch_rows, uri)
-    return build_selection(config, store, groups, fetch, scratch, draft, random_control=random_control)
+    return publish_selection(config, store, groups, fetch, scratch, draft, random_control=random_control)
 
 
 def test_selected_rows_are_the_corpus_columns_as_they_were_and_ours(tmp_path: Path) -> None:
@@ -378,7 +373,7 @@ def test_a_clustering_of_other_examples_is_refused(tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
         store = open_trajectories(str(tmp_path / "other.parquet"), tmp_path / "scratch", pool)
     with pytest.raises(DataError, match="other examples"):
-        build_selection(SelectionConfig(budget=3), store, groups, whole(lambda ids: ids), tmp_path / "more", draft)
+        publish_selection(SelectionConfig(budget=3), store, groups, whole(lambda ids: ids), tmp_path / "more", draft)
 
 
 def test_long_texts_are_sorted_in_pieces_and_come_out_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,7 +382,7 @@ def test_long_texts_are_sorted_in_pieces_and_come_out_as_they_were(tmp_path: Pat
     table = table.set_column(1, "text", pa.array([f"{i} {'long ' * int(n)}" for i, n in enumerate(rng.integers(1, 900, 600))]))
     pq.write_table(table, tmp_path / "t.parquet", row_group_size=50)
     whole = built(tmp_path / "whole", str(tmp_path / "t.parquet"), budget=400).read_table("selected.parquet")
-    for module in ("sorting.RUN_BYTES", "selection._BLOCK_BYTES"):
+    for module in ("trajectories.sorting.RUN_BYTES", "selection.stage._BLOCK_BYTES"):
         monkeypatch.setattr(f"s2l_ray.{module}", 50_000)
     cut = built(tmp_path / "cut", str(tmp_path / "t.parquet"), budget=400).read_table("selected.parquet")
     assert cut.equals(whole)

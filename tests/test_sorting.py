@@ -16,9 +16,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from s2l_ray import sorting
 from s2l_ray.errors import DataError
-from s2l_ray.sorting import SortedTable, in_order, is_ascending, sort_by_id
+from s2l_ray.trajectories import sorting
+from s2l_ray.trajectories.sorting import SortedTable, in_order, is_ascending, sort_by_id
 
 RUN_ROWS, PIECE_ROWS = 50, 8
 

@@ -18,11 +18,14 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs
 
-from s2l_ray import trajectory_files
-from s2l_ray.artifacts import Artifact, Draft, Key, Storage
 from s2l_ray.errors import ArtifactError, ConfigError, DataError
-from s2l_ray.trajectory_files import fetch_rows, files_identity, find_artifact, read_trajectories
-from s2l_ray.trajectory_store import Trajectories, TrajectoryStore, losses_of, priorities, trajectories_table
+from s2l_ray.examples.ids import priorities
+from s2l_ray.storage.artifacts import Artifact, Key
+from s2l_ray.storage.drafts import Draft
+from s2l_ray.storage.places import Storage
+from s2l_ray.trajectories import files as trajectory_files
+from s2l_ray.trajectories.files import fetch_rows, files_identity, find_artifact, read_trajectories
+from s2l_ray.trajectories.store import Trajectories, TrajectoryStore, losses_of, trajectories_table
 
 LOSSES = np.array([[3.0, 2.0], [2.5, 2.25], [4.0, 0.5], [1.0, 1.0]], np.float32)
 
@@ -359,7 +362,7 @@ def test_fetched_rows_are_the_corpus_columns_in_the_order_of_the_files(tmp_path:
 
 
 def test_clustering_and_selection_need_neither_torch_nor_ray() -> None:
-    code = "import sys, s2l_ray.selection; print({'torch', 'ray', 'transformers', 'pandas'} & set(sys.modules))"
+    code = "import sys, s2l_ray.selection.stage; print({'torch', 'ray', 'transformers', 'pandas'} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
 

@@ -23,14 +23,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
-from s2l_ray.artifacts import BUILDING, Artifact, Storage
 from s2l_ray.errors import ArtifactError
 from s2l_ray.progress import duration
+from s2l_ray.storage.artifacts import Artifact
+from s2l_ray.storage.layout import BUILDING, CENTROIDS, METRICS, RUN, SELECTED, STAGE_NAMES
+from s2l_ray.storage.places import Storage
 
 Summary = Mapping[str, Any]
 State = Literal["finished", "outdated", "unfinished", "not started"]
 
-STAGES = ("examples", "proxy", "trajectories", "clustering", "selection", "target", "evaluation")
+STAGES = STAGE_NAMES[:-1]
 ROLES = dict.fromkeys(STAGES, "choosing") | {"examples": "preparing", "target": "target", "evaluation": "evaluating"}
 MODELS = ("untrained", "selected", "random")
 # Up to so many groups are all shown with texts; of more, a spread over the levels.
@@ -406,14 +408,14 @@ def without_credentials(text: str) -> str:
 
 def read_facts(run: Storage) -> Facts:
     """Everything the page shows of a run. Raises ArtifactError where there is no run, and for a damaged file."""
-    config = run.read_json("run.json")
+    config = run.read_json(RUN)
     states, artifacts = read_stages(run)
     if config is None and not artifacts:
         raise ArtifactError(f"{run.uri}: no run here (neither run.json nor a finished stage). Give the directory of a run.")
     config = {key: value for key, value in (config or {}).items() if key not in {"schema", "provenance"}}
     summaries = {name: artifact.summary for name, artifact in artifacts.items()}
     evaluation, target = artifacts.get("evaluation"), summaries.get("target", {})
-    metrics = json.loads(evaluation.read_bytes("metrics.json")) if evaluation else None
+    metrics = json.loads(evaluation.read_bytes(METRICS)) if evaluation else None
     selection = summaries.get("selection")
     held_out = summaries.get("evaluation", {}).get("sources", {})
     spent = costs({name: float(artifact.manifest["provenance"]["seconds"]) for name, artifact in artifacts.items()})
@@ -522,7 +524,7 @@ def read_groups(artifacts: Mapping[str, Artifact]) -> Groups | None:
     clustering = artifacts.get("clustering")
     if clustering is None:
         return None
-    centroids_KT = np.load(io.BytesIO(clustering.read_bytes("centroids.npy")), allow_pickle=False)
+    centroids_KT = np.load(io.BytesIO(clustering.read_bytes(CENTROIDS)), allow_pickle=False)
     names = [f"group {k}" for k in range(len(centroids_KT))]
     strata = clustering.summary.get("strata") or {}
     if len(strata) > 1:
@@ -589,7 +591,7 @@ def read_chosen(selection: Artifact, ids: Sequence[Any]) -> set[Any]:
     """Those of the ids that were selected. Only the id column is read: the texts may be gigabytes."""
     column = selection.summary["columns"]["example_id"]  # underscored where the corpus has a column of that name
     found: set[Any] = set()
-    with _open(selection, "selected.parquet") as file:
+    with _open(selection, SELECTED) as file:
         for batch in file.iter_batches(columns=[column]):
             found.update(set(ids).intersection(batch.column(0).to_pylist()))
     return found

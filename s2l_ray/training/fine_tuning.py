@@ -16,14 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from s2l_ray.artifacts import cache, digest
 from s2l_ray.config import TrainingConfig, TrainingWorkerConfig
 from s2l_ray.errors import ConfigError, DataError
-from s2l_ray.training.heads import accepts_logits_to_keep
+from s2l_ray.examples.ids import priorities
+from s2l_ray.storage.places import cache
+from s2l_ray.storage.records import digest
 from s2l_ray.training.losses import pad
 from s2l_ray.training.models import base_of
+from s2l_ray.training.output_head import accepts_logits_to_keep
 from s2l_ray.training.token_rows import TokenRows
-from s2l_ray.trajectory_store import priorities
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +132,7 @@ def fine_tune(
     import ray.train
     from transformers import PrinterCallback
 
-    from s2l_ray.training.recorder import UNIVERSAL, Recorder, resume_point
+    from s2l_ray.training.resume_points import UNIVERSAL, Recorder, resume_point
 
     context = ray.train.get_context()
     plan = BatchPlan.of(phase.config.global_batch_size, context.get_world_size(), machines.device_batch_size)

@@ -19,9 +19,9 @@ import torch
 from torch.nn import functional
 
 from s2l_ray.progress import get_log
-from s2l_ray.training.attention import attending_to_rows, is_fused, row_borders
-from s2l_ray.training.heads import Head, accepts_logits_to_keep, hidden_states
+from s2l_ray.training.output_head import Head, accepts_logits_to_keep, hidden_states
 from s2l_ray.training.token_rows import TokenRows
+from s2l_ray.training.varlen_attention import attending_to_rows, is_fused, row_borders
 
 # Positions and vocabulary entries of a tile of logits: 4 MB in a CPU's cache; on a GPU enough to fill it.
 CPU_TILE, GPU_TILE = (1024, 1024), (8192, 16384)

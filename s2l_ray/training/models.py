@@ -9,9 +9,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from s2l_ray.artifacts import Storage
 from s2l_ray.config import Lora, RunConfig, Scratch, ScratchModel, TargetConfig, TrainingConfig
 from s2l_ray.errors import ConfigError
+from s2l_ray.storage.places import Storage
 
 # The sizes of a scratch model under the names that transformers' configurations use.
 _ALIASES = {

@@ -6,13 +6,25 @@ import functools
 import io
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from s2l_ray.artifacts import TOKENS, Artifact, FileRecord, Storage, digest, table_bytes
-from s2l_ray.examples import read_pool
+from s2l_ray.config import RunConfig, TargetConfig
+from s2l_ray.errors import cause_of
+from s2l_ray.examples.stage import read_pool
+from s2l_ray.runtime.data import quiet_ray_data
+from s2l_ray.runtime.session import await_room
+from s2l_ray.storage.artifacts import Artifact
+from s2l_ray.storage.drafts import table_bytes
+from s2l_ray.storage.layout import TOKENIZER, TOKENS
+from s2l_ray.storage.places import Storage
+from s2l_ray.storage.records import FileRecord, digest
 from s2l_ray.training.token_rows import TokenRows
 from s2l_ray.training.tokens import encode_table, learnable, load_tokenizer
 
@@ -92,3 +104,33 @@ class TokenParts:
             "is_label": pa.LargeListArray.from_arrays(starts, pa.array(tokens.is_label)),
         }
         return pa.table(columns).replace_schema_metadata({_CHANGED: json.dumps(changed)})
+
+
+def target_tokenizer(config: TargetConfig, proxy: Artifact) -> Any:
+    """The tokenizer of the target: named, the model's own, or for a model from scratch the proxy's."""
+    if isinstance(config.tokenizer, str):
+        return load_tokenizer(config.tokenizer, trust_remote_code=config.trust_remote_code)
+    if isinstance(config.model, str):
+        return load_tokenizer(config.model, config.revision, config.trust_remote_code)
+    return load_tokenizer(proxy.folder(TOKENIZER))
+
+
+def count_response_tokens(config: RunConfig, inputs: Mapping[str, Artifact], example_ids: pa.Array) -> np.ndarray:
+    """Response tokens of each example under the target's tokenizer, int32 (N,), for a budget in tokens."""
+    import ray.data
+
+    def count(batch: dict[str, Any]) -> pa.Table:
+        tokenizer = target_tokenizer(config.target, inputs["proxy"])
+        table = read_pool(inputs["examples"], str(batch["part"][0]))
+        tokens = encode_table(tokenizer, table, config.target.max_tokens)
+        return pa.table({"example_id": table["example_id"], "count": tokens.num_labels})
+
+    await_room("target", {"CPU": 1}, 1, config.machines.target.wait_minutes)
+    with quiet_ray_data():
+        parts = ray.data.from_items([{"part": part} for part in inputs["examples"].parts()])
+        try:
+            counted = pa.concat_tables(ray.get(parts.map_batches(count, batch_size=1).to_arrow_refs()))
+        except ray.exceptions.RayError as error:
+            raise cause_of(error) or error from None
+    rows = pc.index_in(example_ids, counted["example_id"].combine_chunks())
+    return np.asarray(counted["count"].combine_chunks().take(rows).to_numpy())

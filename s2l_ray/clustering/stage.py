@@ -1,0 +1,195 @@
+"""Trajectories -> groups: k-means on the losses, in memory or out of it, the same bytes everywhere (see `grouping`)."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from s2l_ray.clustering.engines import Engine
+from s2l_ray.clustering.grouping import ALL_ROWS, Floats, Groups, Ints, Stratum, group
+from s2l_ray.clustering.kmeans import single_threads
+from s2l_ray.config import ClusteringConfig, GroupingConfig, checked
+from s2l_ray.progress import duration, get_log
+from s2l_ray.runtime.session import connect_ray
+from s2l_ray.storage.artifacts import Artifact
+from s2l_ray.storage.drafts import Draft, table_bytes
+from s2l_ray.storage.layout import CENTROIDS, FEATURE_CENTROIDS, RESTARTS
+from s2l_ray.storage.stages import Context
+from s2l_ray.trajectories.files import streamed
+from s2l_ray.trajectories.sorting import SortedTable, in_order
+from s2l_ray.trajectories.store import Trajectories, TrajectoryStore
+
+ROWS_PER_PART = 1_048_576
+_log = get_log("clustering")
+
+
+@dataclass(frozen=True, eq=False)
+class Clustering(Groups):
+    """K groups and which row is in which; rows in ascending order of ids."""
+
+    example_ids: pa.Array = field(kw_only=True)
+    cluster_ids_N: Ints = field(kw_only=True)
+    distances_N: Floats = field(kw_only=True)
+    """Euclidean distance of each row to its centroid, in the units of the features: nats where they are the losses."""
+
+
+def cluster(
+    losses_NT: Any,
+    *,
+    num_clusters: int = 100,
+    num_iterations: int = 20,
+    num_restarts: int = 3,
+    features: str = "raw",
+    tolerance: float = 0.0,
+    training_rows: int | None = None,
+    strata: Any = None,
+    example_ids: Any = None,
+    seed: int = 0,
+    num_threads: int | None = None,
+) -> Clustering:
+    """Groups of examples whose losses fell in the same way.
+
+    `losses_NT` is anything of shape (N, T); ids are row numbers unless given, and the result is in ascending order of
+    ids: any order of the rows gives the same group for each id. With `strata` (one value per row) there are
+    `num_clusters` groups in each. `num_threads` (all processors unless given) decides no result. The others are as in
+    the section `clustering` of a config.
+
+    Raises DataError naming the ids of ragged, missing or non-finite losses, ConfigError for more groups than rows.
+    """
+    config = checked(
+        ClusteringConfig,
+        num_clusters=num_clusters,
+        num_iterations=num_iterations,
+        num_restarts=num_restarts,
+        features=features,
+        tolerance=tolerance,
+        training_rows=training_rows,
+        stratify_by=None if strata is None else "source",
+        seed=seed,
+    )
+    return cluster_store(TrajectoryStore.of(Trajectories.of(losses_NT, example_ids, sources=strata), seed), config, num_threads)
+
+
+def cluster_store(store: TrajectoryStore, config: ClusteringConfig, num_threads: int | None = None) -> Clustering:
+    """The groups of the rows of a store, in memory, and the group of every row as arrays."""
+    with single_threads(num_threads) as pool:
+        grouping = group(store, config, Engine("memory", pool))
+    parts = [(block["example_id"].combine_chunks(), labels, far) for block, labels, far in grouping.assignments(store)]
+    ids, labels, distances = zip(*parts, strict=True)
+    return Clustering(
+        **vars(grouping.groups()),
+        example_ids=pa.concat_arrays(ids),
+        cluster_ids_N=np.concatenate(labels),
+        distances_N=np.concatenate(distances),
+    )
+
+
+# --- the artifact --------------------------------------------------------------------------------------------------
+
+
+def build(context: Context) -> Artifact:
+    """Group a run's trajectories and publish the groups (see `publish_clustering`)."""
+    config, draft = context.section, context.draft
+    if context.machines.engine == "ray":
+        connect_ray()
+    source = context.inputs["trajectories"]
+    with streamed(source, draft.storage, seed=config.seed, stratify_by=config.stratify_by) as (store, scratch):
+        return publish_clustering(config, context.machines, store, scratch, draft)
+
+
+def publish_clustering(
+    config: ClusteringConfig, machines: GroupingConfig, store: TrajectoryStore, scratch: Path, draft: Draft
+) -> Artifact:
+    """Group trajectories and publish `assignments-*.parquet` (example_id, cluster_id, distance), `centroids.npy` (K, T),
+    for other features than the losses `feature_centroids.npy` (K, F), and `restarts.parquet`."""
+    begun = time.monotonic()
+    with single_threads() as pool, Engine.choose(machines, pool, scratch, len(store), store.num_points) as engine:
+        _log.info("%s trajectories of %d points, %s", f"{len(store):,}", store.num_points, engine.describe())
+        grouping = group(store, config, engine)
+        grouped = time.monotonic()
+        parts = in_order(pool, lambda table: table_bytes(table, ["cluster_id"]), _parts(grouping.assignments(store)))
+        for part, data in enumerate(parts):
+            draft.write(f"assignments-{part:05d}.parquet", data)
+        groups = grouping.groups()
+        described = engine.describe()
+    _write_array(draft, CENTROIDS, groups.centroids_KT)
+    if grouping.feature_centroids_KF is not None:
+        _write_array(draft, FEATURE_CENTROIDS, grouping.feature_centroids_KF)
+    restarts = grouping.restarts()
+    if restarts is not None:
+        draft.write_table(RESTARTS, restarts)
+    _log.info(
+        "%d groups of %s to %s rows, %.1f%% of the variance explained%s, %s",
+        *(groups.num_clusters, f"{groups.sizes_K.min():,}", f"{groups.sizes_K.max():,}", 100 * groups.explained_variance),
+        *(_beside_source(groups.readout), duration(time.monotonic() - begun)),
+    )
+    if groups.readout["warning"] is not None:
+        _log.warning("%s", groups.readout["warning"])
+    lloyd_seconds = sum(stratum.lloyd_seconds for stratum in grouping.strata)
+    seconds = {
+        "grouping": round(grouped - begun, 3),
+        "lloyd": round(lloyd_seconds, 3),
+        "writing": round(time.monotonic() - grouped, 3),
+    }
+    return draft.publish(groups.summary(), {"engine": described, "seconds": seconds})
+
+
+def _parts(assignments: Iterator[tuple[pa.Table, Ints, Floats]]) -> Iterator[pa.Table]:
+    """The parts of the artifact."""
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for block, labels_M, distances_M in assignments:
+            columns = {"example_id": block["example_id"], "cluster_id": labels_M, "distance": distances_M}
+            yield from pa.table(columns).to_batches()
+
+    return SortedTable.joined(batches(), ROWS_PER_PART)
+
+
+def _beside_source(readout: dict[str, Any]) -> str:
+    share = readout["variance_explained_by_source"]
+    return "" if share is None else f" ({100 * share:.1f}% by source alone)"
+
+
+def _write_array(draft: Draft, path: str, values: Floats) -> None:
+    data = io.BytesIO()
+    np.save(data, values)
+    draft.write(path, data.getvalue())
+
+
+def read_groups(artifact: Artifact) -> Groups:
+    """The groups in a `clustering/` directory, without the rows. Raises ArtifactError naming a damaged file."""
+    summary = artifact.summary
+    centroids_KT: Floats = np.load(io.BytesIO(artifact.read_bytes(CENTROIDS)))
+    strata = tuple(Stratum(**stratum) for stratum in summary["strata"].values())
+    capped_by = summary["capped"].get(ALL_ROWS, {}).get("because")
+    alone = Stratum(
+        ALL_ROWS, summary["rows"], 0, len(centroids_KT), capped_by, summary["num_iterations"], summary["ended_by"][0]
+    )
+    return Groups(
+        centroids_KT=centroids_KT,
+        sizes_K=np.array(summary["sizes"], np.int64),
+        inertia=summary["inertia"],
+        explained_variance=summary["explained_variance"],
+        num_iterations=summary["num_iterations"],
+        strata=strata or (alone,),
+        is_stratified=bool(strata),
+        readout=summary["readout"],
+    )
+
+
+def read_clustering(artifact: Artifact) -> Clustering:
+    """The groups in a `clustering/` directory and which row is in which, in memory."""
+    table = pa.concat_tables([artifact.read_table(path) for path in artifact.parts("assignments-")]).combine_chunks()
+    return Clustering(
+        **vars(read_groups(artifact)),
+        example_ids=table["example_id"].chunk(0),
+        cluster_ids_N=table["cluster_id"].to_numpy(),
+        distances_N=table["distance"].to_numpy(),
+    )

@@ -1,0 +1,62 @@
+"""What decides each stage's result: its recipe, as the manifests have it and fingerprints count it.
+
+A section of the config is the recipe of the stage of the same name; here is what else belongs to it. The corpus of `examples`
+counts by its content, which is read where the corpus is known (`examples.corpus`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from s2l_ray.config.run import RunConfig
+
+_TOKENIZING = {"model", "revision", "tokenizer", "max_tokens"}
+
+
+def counts_target_tokens(config: RunConfig) -> bool:
+    """Whether the budget is in tokens of a tokenizer that is not the proxy's, which the trajectories have counted."""
+    is_own = config.target.tokenizer is not None or isinstance(config.target.model, str)
+    return isinstance(config.selection.budget, dict) and is_own
+
+
+def _trajectories(config: RunConfig) -> dict[str, Any]:
+    return config.trajectories.model_dump(mode="json") | {"max_tokens": config.proxy.max_tokens}
+
+
+def _selection(config: RunConfig) -> dict[str, Any]:
+    recipe = config.selection.model_dump(mode="json") | {"random_control": config.evaluation.random_control}
+    if not counts_target_tokens(config):
+        return recipe
+    return recipe | {"target": config.target.model_dump(mode="json", include=_TOKENIZING)}
+
+
+def _target(config: RunConfig) -> dict[str, Any]:
+    return config.target.model_dump(mode="json") | {"random_control": config.evaluation.random_control}
+
+
+def _evaluation(config: RunConfig) -> dict[str, Any]:
+    # The untrained target is evaluated too, and comes with no artifact.
+    untrained = config.target.model_dump(mode="json", include=_TOKENIZING | {"precision", "seed"})
+    return config.evaluation.model_dump(mode="json") | {"target": untrained}
+
+
+RECIPES: dict[str, Callable[[RunConfig], dict[str, Any]]] = {
+    "proxy": lambda config: config.proxy.model_dump(mode="json"),
+    "trajectories": _trajectories,
+    "clustering": lambda config: config.clustering.model_dump(mode="json"),
+    "selection": _selection,
+    "target": _target,
+    "evaluation": _evaluation,
+}
+
+SCHEMAS = {
+    "examples": 2,
+    "proxy": 2,
+    "trajectories": 3,
+    "clustering": 3,
+    "selection": 3,
+    "target": 2,
+    "evaluation": 2,
+}
+"""Raised when the same recipe gives another result than before."""

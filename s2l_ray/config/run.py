@@ -1,0 +1,91 @@
+"""A whole run's config: its sections, and whether they fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from s2l_ray.config.machines import MachinesConfig
+from s2l_ray.config.section import Positive, Section
+from s2l_ray.config.sections import ClusteringConfig, EvaluationConfig, ExamplesConfig, SelectionConfig, TrajectoriesConfig
+from s2l_ray.config.training import ProxyConfig, ScratchModel, TargetConfig
+from s2l_ray.errors import has_credentials
+
+
+class PlanConfig(Section):
+    """What `s2l plan` assumes where it cannot look: nothing is computed from it."""
+
+    num_examples: Positive | None = None
+    tokens_per_example: Positive | None = None
+    response_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
+    proxy_parameters: Annotated[float, Field(gt=0)] | None = None
+    target_parameters: Annotated[float, Field(gt=0)] | None = None
+    accelerator: str | None = None
+    price_per_hour: Annotated[float, Field(ge=0)] | None = None
+
+
+class RunConfig(Section):
+    """A whole run. The sections are the eight words of the flow."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Names the run; the default run directory is `runs/<name>`."""
+
+    examples: ExamplesConfig
+    proxy: ProxyConfig
+    trajectories: TrajectoriesConfig = TrajectoriesConfig()
+    clustering: ClusteringConfig = ClusteringConfig()
+    selection: SelectionConfig
+    target: TargetConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    machines: MachinesConfig = MachinesConfig()
+    plan: PlanConfig = PlanConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_credentials_in_uris(cls, values: Any) -> Any:
+        """They would end up in run.json, manifests and logs."""
+        for place, text in _texts(values):
+            if has_credentials(text):
+                raise ValueError(f"{place}: credentials in a URI end up in files and logs. Put them into the environment")
+        return values
+
+    @model_validator(mode="after")
+    def _sections_fit_together(self) -> RunConfig:
+        for name in ("proxy", "target"):
+            batch, workers = getattr(self, name).global_batch_size, getattr(self.machines, name).num_workers
+            low, high = workers if isinstance(workers, list) else [workers, workers] if isinstance(workers, int) else [1, 1]
+            if all(batch % number for number in range(low, high + 1)):
+                raise ValueError(f"machines.{name}.num_workers={workers} does not divide {name}.global_batch_size={batch}")
+        offload, zero_stage = self.machines.target.offload, self.target.zero_stage
+        if zero_stage < {"none": 0, "optimizer": 1, "parameters": 3}[offload]:
+            needed = "3" if offload == "parameters" else "1, 2 or 3"
+            raise ValueError(f"machines.target.offload={offload} needs target.zero_stage {needed}, found {zero_stage}")
+        if self.clustering.stratify_by not in (None, "source"):
+            raise ValueError(
+                f"clustering.stratify_by='{self.clustering.stratify_by}': a run knows strata by 'source'. Set "
+                "examples.source_field to that column, or use `s2l select`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _proxy_has_a_tokenizer(self) -> RunConfig:
+        if isinstance(self.proxy.model, ScratchModel) and self.proxy.tokenizer is None and not self.proxy.checkpoints:
+            raise ValueError(
+                "proxy.tokenizer is missing: a proxy from scratch brings none. "
+                "Set proxy.tokenizer={train: bpe, vocab_size: 4096} or name one"
+            )
+        return self
+
+
+def _texts(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in plain values, with its place."""
+    if isinstance(value, str):
+        yield place, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _texts(inner, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner, place)

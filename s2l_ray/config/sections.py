@@ -1,0 +1,249 @@
+"""The sections of what comes from the corpus and the losses: examples, trajectories, clustering, selection, evaluation."""
+
+from __future__ import annotations
+
+import contextlib
+import string
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from s2l_ray.config.section import Fraction, Positive, Precision, Section
+
+FORMATS = {".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
+"""How a file of a corpus is read, by its suffix; all but Parquet may be gzipped."""
+
+
+class ReasoningGym(Section):
+    """An embedded corpus: real procedural tasks with verifiable answers, made offline by reasoning-gym."""
+
+    tasks: dict[str, dict[str, Any]] = Field(min_length=1)
+    """Task name -> its parameters, `size` (how many examples) among them. The name becomes the source."""
+
+    seed: int = 0
+    """Seed of the task generators."""
+
+    @field_validator("tasks")
+    @classmethod
+    def _sizes_are_given(cls, tasks: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name, parameters in tasks.items():
+            size = parameters.get("size")
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"task '{name}' needs size, the number of examples, as an integer above 0")
+        return tasks
+
+
+class ReasoningGymDataset(Section):
+    """`dataset: {reasoning_gym: {...}}`."""
+
+    reasoning_gym: ReasoningGym
+
+
+class ExamplesConfig(Section):
+    """Where the corpus is and which of its fields are prompt, response and source."""
+
+    dataset: str | list[str] | ReasoningGymDataset
+    """Files (JSON Lines, JSON, CSV, Parquet; gzip allowed), directories, globs or URIs of them; a Hub dataset id;
+    or an embedded reasoning-gym corpus. A relative path is taken from where the command runs."""
+
+    revision: str | None = None
+    """Commit, tag or branch of a Hub dataset. Give a commit: a branch moves."""
+
+    subset: str | None = None
+    """Configuration name of a Hub dataset (GSM8K's `main`, say)."""
+
+    split: str = "train"
+    """Split of a Hub dataset."""
+
+    id_field: str | None = None
+    """Field with a unique id (string or integer). Without it an id is made from the content (prompt and response)."""
+
+    prompt_field: str = "prompt"
+    """Field with the prompt; not read where `prompt_template` or `messages_field` is given."""
+
+    prompt_template: str | None = None
+    """Template over the row's fields, such as `"{instruction}\\n{input}\\n"`."""
+
+    prompt_template_if_empty: str | None = None
+    """Template used instead for rows in which a field of `prompt_template` is empty (Alpaca's form without input)."""
+
+    response_field: str = "response"
+    """Field with the response that is learned."""
+
+    messages_field: str | None = None
+    """Field with a conversation: a list of `{role, content}`. Every assistant message is learned."""
+
+    source_field: str | None = None
+    """Field that names the sub-dataset a row comes from; without it every row's source is the file's name."""
+
+    where: dict[str, Any] = Field(default_factory=dict)
+    """Keep only the rows whose field equals the value, or one of the values: `{split: train}`."""
+
+    held_out_fraction: Fraction = 0.02
+    """Share of the prompts kept for evaluation, chosen by a hash of the prompt with its numbers masked, so that
+    near-copies of one prompt stay on one side. Split off before the budget is counted."""
+
+    rows_per_part: Positive | Literal["auto"] = "auto"
+    """Rows in one part, the unit of restart; auto: 512 up to half a million rows, then so that there are about 1,000
+    parts."""
+
+    @model_validator(mode="after")
+    def _templates_name_plain_fields(self) -> ExamplesConfig:
+        for name in ("prompt_template", "prompt_template_if_empty"):
+            template = getattr(self, name)
+            if template is not None:
+                template_fields(template)
+        if self.prompt_template_if_empty is not None and self.prompt_template is None:
+            raise ValueError("prompt_template_if_empty needs prompt_template beside it")
+        return self
+
+
+def template_fields(template: str) -> list[str]:
+    """The field names in a prompt template, in order.
+
+    Raises ValueError for anything but plain names: a template must not reach into Python objects.
+    """
+    try:
+        fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+    except ValueError as error:
+        raise ValueError(f"not a template: {error}. Write a literal brace twice: {{{{ }}}}") from error
+    for field in fields:
+        if not field.replace("-", "_").isidentifier():
+            raise ValueError(f"'{{{field}}}' is not a plain field name")
+    return fields
+
+
+class TrajectoriesConfig(Section):
+    """How the losses are computed."""
+
+    precision: Precision = "float32"
+    """Arithmetic of the forward pass; the cross-entropy is always float32."""
+
+    tokens_per_batch: Positive = 4096
+    """Padded tokens per forward pass. Part of the recipe: the shape of a matrix product decides a loss's last bit."""
+
+
+class ClusteringConfig(Section):
+    """How the trajectories are grouped."""
+
+    num_clusters: Positive = 100
+    """K, in each stratum if there are strata (paper: 100). Capped by the rows of a stratum, and said."""
+
+    features: Literal["raw", "reduction", "shape", "whitened"] = "raw"
+    """What k-means sees: the losses (raw, the paper), their drop since the first point (reduction), what is left without
+    their level (shape), or their principal components scaled to unit variance (whitened)."""
+
+    num_iterations: Positive = 20
+    """Lloyd iterations at most (paper: 20); they stop early when no row changes its group."""
+
+    tolerance: Annotated[float, Field(ge=0)] = 0.0
+    """They also stop when the centroids' squared moves add up to this share of the features' mean variance
+    (scikit-learn's `tol`); 0: only when no row changes its group."""
+
+    training_rows: Positive | None = None
+    """Train on so many rows of lowest priority (in each stratum) and only assign the others; without it on all rows."""
+
+    num_restarts: Positive = 3
+    """Initialisations tried; the one with the lowest inertia on the sample is kept."""
+
+    stratify_by: str | None = None
+    """Column (`source`, say) within whose values the groups are made (the reference code: source)."""
+
+    seed: int = 0
+    """Seed of the initialisation."""
+
+    @model_validator(mode="after")
+    def _trains_on_enough(self) -> ClusteringConfig:
+        if self.training_rows is not None and self.training_rows < self.num_clusters:
+            raise ValueError(f"training_rows={self.training_rows} is fewer than num_clusters={self.num_clusters}. Raise it")
+        return self
+
+
+class SelectionConfig(Section):
+    """How many examples, and how they are drawn from the groups."""
+
+    method: Literal["s2l"] = "s2l"
+    """Equal shares of every group, small groups first (METHOD: water-filling)."""
+
+    budget: int | float | dict[Literal["tokens"], Positive]
+    """An integer is examples, a decimal below 1 a fraction of the pool, `{tokens: n}` response tokens."""
+
+    more_budgets: list[int | float | dict[Literal["tokens"], Positive]] = Field(default_factory=list)
+    """Further budgets of the same order, each in a file of its own: of two subsets one contains the other."""
+
+    min_per_source: Annotated[int, Field(ge=0)] = 0
+    """So many examples of each source at least (or all it has): its lowest priorities are taken before all others."""
+
+    defer_groups_up_to: Annotated[int, Field(ge=0)] = 0
+    """Groups of at most this size are served last (the reference code: 2)."""
+
+    seed: int = 0
+    """Seed of the priorities inside a group."""
+
+    @field_validator("more_budgets", mode="before")
+    @classmethod
+    def _all_are_numbers(cls, budgets: Any) -> Any:
+        return [cls._budget_is_a_number(budget) for budget in budgets] if isinstance(budgets, list | tuple) else budgets
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _budget_is_a_number(cls, budget: Any) -> Any:
+        """A budget from YAML, the command line or Python as int, float or token budget."""
+        if isinstance(budget, str):
+            try:
+                budget = float(budget) if any(mark in budget for mark in ".eE") else int(budget)
+            except ValueError:
+                raise ValueError(f"'{budget}' is not a number. Examples: 3000, 0.1 or {{tokens: 100000}}") from None
+        if isinstance(budget, dict) and isinstance(budget.get("tokens"), str):
+            with contextlib.suppress(ValueError):
+                budget = budget | {"tokens": float(budget["tokens"])}
+        if budget == {} or budget != budget:  # noqa: PLR0124 - NaN is not itself
+            raise ValueError("a budget is a number of examples, a fraction below 1 or {tokens: n}")
+        if isinstance(budget, bool):
+            raise ValueError("a budget is a number of examples, a fraction below 1 or {tokens: n}")
+        if isinstance(budget, float) and budget == 1:
+            raise ValueError("1.0 is neither a fraction below 1 nor, with its point, a count. Write 1 for one example")
+        if isinstance(budget, float) and budget >= 1:
+            if not budget.is_integer():
+                raise ValueError(f"{budget} is neither a whole number of examples nor a fraction below 1")
+            budget = int(budget)
+        if isinstance(budget, int | float) and budget <= 0:
+            raise ValueError(f"must be above 0, found {budget}")
+        return budget
+
+
+class EvaluationConfig(Section):
+    """What is measured on the held-out rows, and against which controls."""
+
+    random_control: bool = False
+    """Also train a target on a random subset of the same size and steps. Doubles the price of the target."""
+
+    answer_pattern: str | None = None
+    """Regular expression with one group that finds the answer in a response, such as `The answer is (.+)`. The last
+    match counts; numbers are compared as numbers. reasoning-gym corpora bring their own scorers."""
+
+    summary_sources: list[str] = Field(default_factory=list)
+    """Sources whose responses are summaries: scored by ROUGE-L and BLEU."""
+
+    max_generations: Annotated[int, Field(ge=0)] = 200
+    """Held-out rows per source for which answers are generated, lowest priority first."""
+
+    max_new_tokens: Positive = 256
+    """Longest generated answer in tokens."""
+
+    tasks: list[str] = Field(default_factory=list)
+    """Tasks of the lm-evaluation-harness (`pip install 's2l_ray[lm-eval]'`), zero-shot, such as `gsm8k`."""
+
+    @field_validator("answer_pattern")
+    @classmethod
+    def _pattern_has_one_group(cls, pattern: str | None) -> str | None:
+        import re
+
+        if pattern is not None:
+            try:
+                groups = re.compile(pattern).groups
+            except re.error as error:
+                raise ValueError(f"not a regular expression: {error}") from error
+            if groups != 1:
+                raise ValueError(f"needs exactly one group, found {groups}: 'The answer is (.+)'")
+        return pattern

@@ -1,0 +1,33 @@
+"""What a worker process sets for itself before it works: the chatter of libraries, and memory that it keeps."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import warnings
+
+
+def quiet_libraries() -> None:
+    """Keep the chatter of libraries in a worker out of the user's log; their errors still come as exceptions."""
+    import transformers
+
+    warnings.filterwarnings("ignore")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("transformers", "accelerate", "DeepSpeed", "torch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep large arrays that it frees, instead of giving them back to the system and asking for them again.
+
+    glibc does that for every array above a threshold, and the system clears each page anew: on a CPU half of the time
+    that tiles of logits take. Where there is another C library it stays as it is.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # from malloc.h
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        # Older versions take at most 32 MB.
+        if mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25):
+            mallopt(trim_threshold, 2**31 - 1)

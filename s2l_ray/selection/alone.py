@@ -1,0 +1,81 @@
+"""Clustering and selection alone, on anybody's trajectories: `s2l select`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from s2l_ray.clustering.stage import publish_clustering
+from s2l_ray.config import ClusteringConfig, GroupingConfig, SelectionConfig
+from s2l_ray.config.recipes import SCHEMAS
+from s2l_ray.errors import ArtifactError
+from s2l_ray.progress import duration, get_log
+from s2l_ray.runtime.session import connect_ray
+from s2l_ray.selection.stage import check_columns, publish_selection
+from s2l_ray.storage.artifacts import Artifact, Key, refusal
+from s2l_ray.storage.drafts import Draft
+from s2l_ray.storage.layout import SELECTED
+from s2l_ray.storage.lock import exclusive
+from s2l_ray.storage.places import Storage
+from s2l_ray.trajectories.files import fetch_rows, files_identity, find_artifact, streamed
+
+log = get_log("run")
+
+
+def select_trajectories(
+    source: str,
+    output: str,
+    clustering: ClusteringConfig,
+    selection: SelectionConfig,
+    machines: GroupingConfig = GroupingConfig(),  # noqa: B008 - frozen
+) -> Artifact:
+    """Clustering and selection alone, on anybody's trajectories: `output` gets `clustering/` and `selection/`.
+
+    The same numbers give exactly what the pipeline gives. Finished already for the same input and recipe: reused.
+    """
+    begun, place = time.monotonic(), Storage(output)
+    if machines.engine == "ray":
+        connect_ray()
+    with exclusive(place) as still_held:
+        own = find_artifact(source)
+        with streamed(own or source, place, seed=clustering.seed, stratify_by=clustering.stratify_by) as (store, scratch):
+            check_columns(selection, store)
+            with ThreadPoolExecutor(2) as pool:
+                identity = own.identity if own is not None else store.identity(pool)
+            key = Key("clustering", SCHEMAS["clustering"], clustering.model_dump(mode="json"), {"trajectories": identity})
+
+            def group(draft: Draft) -> Artifact:
+                return publish_clustering(clustering, machines, store, scratch, draft)
+
+            groups = _select_stage(place, key, group, still_held)
+            inputs = {"trajectories": identity, "clustering": groups.identity}
+            if own is None:  # columns that are only passed through are in no identity yet
+                inputs["rows"] = files_identity(source)
+            key = Key("selection", SCHEMAS["selection"], selection.model_dump(mode="json"), inputs)
+
+            def build(draft: Draft) -> Artifact:
+                fetch = partial(fetch_rows, own or source)
+                return publish_selection(selection, store, groups, fetch, scratch, draft)
+
+            subset = _select_stage(place, key, build, still_held)
+    log.info(
+        "%s examples in %s/%s (%s)",
+        f"{subset.summary['rows']:,}",
+        subset.root.uri,
+        SELECTED,
+        duration(time.monotonic() - begun),
+    )
+    return subset
+
+
+def _select_stage(place: Storage, key: Key, build: Callable[[Draft], Artifact], still_held: Callable[[], None]) -> Artifact:
+    found = Artifact.find(place.child(key.stage))
+    if found is None:
+        return build(Draft.open(place, key, still_held))
+    if found.fingerprint != key.fingerprint:
+        raise ArtifactError(refusal(place.child(key.stage), key, found.manifest, "Give another --output"))
+    found.check_sizes()
+    get_log(key.stage).info("reused (fingerprint %s)", key.fingerprint)
+    return found

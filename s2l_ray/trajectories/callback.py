@@ -1,0 +1,443 @@
+"""Trajectories from anybody's Trainer: a callback that scores every example of a dataset at the recorded steps.
+
+    recorder = s2l_ray.RecordTrajectories("trajectories", dataset, num_checkpoints=12)
+    Trainer(model, args, train_dataset=dataset, callbacks=[recorder]).train()  # then: s2l select trajectories ...
+
+The training is the same with and without it: a model comes back in the mode it was in, and no random number is drawn. What
+cannot be recorded is refused before the first step.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.distributed
+from accelerate.utils import extract_model_from_parallel, send_to_device
+from numpy.typing import NDArray
+from transformers import TrainerCallback, default_data_collator
+
+from s2l_ray.config import Schedule
+from s2l_ray.errors import ArtifactError, ConfigError, DataError
+from s2l_ray.progress import duration, get_log
+from s2l_ray.storage.artifacts import Artifact
+from s2l_ray.storage.places import Storage
+from s2l_ray.training.losses import example_losses
+from s2l_ray.training.schedule import recorded_steps
+from s2l_ray.training.token_rows import TokenRows
+from s2l_ray.trajectories.files import recorded_files
+from s2l_ray.trajectories.recording import finish_recording, forget_steps, note_dropped, record_losses, unique_ids
+
+# What transformers' losses leave out.
+NO_LABEL = -100
+_log = get_log("trajectories")
+
+
+class RecordTrajectories(TrainerCallback):  # type: ignore[misc]
+    """Records the loss of every row of `dataset` at the recorded steps of a training, and finishes the store at its end.
+
+    `directory`: path or URI of the trajectory store. `dataset`: rows as mappings, with a length, the ids in the column
+    `example_id` (and names of sub-datasets in `source`, where there is such a column); it may be another than is trained on.
+    `num_checkpoints`, `schedule`, `every_steps`, `include_untrained`: as in `recorded_steps`.
+
+    Causal language models need no more: rows have `input_ids` and `labels` (-100 where nothing is learned), and the loss is
+    the mean cross-entropy in nats over a row's labels. For any other model `loss_function(model, batch)` gives a loss per
+    example, a tensor (B,); batches of `batch_size` rows are made by `collator` and are on the model's device.
+
+    `tokens_per_batch`: padded tokens scored at once. `precision`: `float32` or `bfloat16` for the forward pass, whatever the
+    training's own mixed precision is; a model whose weights are in half precision is scored in bfloat16.
+
+    Raises ConfigError, DataError or ArtifactError before the first step where this training cannot be recorded.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        dataset: Any,
+        *,
+        example_id: str = "example_id",
+        num_checkpoints: int = 12,
+        schedule: Schedule = "equal",
+        every_steps: int | None = None,
+        include_untrained: bool = False,
+        source: str = "source",
+        loss_function: Callable[[Any, Any], torch.Tensor] | None = None,
+        collator: Callable[[list[Any]], Any] | None = None,
+        batch_size: int = 32,
+        tokens_per_batch: int = 4096,
+        precision: str = "float32",
+    ) -> None:
+        if precision not in {"float32", "bfloat16"}:
+            raise ConfigError(f"precision: '{precision}' is unknown. Give float32 or bfloat16.")
+        if batch_size < 1 or tokens_per_batch < 1:
+            raise ConfigError("batch_size and tokens_per_batch are numbers above 0.")
+        self._storage = Storage(os.fspath(directory))
+        self._rows = _Rows(dataset, example_id, source)
+        self._schedule: dict[str, Any] = {
+            "num_checkpoints": num_checkpoints,
+            "schedule": schedule,
+            "every_steps": every_steps,
+            "include_untrained": include_untrained,
+        }
+        self._loss_function, self._collator = loss_function, collator or default_data_collator
+        self._batch_size, self._tokens_per_batch, self._precision = batch_size, tokens_per_batch, precision
+        self._steps: list[int] = []
+        self._share: _Share | None = None
+
+    # --- what the Trainer calls ---
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:  # noqa: ARG002
+        self._steps = recorded_steps(state.max_steps, **self._schedule)
+        self._share = None
+        if self._is_recorded_to_the_end(state.global_step):
+            return
+        check_training(args, model)
+        model = extract_model_from_parallel(model)
+        with _scoring(model):
+            ids = self._rows.checked_ids()
+            self._share = self._share_of(range(args.process_index, len(ids), args.world_size), ids, model)
+        dropped = _sum_of_ranks(self._share.num_dropped, args)
+        if dropped == len(ids):
+            raise DataError("dataset: no row has a label to learn. Labels are input_ids, with -100 where nothing is learned.")
+        if args.process_index == 0:
+            self._take_up(state.global_step)
+            note_dropped(self._storage.uri, {"no_response_token": dropped} if dropped else {})
+        _wait_for_all(args)
+        if state.global_step == 0 and 0 in self._steps:
+            self._record(0, args, model)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:  # noqa: ARG002
+        if state.global_step in self._steps:
+            self._record(state.global_step, args, extract_model_from_parallel(model))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        if self._share is None:
+            return
+        if args.process_index == 0:
+            missing = [step for step in self._steps if step not in recorded_files(self._storage)]
+            if missing:
+                _log.warning(
+                    "%s is unfinished: the training ended before step %d. Resume it, or "
+                    "s2l_ray.finish_recording(%r) finishes with the steps that are there",
+                    *(self._storage.uri, missing[0], self._storage.uri),
+                )
+            else:
+                finish_recording(self._storage.uri)
+        _wait_for_all(args)
+
+    # --- how it is done ---
+
+    def _is_recorded_to_the_end(self, global_step: int) -> bool:
+        """Whether the store is finished and the training is, too. Raises ArtifactError where only the store is."""
+        found = Artifact.find(self._storage)
+        if found is None:
+            return False
+        if global_step < self._steps[-1] or found.summary.get("steps") != self._steps:
+            raise ArtifactError(
+                f"{self._storage.uri}: finished, and this training has steps to record. Give another directory, or remove it."
+            )
+        return True
+
+    def _take_up(self, global_step: int) -> None:
+        """Keep what was recorded up to the step from which the training goes on, remove what it will record again.
+
+        Raises ArtifactError where the directory has steps of another schedule, or lacks steps that are past.
+        """
+        found = list(recorded_files(self._storage))
+        foreign = [step for step in found if step not in self._steps]
+        if foreign:
+            raise ArtifactError(
+                f"{self._storage.uri}: holds losses of steps {_named(foreign)}, but this training records steps "
+                f"{_named(self._steps)}. Give another directory, or remove it."
+            )
+        again = [step for step in found if step > global_step or global_step == 0]
+        lacking = [step for step in self._steps if step <= global_step and step not in found and global_step > 0]
+        if lacking:
+            raise ArtifactError(
+                f"{self._storage.uri}: the training goes on after step {global_step}, but steps {_named(lacking)} are not "
+                "recorded there. Give the directory of its first part, or train from the beginning."
+            )
+        if again:
+            _log.info("%s: steps %s of an earlier attempt are recorded again", self._storage.uri, _named(again))
+        forget_steps(self._storage.uri, again)
+
+    def _record(self, step: int, args: Any, model: Any) -> None:
+        assert self._share is not None, "on_train_begin makes the share"
+        begun = time.monotonic()
+        with _scoring(model):
+            losses = self._share.losses(model)
+        record_losses(
+            self._storage.uri,
+            step,
+            self._share.example_ids,
+            losses,
+            source=self._share.sources,
+            num_response_tokens=self._share.num_response_tokens,
+        )
+        _wait_for_all(args)
+        if args.process_index == 0:
+            seconds = duration(time.monotonic() - begun)
+            _log.info("step %d of %d: %s losses recorded in %s", step, self._steps[-1], f"{len(losses):,}", seconds)
+
+    def _share_of(self, numbers: range, ids: pa.Array, model: Any) -> _Share:
+        """What this process scores: the rows with these numbers."""
+        numbers_M = np.asarray(numbers, np.int64)
+        if self._loss_function is not None:
+            return _Share(ids.take(pa.array(numbers_M)), self._rows.sources(numbers_M), None, self._function_losses(numbers))
+        tokens = TokenRows.of([tokens_of(self._rows.dataset[i], f"row {ids[i].as_py()!r}") for i in numbers])
+        kept_M = np.flatnonzero(tokens.num_labels > 0)
+        tokens, kept_M = tokens.take(kept_M), numbers_M[kept_M]
+        if len(tokens):
+            check_logits(model, tokens[int(np.argmax(tokens.lengths))][0])
+
+        # Weights of half the precision cannot give more than that.
+        is_half = any(p.dtype in {torch.bfloat16, torch.float16} for p in model.parameters())
+        precision = "bfloat16" if is_half else self._precision
+
+        def losses(model: Any) -> NDArray[np.float32]:
+            return example_losses(model, tokens, tokens_per_batch=self._tokens_per_batch, precision=precision)
+
+        num_dropped = len(numbers_M) - len(kept_M)
+        return _Share(
+            ids.take(pa.array(kept_M)), self._rows.sources(kept_M), tokens.num_labels, losses, num_dropped=num_dropped
+        )
+
+    def _function_losses(self, numbers: range) -> Callable[[Any], NDArray[np.float32]]:
+        """Scores the rows with these numbers by the user's function, batch by batch."""
+        function = self._loss_function
+        assert function is not None
+
+        def losses(model: Any) -> NDArray[np.float32]:
+            device = next(model.parameters()).device
+            found = [torch.zeros(0)]
+            for start in range(0, len(numbers), self._batch_size):
+                some = numbers[start : start + self._batch_size]
+                batch = send_to_device(self._collator([self._rows.without_names(i) for i in some]), device)
+                with torch.autocast(device.type, torch.bfloat16, enabled=self._precision == "bfloat16"):
+                    losses_B = function(model, batch)
+                if not isinstance(losses_B, torch.Tensor) or losses_B.shape != (len(some),):
+                    shape = tuple(losses_B.shape) if isinstance(losses_B, torch.Tensor) else type(losses_B).__name__
+                    raise DataError(
+                        f"loss_function: gave {shape} for a batch of {len(some)} rows, expected a tensor of shape "
+                        f"({len(some)},): one loss per example, not their mean. Compute it with reduction='none'."
+                    )
+                found.append(losses_B.float().cpu())
+            return np.asarray(torch.cat(found).numpy())
+
+        return losses
+
+
+@dataclass(frozen=True)
+class _Share:
+    """The rows that one process scores, M of them."""
+
+    example_ids: pa.Array
+    sources: list[Any] | None
+    num_response_tokens: NDArray[np.int32] | None
+    losses: Callable[[Any], NDArray[np.float32]]
+    """The loss of each row under a model, (M,)."""
+
+    num_dropped: int = 0
+    """Rows besides these that have no label."""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A dataset with random access, and the columns that name its rows."""
+
+    dataset: Any
+    example_id: str
+    source: str
+
+    def checked_ids(self) -> pa.Array:
+        """The ids of all rows. Raises DataError where there are none to use."""
+        is_stream = isinstance(self.dataset, torch.utils.data.IterableDataset) or not hasattr(self.dataset, "__getitem__")
+        if is_stream or not hasattr(self.dataset, "__len__"):
+            raise DataError(
+                "dataset: a stream without length and row numbers. Every example is scored at every recorded step: give a "
+                "dataset with both."
+            )
+        if not len(self.dataset):
+            raise DataError("dataset: has no rows.")
+        columns = self.columns()
+        if self.example_id not in columns:
+            raise DataError(
+                f"dataset: no column '{self.example_id}' (columns: {', '.join(columns)}). Give one unique id per row, or name "
+                "the column with example_id=. The Trainer's remove_unused_columns drops it from its own copy only: the "
+                "dataset given to RecordTrajectories must have it."
+            )
+        return unique_ids(self.column(self.example_id), "dataset")
+
+    def columns(self) -> list[str]:
+        names = getattr(self.dataset, "column_names", None)
+        if names is not None:
+            return list(names)
+        first = self.dataset[0]
+        if not isinstance(first, Mapping):
+            raise DataError(f"dataset: its rows are {type(first).__name__}. Give rows as mappings of column to value.")
+        return [str(name) for name in first]
+
+    def column(self, name: str) -> list[Any]:
+        """All values of a column."""
+        is_table = hasattr(self.dataset, "column_names")
+        values = self.dataset[name] if is_table else (self.dataset[i][name] for i in range(len(self.dataset)))
+        return [value.item() if hasattr(value, "item") else value for value in values]
+
+    def sources(self, numbers_M: NDArray[np.int64]) -> list[Any] | None:
+        """The sources of some rows, None where the dataset has none."""
+        if self.source not in self.columns():
+            return None
+        values = self.column(self.source)
+        return [values[i] for i in numbers_M]
+
+    def without_names(self, number: int) -> dict[str, Any]:
+        """A row as a model's collator takes it."""
+        return {k: v for k, v in self.dataset[number].items() if k not in {self.example_id, self.source}}
+
+
+# --- what a row is -------------------------------------------------------------------------------------------------
+
+
+def tokens_of(row: Mapping[str, Any], name: str) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """Tokens and label marks of a causal language model's row, padding left out.
+
+    Raises DataError where several examples share the row, or where labels are not the tokens themselves.
+    """
+    if "input_ids" not in row or "labels" not in row:
+        raise DataError(
+            f"{name}: columns {', '.join(row)}. A causal language model's rows have input_ids and labels (input_ids, with -100 "
+            "where nothing is learned); for any other model give loss_function=."
+        )
+    ids, labels = np.asarray(row["input_ids"]), np.asarray(row["labels"])
+    if ids.ndim != 1 or labels.shape != ids.shape:
+        raise DataError(f"{name}: {_not_causal(f'input_ids of shape {ids.shape} and labels of shape {labels.shape}')}")
+    span = _attended(row, len(ids), name)
+    _check_one_example(row, span, name)
+    ids, labels = ids[span], labels[span]
+    is_label = labels != NO_LABEL
+    if (labels != ids)[is_label].any():
+        raise DataError(f"{name}: {_not_causal('labels that are not the tokens of input_ids at their places')}")
+    is_label[:1] = False  # nothing comes before it to predict it from
+    # What follows the last label changes no loss: padding, where no mask says so.
+    stop = int(np.flatnonzero(is_label)[-1]) + 1 if is_label.any() else 0
+    return ids[:stop].astype(np.int32), is_label[:stop]
+
+
+def _attended(row: Mapping[str, Any], length: int, name: str) -> slice:
+    """The tokens that are no padding, on whichever side that stands."""
+    if row.get("attention_mask") is None:
+        return slice(0, length)
+    places = np.flatnonzero(np.asarray(row["attention_mask"]))
+    if not len(places):
+        return slice(0, 0)
+    span = slice(int(places[0]), int(places[-1]) + 1)
+    if span.stop - span.start != len(places) or span.stop > length:
+        raise DataError(f"{name}: attention_mask has gaps. A row is one example: tokens side by side, padding before or after.")
+    return span
+
+
+def _check_one_example(row: Mapping[str, Any], span: slice, name: str) -> None:
+    lengths, positions = row.get("seq_lengths"), row.get("position_ids")
+    restarts = positions is not None and (np.asarray(positions).reshape(-1)[span][1:] == 0).any()
+    if restarts or (lengths is not None and np.size(lengths) > 1):
+        column = "position_ids that start again" if restarts else "several seq_lengths"
+        raise DataError(f"{name}: {column}: {_PACKED}")
+
+
+_PACKED = (
+    "several examples in one row hide the loss of each. Give a dataset with a row per example, and train with packing=False."
+)
+
+
+def _not_causal(found: str) -> str:
+    return (
+        f"{found}. A causal language model's labels are its input_ids, with -100 where nothing is learned; for any other model "
+        "give loss_function=."
+    )
+
+
+# --- what a training is --------------------------------------------------------------------------------------------
+
+
+def check_training(args: Any, model: Any) -> None:
+    """Raise ConfigError for a training whose losses cannot be recorded example by example."""
+    if getattr(args, "packing", False):
+        raise ConfigError(f"packing=True: {_PACKED}")
+    if getattr(args, "use_liger_kernel", False):
+        raise ConfigError(
+            "use_liger_kernel=True: its fused loss is one number for a whole batch. Record with use_liger_kernel=False."
+        )
+    if getattr(args, "fsdp", None) or is_sharded(model):
+        raise ConfigError(
+            "the model's parameters are sharded (DeepSpeed ZeRO 3, FSDP or tensor parallel): no process could score with them. "
+            "Train with DDP or ZeRO up to 2, or keep checkpoints and score them afterwards: `s2l run` with proxy.checkpoints."
+        )
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether a process holds only its share of the parameters."""
+    from torch.distributed.tensor import DTensor
+
+    is_wrapped = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
+    return is_wrapped or any(hasattr(p, "ds_id") or isinstance(p, DTensor) for p in model.parameters())
+
+
+def check_logits(model: Any, ids_L: NDArray[np.int32]) -> None:
+    """Raise ConfigError where the model's forward gives no logits for a row; the longest shows that all fit."""
+    device = next(model.parameters()).device
+    output = model(input_ids=torch.from_numpy(ids_L.astype(np.int64))[None].to(device))
+    if not isinstance(getattr(output, "logits", None), torch.Tensor):
+        raise ConfigError(
+            f"{type(model).__name__}: its forward gives no logits in evaluation mode. Give a causal language model "
+            "(AutoModelForCausalLM), or loss_function=."
+        )
+
+
+@contextmanager
+def _scoring(model: Any) -> Iterator[None]:
+    """The model in evaluation mode, without gradients and in its own precision; then all as before, random numbers too."""
+    modes = [(module, module.training) for module in model.modules()]
+    # With mixed precision accelerate puts autocast around the forward, and leaves the model's own beside it.
+    mixed = model.__dict__.get("forward") if "_original_forward" in model.__dict__ else None
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        try:
+            model.eval()
+            if mixed is not None:
+                del model.forward
+                if model.forward != model._original_forward:  # not its class's, but somebody's before accelerate
+                    model.forward = model._original_forward
+            yield
+        finally:
+            if mixed is not None:
+                model.forward = mixed
+            for module, mode in modes:
+                module.training = mode
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
+
+
+def _wait_for_all(args: Any) -> None:
+    if args.world_size > 1:
+        torch.distributed.barrier()
+
+
+def _sum_of_ranks(count: int, args: Any) -> int:
+    if args.world_size == 1:
+        return count
+    counts: list[int] = [0] * args.world_size
+    torch.distributed.all_gather_object(counts, count)
+    return sum(counts)
+
+
+def _named(steps: list[int]) -> str:
+    return ", ".join(map(str, steps))

@@ -1,0 +1,313 @@
+"""Trajectories from anybody's training: losses recorded step by step become a trajectory store that `s2l select` takes.
+
+    steps = s2l_ray.recorded_steps(total_steps)
+    for step in train(model):  # a loop of yours that gives the number of the step just done
+        if step in steps:
+            losses = cross_entropy(model(inputs), labels, reduction="none")  # every example, model.eval(), no_grad()
+            s2l_ray.record_losses("trajectories", step, example_ids, losses)
+    s2l_ray.finish_recording("trajectories")  # then: s2l select trajectories --budget 0.1 --output out
+
+A call writes one file, named after its step and its ids: done again after a restart it replaces what it wrote before, and
+any number of processes may record at once. Until it is finished a recording is scratch, and nobody reads it as a result.
+"""
+
+from __future__ import annotations
+
+import io
+import operator
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from s2l_ray.errors import ArtifactError, ConfigError, DataError
+from s2l_ray.examples.ids import id_column, name_examples, one_array
+from s2l_ray.progress import get_log
+from s2l_ray.storage.artifacts import Artifact, Key
+from s2l_ray.storage.drafts import Draft, table_bytes
+from s2l_ray.storage.layout import BUILDING, MANIFEST, RECORDING, part_name
+from s2l_ray.storage.places import Storage
+from s2l_ray.storage.records import digest
+from s2l_ray.trajectories.files import recorded_files
+from s2l_ray.trajectories.sorting import is_ascending
+from s2l_ray.trajectories.store import BLOCK_ROWS, check_losses, losses_of, trajectories_table
+
+STAGE = "trajectories"
+# Nothing about a training is known here: what the losses are worth as an input, their files say.
+KEY = Key(STAGE, 1, {"recorded": True}, {})
+# Counts of the examples that were never recorded, by reason.
+DROPPED = f"{RECORDING}/dropped.json"
+OPTIONAL = ("source", "num_response_tokens")
+_log = get_log(STAGE)
+
+
+# --- recording -----------------------------------------------------------------------------------------------------
+
+
+def record_losses(
+    directory: str | os.PathLike[str],
+    step: int,
+    example_ids: Any,
+    losses: Any,
+    *,
+    source: Any = None,
+    num_response_tokens: Any = None,
+) -> None:
+    """Record the losses of some examples after a step of a training: once a step, or in several calls (ranks, batches)
+    whose examples differ. The same examples again replace what was recorded of them.
+
+    `directory`: path or URI. `example_ids`: strings or integers, (N,). `losses`: nats, (N,), of any array library, stored as
+    float32. `source`: names of sub-datasets, (N,), `num_response_tokens`: integers, (N,); given at one step or at all.
+
+    Raises DataError for ids that occur twice or have no common type, for losses that are not finite or not one per
+    example, ConfigError for a step that is no number from 0 on, ArtifactError where the directory is finished or in use.
+    """
+    storage = Storage(os.fspath(directory))
+    where = f"{storage.uri}: step {step}"
+    number = _step_number(step, where)
+    _check_open(storage)
+    ids = unique_ids(example_ids, where)
+    losses_N = _one_loss_each(losses, len(ids), where)
+    check_losses(losses_N[:, None], ids, where)
+    if not len(ids):  # a rank without a share
+        return
+    given = {name: _plain(values) for name, values in zip(OPTIONAL, (source, num_response_tokens), strict=True)}
+    table = _in_order(_table(ids, losses_N[:, None], {k: v for k, v in given.items() if v is not None}, where))
+    name = digest(table["example_id"].to_pylist(), 16)
+    storage.write(f"{_folder(number)}/{name}.parquet", table_bytes(table))
+
+
+def unique_ids(example_ids: Any, where: str) -> pa.Array:
+    """Ids in any form as strings or int64, in their order. Raises DataError for repeated ones and for mixed types."""
+    values = _plain(example_ids)
+    try:
+        column = one_array(values if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(values))
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise DataError(f"{where}: example_ids are not all strings, or all integers ({error}).") from error
+    ids = id_column(column if len(column) else column.cast(pa.string()), where)
+    twice = _repeated(ids)
+    if len(twice):
+        raise DataError(f"{where}: example_id occurs more than once: {name_examples(twice)}. Ids must be unique.")
+    return ids
+
+
+def note_dropped(directory: str | os.PathLike[str], dropped: Mapping[str, int]) -> None:
+    """Keep the counts of examples that are not recorded, by reason, for the manifest.
+
+    Raises ArtifactError where the directory is finished or in use.
+    """
+    storage = Storage(os.fspath(directory))
+    _check_open(storage)
+    storage.write_json(DROPPED, dict(dropped))
+
+
+def forget_steps(directory: str | os.PathLike[str], steps: Iterable[int]) -> None:
+    """Remove what is recorded of some steps: a training that goes back behind them records them again."""
+    storage = Storage(os.fspath(directory))
+    for step in steps:
+        storage.delete(_folder(step))
+
+
+def _folder(step: int) -> str:
+    return f"{RECORDING}/step-{step:06d}"
+
+
+def _step_number(step: Any, where: str) -> int:
+    try:
+        number = -1 if isinstance(step, bool) else operator.index(step)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise ConfigError(f"{where}: a step is a whole number from 0 (the untrained model) on.")
+    return number
+
+
+def _check_open(storage: Storage) -> None:
+    """Raise ArtifactError where a recording may not be written: it is finished, or the place is another's."""
+    names = storage.names()
+    if MANIFEST in names:
+        raise ArtifactError(f"{storage.uri}: finished, nothing more is recorded there. Give another directory, or remove it.")
+    begun = storage.read_json(BUILDING) if BUILDING in names else None
+    is_ours = begun is not None and begun.get("recipe") == KEY.recipe
+    if begun is not None and not is_ours:
+        raise ArtifactError(f"{storage.uri}: an unfinished stage of a run. Give another directory.")
+    if not is_ours and any(name.endswith(".parquet") for name in names):
+        raise ArtifactError(f"{storage.uri}: holds other Parquet files. Give another directory.")
+
+
+def _plain(values: Any) -> Any:
+    """Values that Arrow and numpy read: a tensor of any device and precision as an array, known without importing torch."""
+    if not hasattr(values, "detach"):
+        return values
+    values = values.detach().cpu()
+    return (values.float() if values.is_floating_point() else values).numpy()
+
+
+def _one_loss_each(losses: Any, num_examples: int, where: str) -> NDArray[np.float32]:
+    """Losses in any form, float32 (N,). Raises DataError for another shape."""
+    try:
+        with np.errstate(over="ignore"):
+            losses_N = np.asarray(_plain(losses), np.float32)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where}: losses are not numbers, one for each example ({error}).") from error
+    if losses_N.shape == (num_examples,):
+        return losses_N
+    if losses_N.size == 1:
+        raise DataError(
+            f"{where}: one loss for {num_examples:,} examples, their mean it seems. Compute the loss with "
+            "reduction='none' and give one for each example."
+        )
+    raise DataError(
+        f"{where}: losses of shape {losses_N.shape} for {num_examples:,} example_ids. Give one for each: reduction='none', "
+        "then the mean over each example's own tokens."
+    )
+
+
+def _table(ids: pa.Array, losses_NT: NDArray[np.float32], given: Mapping[str, Any], where: str) -> pa.Table:
+    """Trajectories with the optional columns that are given, in the form of a run's own."""
+    for name, values in given.items():
+        if len(values) != len(ids):
+            raise DataError(f"{where}: {len(values):,} values of {name} for {len(ids):,} example_ids: give one for each.")
+    sources = given.get("source", pa.nulls(len(ids)))
+    try:
+        table = trajectories_table(ids, losses_NT, sources, given.get("num_response_tokens", np.zeros(len(ids), np.int32)))
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+    return table.drop_columns([name for name in OPTIONAL if name not in given])
+
+
+def _in_order(table: pa.Table) -> pa.Table:
+    """The rows in ascending order of their ids."""
+    return table.take(pc.array_sort_indices(one_array(table["example_id"]))).combine_chunks()
+
+
+def _repeated(ids: pa.Array) -> pa.Array:
+    """The ids that occur more than once."""
+    counts = ids.value_counts()
+    return counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+
+
+# --- finishing -----------------------------------------------------------------------------------------------------
+
+
+def finish_recording(directory: str | os.PathLike[str]) -> Artifact:
+    """Join the recorded steps into a finished trajectory store; the same bytes for any order and split of the calls.
+
+    One process calls it, after the last `record_losses` of all. On a finished directory it gives what is there. Ids and
+    losses are in memory: 4 * T bytes a row and the ids.
+
+    Raises DataError where a step lacks examples or has one twice, where a source or token count changes or is missing for
+    some, ArtifactError where nothing is recorded or the directory is another stage's.
+    """
+    storage = Storage(os.fspath(directory))
+    found = Artifact.find(storage)
+    if found is not None:
+        if found.stage != STAGE:
+            raise ArtifactError(f"{storage.uri}: holds the stage '{found.stage}'. Give the directory of a recording.")
+        return found
+    _check_open(storage)
+    files = recorded_files(storage)
+    if not files:
+        raise ArtifactError(f"{storage.uri}: no step is recorded there. Call s2l_ray.record_losses first.")
+    ids, losses_NT, columns = _joined(storage, files)
+    draft = Draft(storage, KEY, storage.child(RECORDING))
+    storage.write_json(BUILDING, {"fingerprint": KEY.fingerprint, "recipe": KEY.recipe, "inputs": KEY.inputs})
+    for name in storage.names():
+        if name.startswith("part-"):  # of an attempt that was killed: `_check_open` lets nobody else's be here
+            storage.delete(name)
+    totals_T = np.zeros(len(files))
+    for number, start in enumerate(range(0, len(ids), BLOCK_ROWS)):
+        rows = slice(start, start + BLOCK_ROWS)
+        check_losses(losses_NT[rows], ids[rows], storage.uri)
+        part = _table(ids[rows], losses_NT[rows], {name: column[rows] for name, column in columns.items()}, storage.uri)
+        draft.write_table(part_name(number), part)
+        totals_T += losses_NT[rows].sum(0, dtype=np.float64)
+    summary = {
+        "rows": len(ids),
+        "dropped": storage.read_json(DROPPED) or {},
+        "num_checkpoints": len(files),
+        "steps": list(files),
+        "mean_losses": (totals_T / len(ids)).round(6).tolist(),
+    }
+    _log.info("%s examples recorded at %d steps in %s", f"{len(ids):,}", len(files), storage.uri)
+    return draft.publish(summary)
+
+
+def _joined(storage: Storage, files: Mapping[int, list[str]]) -> tuple[pa.Array, NDArray[np.float32], dict[str, pa.Array]]:
+    """Ids in ascending order, losses (N, T) in order of steps, and the optional columns that were given."""
+    first_ids, losses_NT = pa.nulls(0), np.empty((0, len(files)), np.float32)
+    columns: dict[str, pa.Array] = {}
+    for point, (step, names) in enumerate(files.items()):
+        table = _read_step(storage, step, names)
+        ids = one_array(table["example_id"])
+        if point == 0:
+            first_ids, losses_NT = ids, np.empty((len(ids), len(files)), np.float32)
+        _check_same_ids(storage, (next(iter(files)), first_ids), (step, ids))
+        losses_NT[:, point] = losses_of(table)[:, 0]
+        for name in OPTIONAL:
+            if name in table.column_names:
+                columns[name] = _agreed(columns.get(name), one_array(table[name]), ids, f"{storage.uri}: step {step}: {name}")
+    for name, column in columns.items():
+        if column.null_count:
+            unknown = name_examples(first_ids.filter(column.is_null()))
+            raise DataError(f"{storage.uri}: {name} is given for some examples and not for {unknown}. Give it for all.")
+    return first_ids, losses_NT, columns
+
+
+def _read_step(storage: Storage, step: int, names: list[str]) -> pa.Table:
+    """All that is recorded of a step, in ascending order of ids; optional columns are null where a call had none.
+
+    Raises DataError naming a damaged file, or examples that were recorded twice.
+    """
+    tables: list[pa.Table] = []
+    for name in names:
+        try:
+            tables.append(pq.read_table(io.BytesIO(storage.read(name))))
+        except pa.ArrowException as error:
+            remedy = "Remove it and record its examples again."
+            raise DataError(f"{storage.uri}/{name}: cannot be read as Parquet ({error}). {remedy}") from error
+    kinds = sorted({str(table.schema.field("example_id").type) for table in tables})
+    if len(kinds) > 1:
+        raise DataError(f"{storage.uri}: step {step}: example_id is {' and '.join(kinds)}. Record ids of one type.")
+    table = _in_order(pa.concat_tables(tables, promote_options="default"))
+    ids = one_array(table["example_id"])
+    if not is_ascending(ids):
+        raise DataError(
+            f"{storage.uri}: step {step}: recorded more than once, in calls with different examples: "
+            f"{name_examples(_repeated(ids))}. If the training was started again with another number of processes or another "
+            f"batch size, remove {storage.uri}/{_folder(step)} and record the step again."
+        )
+    return table
+
+
+def _check_same_ids(storage: Storage, first: tuple[int, pa.Array], other: tuple[int, pa.Array]) -> None:
+    """Raise DataError where two steps have different examples, naming the step that lacks some."""
+    (first_step, first_ids), (step, ids) = first, other
+    if ids.equals(first_ids):
+        return
+    if ids.type != first_ids.type:
+        kinds = f"{first_ids.type} at step {first_step} and {ids.type} at step {step}"
+        raise DataError(f"{storage.uri}: example_id is {kinds}. Record ids of one type.")
+    for lacking, found, there in ((step, ids, first_ids), (first_step, first_ids, ids)):
+        missing = there.filter(pc.invert(pc.is_in(there, found)))
+        if len(missing):
+            raise DataError(
+                f"{storage.uri}: step {lacking} lacks {len(missing):,} of the examples: {name_examples(missing)}. Record "
+                f"them with record_losses(..., {lacking}, ...), or remove {storage.uri}/{_folder(lacking)} to leave the step "
+                "out; then call finish_recording again."
+            )
+
+
+def _agreed(known: pa.Array | None, found: pa.Array, ids: pa.Array, where: str) -> pa.Array:
+    """A column as all steps so far have it, nulls where none does. Raises DataError where two differ."""
+    if known is None:
+        return found
+    differs = ids.filter(pc.fill_null(pc.not_equal(known, found), False))
+    if len(differs):
+        raise DataError(f"{where} is not what an earlier step has for {name_examples(differs)}. Give the same, or once.")
+    return pc.coalesce(known, found)

@@ -1,0 +1,193 @@
+"""Trajectories: the loss of every example under every checkpoint, each exactly once.
+
+The unit of restart is one part of examples under one checkpoint. Rows are batched within their part, so a loss depends
+neither on the number of workers nor on what was interrupted, nor on which checkpoints are scored together. A unit's file lies
+under a name that stands for all that decides its content (corpus, tokenizer, precision, device, the checkpoint's files), so it
+can be made before its stage begins: while the proxy is still being trained. When the grid of units is full, its columns
+are joined into the artifact's parts.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from s2l_ray.config import RunConfig
+from s2l_ray.errors import DataError
+from s2l_ray.progress import get_log
+from s2l_ray.proxy import checkpoint_folder, checkpoint_records
+from s2l_ray.runtime.fit import Workers
+from s2l_ray.runtime.pool import Effort, Unit, UnitWorker, do_units
+from s2l_ray.storage.artifacts import Artifact
+from s2l_ray.storage.drafts import Draft, table_bytes
+from s2l_ray.storage.layout import CHECKPOINT, LOSSES, TOKENIZER, TOKENS, step_folder
+from s2l_ray.storage.places import Storage
+from s2l_ray.storage.records import digest
+from s2l_ray.storage.stages import Context
+from s2l_ray.training.flops import operations, product_rate
+from s2l_ray.training.losses import full_path, losses_of_models
+from s2l_ray.training.models import load_model
+from s2l_ray.training.token_parts import PartTokens, TokenParts
+from s2l_ray.training.tokens import load_tokenizer, row_counts
+from s2l_ray.trajectories.store import trajectories_table
+
+# Bytes of float32 weights that one worker keeps in memory at once; more checkpoints are scored in several passes.
+TOGETHER_BYTES = 4 * 2**30
+# Raised when the same checkpoint gives other losses than before.
+SCHEMA = 1
+# Files read at once where they are far away.
+READERS = 8
+
+
+def models_together(num_parameters: int) -> int:
+    """How many checkpoints of a proxy one worker keeps in memory and scores in one pass over the corpus."""
+    return max(1, TOGETHER_BYTES // (4 * num_parameters))
+
+
+@dataclass(frozen=True)
+class ScoringJob:
+    """What a scoring worker needs; cheap to send."""
+
+    config: RunConfig
+    parts: TokenParts
+    proxy: Storage
+    steps: dict[str, int]
+    """Checkpoint's name -> its step."""
+
+    device: str
+    """Where it is computed: another kind of processor gives other last bits."""
+
+    @classmethod
+    def of(
+        cls, config: RunConfig, examples: Artifact, proxy: Storage, steps: list[int], scratch: Storage, device: str = "cpu"
+    ) -> ScoringJob:
+        """The scoring of checkpoints in the proxy's directory; a name holds the hash of the checkpoint's files."""
+        parts = TokenParts.of(examples, proxy.child(TOKENIZER), config.proxy.max_tokens, scratch)
+        files = {step: [asdict(record) for record in checkpoint_records(proxy, step)] for step in steps}
+        return cls(config, parts, proxy, {f"{step_folder(step)}-{digest(files[step])}": step for step in steps}, device)
+
+    @property
+    def units(self) -> list[Unit]:
+        return [Unit(name, part) for name in self.steps for part in self.parts.examples.parts()]
+
+    def work(self, scratch: Storage) -> Storage:
+        """Where the units' files lie."""
+        recipe = self.config.trajectories.model_dump(mode="json")
+        return scratch.child(f"{LOSSES}/{digest([SCHEMA, self.parts.name, recipe, self.device])}")
+
+
+def build(context: Context) -> Artifact:
+    """Score every pool example under every checkpoint of the proxy on a Ray Data actor pool, and publish the losses."""
+    config, draft = context.config, context.draft
+    examples, proxy = context.inputs["examples"], context.inputs["proxy"]
+    workers = Workers.resolve(context.machines, one_per_cpu=True)
+    steps: list[int] = proxy.summary["steps"]
+    get_log("trajectories").info(
+        "%d checkpoints x %s examples, %s, %s",
+        *(len(steps), f"{examples.summary['pool']:,}", workers, config.trajectories.precision),
+    )
+    for step in steps:  # the workers check the files that it lists
+        proxy.read_bytes(f"{step_folder(step)}/{CHECKPOINT}")
+    proxy.folder(TOKENIZER)
+    job = ScoringJob.of(config, examples, proxy.root, steps, draft.shared, workers.device)
+    work, together = job.work(draft.shared), models_together(proxy.summary["num_parameters"])
+    begun = time.monotonic()
+    effort = do_units("trajectories", job.units, Scorer, job, work, workers, together=together)
+    log_effort(effort, time.monotonic() - begun)
+    summary = join_units(job, work, draft)
+    summary |= {"num_checkpoints": len(steps), "steps": steps}
+    artifact = draft.publish(summary, asdict(workers))
+    for name in (LOSSES, TOKENS):
+        draft.shared.delete(name)
+    return artifact
+
+
+def log_effort(effort: Effort, seconds: float) -> None:
+    """Say how fast it went, and how much of what the machine can do that is."""
+    if effort.seconds:
+        get_log("trajectories").info(
+            "%.1fk tokens/s; a worker computes %.1f GFLOP/s, %.0f%% of its measured matrix-product rate",
+            *(effort.tokens / seconds / 1e3, effort.operations / effort.seconds / 1e9, 100 * effort.share),
+        )
+
+
+def join_units(job: ScoringJob, work: Storage, draft: Draft) -> dict[str, Any]:
+    """Join the units' columns into the artifact's parts; the summary's counts and mean losses."""
+    rows, num_tokens, counts, totals_T = 0, 0, Counter[str](), np.zeros(len(job.steps))
+    with ThreadPoolExecutor(READERS) as pool:
+        for part in job.parts.examples.parts():
+            reading = pool.submit(job.parts.read, part)
+            units = [Unit(name, part) for name in job.steps]
+            losses_NT = np.stack(list(pool.map(partial(_unit_losses, work), units)), axis=1)
+            read = reading.result()
+            if not draft.has(part):
+                columns = (read.example_ids, losses_NT, read.sources, read.tokens.num_labels)
+                draft.write_table(part, trajectories_table(*columns))
+            counts.update(read.changed)
+            rows += len(losses_NT)
+            num_tokens += len(read.tokens.ids)
+            totals_T += losses_NT.sum(0, dtype=np.float64)
+    if not rows:
+        raise DataError("no example has a response token left within proxy.max_tokens. Raise it.")
+    return {"rows": rows, **row_counts(dict(counts)), "tokens": num_tokens, "mean_losses": (totals_T / rows).round(6).tolist()}
+
+
+def _unit_losses(work: Storage, unit: Unit) -> np.ndarray:
+    table = pq.read_table(io.BytesIO(work.read(unit.path)))
+    return np.asarray(table["loss"].combine_chunks().to_numpy())
+
+
+# --- on a worker ---------------------------------------------------------------------------------------------------
+
+
+class Scorer(UnitWorker):
+    """Scores parts of examples under checkpoints."""
+
+    _rate = 0.0
+
+    def load(self, model: str) -> Any:
+        proxy, step = self.job.proxy, self.job.steps[model]
+        tokenizer = load_tokenizer(proxy.local_folder(TOKENIZER))
+        return load_model(checkpoint_folder(proxy, step), tokenizer, trust_remote_code=self.job.config.proxy.trust_remote_code)
+
+    def work_on(self, part: str, models: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
+        import torch
+
+        options = self.job.config.trajectories
+        if not self._rate:
+            precision = torch.bfloat16 if options.precision == "bfloat16" else torch.float32
+            self._rate = product_rate(self.device, precision)
+        begun = time.perf_counter()
+        read: PartTokens = self.job.parts.read(part)
+        losses = losses_of_models(list(models.values()), read.tokens, options.tokens_per_batch, options.precision)
+        for name, losses_N in zip(models, losses, strict=True):
+            check_finite(losses_N, read.example_ids, self.job.steps[name], options.precision)
+            yield name, table_bytes(pa.table({"loss": losses_N}), [])
+            needed = operations(models[name], read.tokens.lengths, int(read.tokens.num_labels.sum()))
+            self.effort.add(len(losses_N), len(read.tokens.ids), needed, time.perf_counter() - begun, self._rate)
+            if full_path:
+                self.effort.note = min(full_path)
+            begun = time.perf_counter()
+
+
+def check_finite(losses_N: np.ndarray, ids: pa.ChunkedArray, step: int, precision: str) -> None:
+    """Raise DataError that names the examples whose loss under the checkpoint of a step is not finite."""
+    rows = np.flatnonzero(~np.isfinite(losses_N))
+    if len(rows):
+        named = ", ".join(ids[row].as_py() for row in rows[:5].tolist())
+        remedy = "Lower proxy.learning_rate and train it again"
+        remedy += ", or score in float32 (trajectories.precision)" if precision != "float32" else ""
+        raise DataError(
+            f"{len(rows):,} losses at step {step} are not finite ({named}{' ...' if len(rows) > 5 else ''}): the proxy's "
+            f"training diverged. {remedy}."
+        )

@@ -1,0 +1,386 @@
+"""N x T losses: what `trajectories` writes and `clustering` and `selection` read, in memory or on disk.
+
+`Trajectories` is the value that a user holds; `TrajectoryStore` is what the stages stream, block by block, from memory
+or from disk. In both rows are in ascending order of `example_id`, so that nothing after them depends on the order or the
+size of the input's parts. Losses go from Arrow to numpy without ever being Python numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from s2l_ray.errors import ConfigError, DataError
+from s2l_ray.examples.ids import column_of, decoded, id_column, is_text, name_examples, one_array, priorities, wrong_type
+from s2l_ray.trajectories.sorting import SortedTable, in_order, is_ascending
+
+# Above this no number is a loss in nats, and its square would leave the float32 range inside k-means.
+MAX_LOSS = 1e9
+# What a row without a source is called.
+NO_SOURCE = "(none)"
+BLOCK_ROWS = 65_536
+TOKENS = "num_response_tokens"
+# More values than this are no strata: an id, say, given for a source.
+MAX_NAMES = 100_000
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectories:
+    """The losses of N examples at T checkpoints, rows in ascending order of unique ids (strings bytewise)."""
+
+    example_ids: pa.Array
+    """string or int64, shape (N,)."""
+
+    losses_NT: NDArray[np.float32]
+    """Nats per response token, finite."""
+
+    sources: pa.Array | None = None
+    """string without nulls, shape (N,); None where sources are unknown."""
+
+    num_response_tokens_N: NDArray[np.int32] | None = None
+    """Response tokens of each example; None where they are unknown."""
+
+    columns: Mapping[str, pa.Array] = field(default_factory=dict)
+    """Other columns, as strings, by whose values the groups may be stratified."""
+
+    def __post_init__(self) -> None:
+        """Raise DataError naming the ids whose losses are not finite, or that occur twice."""
+        if not len(self.example_ids):
+            raise DataError("No trajectories: there are no rows.")
+        assert self.losses_NT.dtype == np.float32
+        assert self.losses_NT.ndim == 2
+        others = (self.losses_NT, self.sources, self.num_response_tokens_N, *self.columns.values())
+        assert all(len(other) == len(self) for other in others if other is not None)
+        self._check_ids()
+        check_losses(self.losses_NT, self.example_ids)
+
+    @classmethod
+    def of(
+        cls,
+        losses: Any,
+        example_ids: Any = None,
+        sources: Any = None,
+        num_response_tokens: Any = None,
+        columns: Mapping[str, Any] | None = None,
+    ) -> Trajectories:
+        """Trajectories from arrays, Arrow columns or lists in any order of rows; ids are row numbers unless given.
+
+        Raises DataError naming the ids of ragged, missing or non-finite losses and of duplicates.
+        """
+        num_rows = len(losses)
+        ids = id_column(column_of(np.arange(num_rows) if example_ids is None else example_ids, "example_id"), "example_ids")
+        table = {"example_id": ids}
+        if sources is not None:
+            table["source"] = label_column(column_of(sources, "source"), "source", "sources")
+        if num_response_tokens is not None:
+            table["num_response_tokens"] = token_count_column(
+                column_of(num_response_tokens, "num_response_tokens"), ids, "arguments"
+            )
+        for name, values in (columns or {}).items():
+            table[name] = label_column(column_of(values, name), name, "columns")
+        for name, column in table.items():
+            if len(column) != num_rows:
+                raise DataError(f"{len(column):,} values of {name} for {num_rows:,} trajectories: give one for each.")
+        return cls._sorted(pa.table(table), _loss_matrix(losses, ids))
+
+    @classmethod
+    def _sorted(cls, table: pa.Table, losses_NT: NDArray[np.float32]) -> Trajectories:
+        """Trajectories from checked columns in any order of rows."""
+        table = table.combine_chunks()
+        ids = one_array(table["example_id"])
+        if not is_ascending(ids):
+            order = pc.array_sort_indices(ids)
+            table, losses_NT = table.take(order).combine_chunks(), losses_NT[order.to_numpy()]
+        arrays = {name: one_array(table[name]) for name in table.column_names}
+        tokens = arrays.pop("num_response_tokens", None)
+        return cls(
+            example_ids=arrays.pop("example_id"),
+            losses_NT=losses_NT,
+            sources=arrays.pop("source", None),
+            num_response_tokens_N=None if tokens is None else tokens.to_numpy(),
+            columns=arrays,
+        )
+
+    def __len__(self) -> int:
+        return len(self.example_ids)
+
+    @property
+    def num_points(self) -> int:
+        """T, the length of every trajectory."""
+        return int(self.losses_NT.shape[1])
+
+    def _check_ids(self) -> None:
+        if is_ascending(self.example_ids):
+            return
+        twice = pc.equal(self.example_ids[1:], self.example_ids[:-1])
+        duplicates = self.example_ids[1:].filter(twice).unique()
+        assert len(duplicates), "ids are not in ascending order"
+        raise DataError(f"example_id occurs more than once: {name_examples(duplicates)}. Ids must be unique.")
+
+
+def check_losses(losses_NT: NDArray[np.float32], example_ids: pa.Array, where: str = "") -> None:
+    """Raise DataError naming the ids whose losses are not finite, or are no losses."""
+    prefix = f"{where}: " if where else ""
+    if losses_NT.shape[1] == 0 and len(losses_NT):
+        raise DataError(f"{prefix}losses: the lists are empty. A trajectory needs one loss at least.")
+    # NaN survives min and max, so that two passes without a temporary array find every kind of bad number.
+    if not len(losses_NT) or (losses_NT.min() >= -MAX_LOSS and losses_NT.max() <= MAX_LOSS):
+        return
+    with np.errstate(invalid="ignore"):
+        bad_N = ~(np.abs(losses_NT) <= MAX_LOSS).all(axis=1)
+    raise DataError(
+        f"{prefix}losses: NaN, infinite, missing or beyond {MAX_LOSS:.0e} for example_id "
+        f"{name_examples(example_ids.filter(pa.array(bad_N)))}. Remove these examples or score them again."
+    )
+
+
+class Names:
+    """Values of a column (sources, strata) as numbers, in the order in which they were first seen."""
+
+    def __init__(self) -> None:
+        self.values: list[str] = []
+        self._codes: dict[str, int] = {}
+
+    def encode(self, column: pa.Array, name: str) -> pa.Array:
+        """The column (strings) as int32 codes. Raises DataError for more values than strata can have."""
+        encoded = column.dictionary_encode()
+        found = encoded.dictionary.to_pylist()
+        for value in found:
+            if value not in self._codes:
+                self._codes[value] = len(self.values)
+                self.values.append(value)
+        if len(self.values) > MAX_NAMES:
+            raise DataError(f"{name}: more than {MAX_NAMES:,} different values. Sources and strata are names of groups.")
+        codes = np.array([self._codes[value] for value in found], np.int32)
+        return pa.array(codes[encoded.indices.to_numpy()])
+
+
+@dataclass(frozen=True, eq=False)
+class TrajectoryStore:
+    """N trajectories in ascending order of ids, streamed in blocks of at most 65,536 rows, from memory or from disk."""
+
+    rows: SortedTable
+    """Columns `example_id`, `losses` and, where they are known, `source` and others as codes, `num_response_tokens`,
+    `position` (the row's number in the files) and `priority`."""
+
+    num_points: int
+    """T, the length of every trajectory."""
+
+    names: Mapping[str, Sequence[str]]
+    """For `source` and a column of strata the values that codes stand for."""
+
+    priority_seed: int | None = None
+    """Seed of the column `priority`; None where there is none."""
+
+    tokens_N: NDArray[np.int32] | None = None
+    """Token counts instead of those in `rows`: another tokenizer's."""
+
+    @classmethod
+    def of(cls, trajectories: Trajectories, seed: int | None = None) -> TrajectoryStore:
+        """Trajectories in memory as a store, without a copy of the losses, with the priorities of a seed if one is given."""
+        flat = pa.array(np.ascontiguousarray(trajectories.losses_NT).reshape(-1))
+        columns = {
+            "example_id": trajectories.example_ids,
+            "losses": pa.FixedSizeListArray.from_arrays(flat, trajectories.num_points),
+        }
+        found = dict(trajectories.columns) | ({} if trajectories.sources is None else {"source": trajectories.sources})
+        names = {name: Names() for name in found}
+        columns |= {name: names[name].encode(column, name) for name, column in found.items()}
+        if trajectories.num_response_tokens_N is not None:
+            columns["num_response_tokens"] = pa.array(trajectories.num_response_tokens_N)
+        if seed is not None:
+            columns["priority"] = pa.array(priorities(trajectories.example_ids, seed))
+        table = SortedTable.of(pa.table(columns))
+        return cls(table, trajectories.num_points, {name: found.values for name, found in names.items()}, seed)
+
+    def __len__(self) -> int:
+        return self.rows.num_rows
+
+    def has(self, column: str) -> bool:
+        """Whether there is such a column."""
+        return column in self.rows.schema.names or (column == TOKENS and self.tokens_N is not None)
+
+    def blocks(self, *columns: str) -> Iterator[pa.Table]:
+        """The rows in order, block by block; of the columns those that there are."""
+        known = [name for name in dict.fromkeys((*columns, "example_id")) if name in self.rows.schema.names]
+        if self.tokens_N is None or TOKENS not in columns:
+            yield from self.rows.blocks(BLOCK_ROWS, known)
+            return
+        start = 0
+        for block in self.rows.blocks(BLOCK_ROWS, [name for name in known if name != TOKENS]):
+            yield block.append_column(TOKENS, pa.array(self.tokens_N[start : start + len(block)]))
+            start += len(block)
+
+    def names_of(self, column: str) -> list[str]:
+        """The values of a column of names, in bytewise order. Raises ConfigError naming the known columns."""
+        if column not in self.names:
+            known = ", ".join(sorted(self.names)) or "none: these trajectories have no sources"
+            raise ConfigError(f"clustering.stratify_by: no column '{column}' to stratify by. Known: {known}.")
+        return sorted(self.names[column], key=str.encode)
+
+    def codes(self, block: pa.Table, column: str) -> NDArray[np.int32]:
+        """The places of a block's names among `names_of(column)`, shape (M,)."""
+        return np.asarray(self._ranks[column][block[column].to_numpy()])
+
+    def counts_of(self, column: str) -> NDArray[np.int64]:
+        """Rows of each of `names_of(column)`."""
+        num_names = len(self.names_of(column))
+        counts = [np.bincount(self.codes(block, column), minlength=num_names) for block in self.blocks(column)]
+        return np.asarray(np.sum(counts, axis=0))
+
+    def priorities(self, block: pa.Table, seed: int) -> NDArray[np.uint64]:
+        """The random numbers of a block's rows: those of the store where it has them for this seed."""
+        if seed == self.priority_seed:
+            return np.asarray(block["priority"].to_numpy())
+        return priorities(block["example_id"], seed)
+
+    def identity(self, pool: Executor) -> str:
+        """What `clustering` counts as its input where the trajectories are somebody's files: 16 hexadecimal digits.
+
+        The same for the same ids, losses, names and token counts, however they were ordered or cut into files.
+        """
+        columns = ["example_id", "losses", *sorted(self.names), "num_response_tokens"]
+
+        def one_block(block: pa.Table) -> bytes:
+            content = hashlib.blake2b(digest_size=16)
+            for name in block.column_names:
+                column = one_array(block[name])
+                if name in self.names:
+                    content.update(np.ascontiguousarray(self.codes(block, name)).data)
+                elif pa.types.is_string(column.type):
+                    content.update(np.ascontiguousarray(pc.binary_length(column).to_numpy()).data)
+                    offsets = np.frombuffer(column.buffers()[1], np.int32)[column.offset : column.offset + len(column) + 1]
+                    content.update(memoryview(column.buffers()[2] or b"")[offsets[0] : offsets[-1]])
+                else:
+                    values = column.flatten() if name == "losses" else column
+                    content.update(np.ascontiguousarray(values.to_numpy()).data)
+            return content.digest()
+
+        kinds = [str(self.rows.schema.field(name).type) for name in columns if self.has(name)]
+        values = {name: self.names_of(name) for name in sorted(self.names)}
+        whole = hashlib.blake2b(repr((len(self), kinds, values)).encode(), digest_size=8)
+        for block in in_order(pool, one_block, self.blocks(*columns)):
+            whole.update(block)
+        return whole.hexdigest()
+
+    def with_tokens(self, count: Callable[[pa.Array], NDArray[np.int32]]) -> TrajectoryStore:
+        """The same with other token counts, `count(ids)` in the order of the ids: four bytes a row in memory."""
+        ids = pa.concat_arrays([one_array(block["example_id"]) for block in self.blocks("example_id")])
+        return replace(self, tokens_N=count(ids))
+
+    def in_memory(self) -> Trajectories:
+        """All of it as a value."""
+        table = pa.concat_tables(self.blocks("example_id", "losses", *self.names, "num_response_tokens")).combine_chunks()
+        found = {
+            name: pa.DictionaryArray.from_arrays(one_array(table[name]), pa.array(values, pa.string())).dictionary_decode()
+            for name, values in self.names.items()
+        }
+        tokens = table["num_response_tokens"].to_numpy() if self.has("num_response_tokens") else None
+        losses_NT = losses_matrix(table)
+        return Trajectories(one_array(table["example_id"]), losses_NT, found.pop("source", None), tokens, found)
+
+    @cached_property
+    def _ranks(self) -> dict[str, NDArray[np.int32]]:
+        """For each column of names the place of each code in their order."""
+        ranks = {}
+        for column, values in self.names.items():
+            places = {value: place for place, value in enumerate(self.names_of(column))}
+            ranks[column] = np.array([places[value] for value in values], np.int32)
+        return ranks
+
+
+def losses_matrix(table: pa.Table) -> NDArray[np.float32]:
+    """The column `losses` of a table of the store (fixed-size lists of float32) as a matrix (N, T)."""
+    losses = one_array(table["losses"])
+    return np.asarray(losses.flatten().to_numpy()).reshape(len(table), -1)
+
+
+def trajectories_table(
+    example_ids: Any, losses_NT: NDArray[np.floating[Any]], sources: Any, num_response_tokens: Any
+) -> pa.Table:
+    """One part of `trajectories/`: example_id, source, losses: fixed_size_list<float32, T>, num_response_tokens: int32."""
+    ids = id_column(column_of(example_ids, "example_id"), "example_ids")
+    losses = pa.array(np.ascontiguousarray(losses_NT, np.float32).reshape(-1))
+    return pa.table(
+        {
+            "example_id": ids,
+            "source": label_column(column_of(sources, "source"), "source", "sources"),
+            "losses": pa.FixedSizeListArray.from_arrays(losses, losses_NT.shape[1]),
+            "num_response_tokens": token_count_column(column_of(num_response_tokens, "num_response_tokens"), ids, "arguments"),
+        }
+    )
+
+
+def losses_of(table: pa.Table) -> NDArray[np.float32]:
+    """The losses of a part of `trajectories/` as a matrix (N, T)."""
+    losses = one_array(table["losses"])
+    return decode_losses(losses, one_array(table["example_id"]), "losses", losses.type.list_size)
+
+
+def _loss_matrix(losses: Any, ids: pa.Array) -> NDArray[np.float32]:
+    """Losses in any form that people hold them in, as a float32 matrix (N, T)."""
+    if not isinstance(losses, pa.Array | pa.ChunkedArray) and hasattr(losses, "__array__"):
+        array = np.asarray(losses)
+        if array.ndim == 2 and array.dtype.kind in "fiu":
+            with np.errstate(over="ignore"):
+                return np.ascontiguousarray(array, np.float32)
+        losses = list(array)
+    column = column_of(losses, "losses")
+    if pa.types.is_list(column.type) and pa.types.is_integer(column.type.value_type):
+        column = column.cast(pa.list_(pa.float64()))
+    return decode_losses(column, ids, "losses")
+
+
+def decode_losses(column: pa.Array, ids: pa.Array, where: str, num_points: int | None = None) -> NDArray[np.float32]:
+    """A column of lists as a matrix (N, T); T is `num_points` or the first row's. Raises DataError naming odd rows."""
+    if isinstance(column, pa.ExtensionArray):
+        column = column.storage
+    kind = column.type
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if not is_list or not pa.types.is_floating(kind.value_type):
+        raise wrong_type(where, "losses", kind, "lists of floats")
+    if column.null_count:
+        raise DataError(f"{where}: losses are missing for example_id {name_examples(ids.filter(column.is_null()))}.")
+    lengths_N = pc.list_value_length(column).to_numpy(zero_copy_only=False)
+    if num_points is None:
+        num_points = int(lengths_N[0]) if len(lengths_N) else 0
+    odd_N = lengths_N != num_points
+    if odd_N.any():
+        raise DataError(
+            f"{where}: losses are ragged. Others have {num_points} values; another number "
+            f"({lengths_N[odd_N][0]}, say) for example_id {name_examples(ids.filter(pa.array(odd_N)))}."
+        )
+    values: NDArray[np.floating[Any]] = column.flatten().to_numpy(zero_copy_only=False)
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32, copy=False).reshape(len(column), num_points)
+
+
+def label_column(column: pa.Array, name: str, where: str) -> pa.Array:
+    """Names of sources or strata as strings; a missing one is called `(none)`."""
+    column = decoded(column)
+    kind = column.type
+    if not (is_text(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind)):
+        raise wrong_type(where, name, kind, "string, integer or boolean")
+    column = column.cast(pa.string())
+    return column.fill_null(NO_SOURCE) if column.null_count else column
+
+
+def token_count_column(column: pa.Array, ids: pa.Array, where: str) -> pa.Array:
+    """Numbers of response tokens as int32. Raises DataError naming the ids of missing or negative ones."""
+    if not pa.types.is_integer(column.type) and len(column):
+        raise wrong_type(where, "num_response_tokens", column.type, "integers")
+    column = column.cast(pa.int64(), safe=False)  # what is too large for that becomes negative
+    is_bad = pc.fill_null(pc.or_(pc.less(column, 0), pc.greater(column, np.iinfo(np.int32).max)), True)
+    if len(column) == len(ids) and pc.any(is_bad).as_py():
+        bad = name_examples(ids.filter(is_bad))
+        raise DataError(f"{where}: num_response_tokens is missing, negative or too large for example_id {bad}.")
+    return column.cast(pa.int32())
