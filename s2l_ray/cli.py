@@ -76,7 +76,7 @@ def run(
 @app.command()
 def status(run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run directory, local or URI.")]) -> None:
     """Say how far each stage is, part by part."""
-    from s2l_ray.plan.costs import status_text
+    from s2l_ray.plan.status import status_text
 
     print(status_text(run_dir))
 
@@ -161,7 +161,7 @@ def main() -> None:
     """Run the command line; what a user can mend becomes one message and exit code 2."""
     log_to_console()
     try:
-        app(standalone_mode=True)
+        app(prog_name="s2l", standalone_mode=True)
     except Exception as error:
         is_foreign = type(error).__module__.startswith("ray.")  # it may carry what a worker met
         problem = cause_of(error) if is_foreign or isinstance(error, S2LError) else storage_problem(error)

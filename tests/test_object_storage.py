@@ -28,7 +28,7 @@ from pyarrow import fs
 from s2l_ray import cli
 from s2l_ray.config import ClusteringConfig, SelectionConfig
 from s2l_ray.errors import ArtifactError, StorageError, cause_of, storage_problem
-from s2l_ray.plan.costs import status_text
+from s2l_ray.plan.status import status_text
 from s2l_ray.selection.alone import select_trajectories
 from s2l_ray.selection.export import export_subset
 from s2l_ray.storage.artifacts import Artifact, Key, adopt
@@ -306,7 +306,7 @@ def test_an_error_of_storage_comes_out_of_rays_wrapping(wrapping, monkeypatch, c
     def broken(*_: object) -> None:
         raise _wrapped_by_ray(full)[wrapping]
 
-    monkeypatch.setattr("s2l_ray.plan.costs.status_text", broken)
+    monkeypatch.setattr("s2l_ray.plan.status.status_text", broken)
     monkeypatch.setattr(cli, "log_to_console", lambda: None)
     monkeypatch.setattr(sys, "argv", ["s2l", "status", "run"])
     with pytest.raises(SystemExit) as end:

@@ -241,7 +241,7 @@ def _evaluation(draft: Draft, corpus: Corpus, loss: tuple[float, float]) -> dict
 
 
 def page_of(run: Storage) -> Page:
-    return Page(Path(build_report(run)).read_text(encoding="utf-8"))
+    return Page(Path(build_report(run.uri)).read_text(encoding="utf-8"))
 
 
 @pytest.fixture
@@ -251,7 +251,7 @@ def run(tmp_path: Path) -> Storage:
 
 def test_the_report_is_one_file_that_asks_the_network_for_nothing(run: Storage, corpus: Corpus) -> None:
     write_run(run, corpus)
-    uri = build_report(run)
+    uri = build_report(run.uri)
     assert uri == f"{run.uri}/report/index.html"
     assert run.names("report", recursive=True) == ["index.html"]
     page = Page(Path(uri).read_text(encoding="utf-8"))
@@ -450,16 +450,16 @@ def test_a_stage_built_from_another_input_is_not_shown_as_a_result(run: Storage,
 
 def test_building_again_replaces_the_page(run: Storage, corpus: Corpus) -> None:
     write_run(run, corpus)
-    first = Path(build_report(run)).read_bytes()
-    assert Path(build_report(run)).read_bytes() == first
+    first = Path(build_report(run.uri)).read_bytes()
+    assert Path(build_report(run.uri)).read_bytes() == first
     run.write("report/index.html", b"old")
-    assert Path(build_report(run)).read_bytes() == first
+    assert Path(build_report(run.uri)).read_bytes() == first
     assert run.names("report") == ["index.html"]
 
 
 def test_where_there_is_no_run_the_error_says_so(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"no run here.*Give the directory of a run"):
-        build_report(Storage(str(tmp_path / "nowhere")))
+        build_report(str(tmp_path / "nowhere"))
     assert not (tmp_path / "nowhere").exists()
 
 
@@ -468,7 +468,7 @@ def test_a_damaged_file_is_named(run: Storage, corpus: Corpus, path: str) -> Non
     write_run(run, corpus)
     run.write(path, run.read(path)[:-20])
     with pytest.raises(ArtifactError, match=path):
-        build_report(run)
+        build_report(run.uri)
 
 
 def test_clustering_and_selection_alone_make_a_report(run: Storage, corpus: Corpus) -> None:
@@ -554,7 +554,7 @@ def test_the_report_needs_neither_torch_nor_ray_and_imports_plotly_late() -> Non
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs a Chromium on PATH (apt-get install chromium)")
 def test_a_browser_draws_every_plot_and_runs_nothing_of_the_corpus(run: Storage, corpus: Corpus, tmp_path: Path) -> None:
     write_run(run, corpus)
-    uri = build_report(run)
+    uri = build_report(run.uri)
     flags = [
         "--headless",
         "--no-sandbox",
