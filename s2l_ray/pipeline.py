@@ -22,8 +22,9 @@ from s2l_ray.runtime.session import connect_ray, run_places, write_run
 from s2l_ray.storage.artifacts import Artifact, Key, adopt, refusal
 from s2l_ray.storage.drafts import Draft
 from s2l_ray.storage.hub import resolve_revisions
-from s2l_ray.storage.layout import BUILDING, STAGE_NAMES, WORK
+from s2l_ray.storage.layout import STAGE_NAMES
 from s2l_ray.storage.lock import exclusive
+from s2l_ray.storage.ownership import check_run, read_building
 from s2l_ray.storage.places import Storage
 from s2l_ray.storage.stages import Context
 
@@ -50,7 +51,7 @@ class Stage:
             return RECIPES[self.name](config)
         from s2l_ray.examples.corpus import corpus_identity, examples_recipe
 
-        return examples_recipe(config.examples, corpus_identity(config.examples, run_dir.child(WORK)))
+        return examples_recipe(config.examples, corpus_identity(config.examples, run_dir))
 
 
 STAGES = (
@@ -82,8 +83,10 @@ class Decision:
 def decide(config: RunConfig, run_dir: Storage, reuse: Storage | None = None) -> list[Decision]:
     """What `run` would do, stage by stage, reading only manifests and the corpus's hash.
 
-    Raises ConfigError or DataError where the corpus cannot be read, ArtifactError where a finished stage is damaged.
+    Raises ArtifactError where the directory has somebody else's files or a damaged stage, ConfigError or DataError where
+    the corpus cannot be read.
     """
+    check_run(run_dir)
     finished: dict[str, Artifact] = {}
     decisions: list[Decision] = []
     for stage in STAGES:
@@ -104,7 +107,7 @@ def _decide_stage(
     missing = [name for name in stage.inputs if name not in finished]
     inputs = {name: finished[name].identity for name in stage.inputs if name in finished}
     key = Key(stage.name, SCHEMAS[stage.name], recipe, inputs)
-    found, begun = Artifact.find(storage), storage.read_json(BUILDING)
+    found, begun = Artifact.find(storage), read_building(storage)
     if found is not None:
         return _decide_finished(stage, key, found, missing)
     if begun is not None and begun.get("recipe") != recipe:
@@ -145,6 +148,7 @@ def run(
         raise ConfigError(f"--until {until}: no such stage. Stages: {', '.join(STAGE_NAMES)}.")
     place, other = run_places(config.name, run_dir, reuse)
     log.info("%s in %s", config.name, place.uri)
+    check_run(place)  # before the lock, which is a file there
     artifacts: dict[str, Artifact] = {}
     seconds: dict[str, float] = {}
     with exclusive(place) as still_held:

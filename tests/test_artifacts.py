@@ -166,6 +166,7 @@ def test_a_folder_is_checked_file_by_file(tmp_path):
 def test_what_a_killed_attempt_was_writing_is_removed_when_the_stage_goes_on(tmp_path):
     draft = Draft.open(Storage(str(tmp_path)), key(size=1))
     draft.write("part-00000.parquet", b"kept")
-    (tmp_path / "examples" / "selected.parquet.1a2b3c4d.tmp").write_bytes(b"half")
+    (tmp_path / "examples" / "part-00001.parquet.1a2b3c4d.tmp").write_bytes(b"half")
+    (tmp_path / "examples" / "notes.tmp").write_bytes(b"the user's")
     assert Draft.open(Storage(str(tmp_path)), key(size=1)).has("part-00000.parquet")
-    assert [path.name for path in (tmp_path / "examples").glob("*.tmp")] == []
+    assert [path.name for path in (tmp_path / "examples").glob("*.tmp")] == ["notes.tmp"]

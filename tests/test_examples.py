@@ -30,7 +30,7 @@ from s2l_ray.config.recipes import SCHEMAS
 from s2l_ray.errors import ArtifactError, ConfigError, DataError, S2LError
 from s2l_ray.examples import pieces
 from s2l_ray.examples import stage as examples
-from s2l_ray.examples.corpus import HASH_CACHE, Unit, corpus_identity, cut_corpus, examples_recipe, find_files, sample_corpus
+from s2l_ray.examples.corpus import Unit, corpus_identity, cut_corpus, examples_recipe, find_files, sample_corpus
 from s2l_ray.examples.fields import Texts, masked, split_of
 from s2l_ray.examples.index import UnitIndex, row_groups
 from s2l_ray.examples.pieces import CorpusFile, Lines, owned_lines
@@ -40,7 +40,7 @@ from s2l_ray.examples.stage import fetch_rows, read_held_out, read_pool, read_un
 from s2l_ray.storage.artifacts import Artifact, Key
 from s2l_ray.storage.drafts import Draft
 from s2l_ray.storage.hub import hub_id
-from s2l_ray.storage.layout import MANIFEST
+from s2l_ray.storage.layout import CORPUS_HASHES, MANIFEST
 from s2l_ray.storage.places import Storage
 from tests.building import context_of
 
@@ -551,8 +551,8 @@ def test_a_files_name_counts_only_where_it_is_the_source(tmp_path: Path) -> None
 def test_hashes_are_remembered_until_the_file_changes(tmp_path: Path) -> None:
     path, cache = write_lines(tmp_path / "rows.jsonl", questions(5)), Storage(str(tmp_path / "cache"))
     first = corpus_identity(config_of(path), cache)
-    known = cache.read_json(HASH_CACHE)
-    cache.write_json(HASH_CACHE, {uri: [*stamp[:2], "0" * 64] for uri, stamp in known.items()})
+    known = cache.read_json(CORPUS_HASHES)
+    cache.write_json(CORPUS_HASHES, {uri: [*stamp[:2], "0" * 64] for uri, stamp in known.items()})
     assert corpus_identity(config_of(path), cache) != first, "the second time the file is not read"
     write_lines(path, questions(6))
     assert corpus_identity(config_of(path), cache) == corpus_identity(config_of(path))

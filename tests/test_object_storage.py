@@ -130,7 +130,7 @@ def test_an_upload_that_fails_half_way_publishes_nothing(bucket, monkeypatch):
 
     monkeypatch.setattr("s2l_ray.storage.places.shutil.copyfileobj", broken)
     storage = Storage(f"{bucket}/half")
-    with pytest.raises(OSError, match="went away"), storage.beside("part.parquet") as path:
+    with pytest.raises(OSError, match="went away"), storage.atomic_path("part.parquet") as path:
         path.write_bytes(bytes(12 * 2**20))
     assert not storage.exists("part.parquet")
 

@@ -452,7 +452,7 @@ def test_building_again_replaces_the_page(run: Storage, corpus: Corpus) -> None:
     write_run(run, corpus)
     first = Path(build_report(run.uri)).read_bytes()
     assert Path(build_report(run.uri)).read_bytes() == first
-    run.write("report/index.html", b"old")
+    run.write("report/index.html", first.replace(b"</title>", b" of yesterday</title>"))
     assert Path(build_report(run.uri)).read_bytes() == first
     assert run.names("report") == ["index.html"]
 

@@ -37,6 +37,8 @@ from s2l_ray.examples.pieces import (
 )
 from s2l_ray.progress import get_log
 from s2l_ray.storage.hub import dataset_commit, hub_id
+from s2l_ray.storage.layout import CORPUS_HASHES
+from s2l_ray.storage.ownership import scratch
 from s2l_ray.storage.places import Storage, absolute_uri
 from s2l_ray.storage.records import digest
 
@@ -46,7 +48,6 @@ SMALLEST_UNIT_BYTES = 2**20
 UNITS_WANTED = 64
 GENERATED_ROWS_PER_UNIT = 256
 UNITS_IN_A_SAMPLE = 3
-HASH_CACHE = "corpus_hashes.json"
 
 Unit = tuple[Piece, ...]
 
@@ -150,11 +151,11 @@ def _known_suffixes() -> str:
 # --- what the corpus is ------------------------------------------------------------------------------------------
 
 
-def corpus_identity(config: ExamplesConfig, cache: Storage | None = None) -> str:
+def corpus_identity(config: ExamplesConfig, run: Storage | None = None) -> str:
     """Which corpus it is, by content and not by place: `files:HASH`, `hub:ID@COMMIT`, `reasoning_gym:HASH`.
 
-    Hashes of files are remembered in `cache` by address, size and time of change. Raises DataError for a corpus
-    that is missing or empty.
+    Hashes of files are remembered in the run's scratch directory by address, size and time of change. Raises DataError for
+    a corpus that is missing or empty, ArtifactError where the scratch directory is somebody else's.
     """
     if isinstance(config.dataset, ReasoningGymDataset):
         from importlib import metadata
@@ -165,23 +166,24 @@ def corpus_identity(config: ExamplesConfig, cache: Storage | None = None) -> str
     if hub:
         return f"hub:{hub}@{dataset_commit(hub, config.revision)}"
     files = find_files(config.dataset)
-    hashes = _hashes(files, cache)
+    hashes = _hashes(files, run)
     # A file's name counts only where it becomes a source.
     return "files:" + digest(
         sorted([hashes[f.uri], str(f.format), "" if config.source_field else f.source] for f in files), num_bytes=16
     )
 
 
-def _hashes(files: list[CorpusFile], cache: Storage | None) -> dict[str, str]:
+def _hashes(files: list[CorpusFile], run: Storage | None) -> dict[str, str]:
     """SHA-256 of every file by its address."""
-    known = (cache.read_json(HASH_CACHE) if cache else None) or {}
+    known = (run.read_json(CORPUS_HASHES) if run else None) or {}
     stamps = {file.uri: [file.num_bytes, file.modified_ns] for file in files}
     missing = [file for file in files if known.get(file.uri, [None])[:2] != stamps[file.uri]]
     with concurrent.futures.ThreadPoolExecutor() as pool:  # hashlib and pyarrow let go of the interpreter's lock
         for file, sha256 in zip(missing, pool.map(_sha256, missing), strict=True):
             known[file.uri] = [*stamps[file.uri], sha256]
-    if cache and missing:
-        cache.write_json(HASH_CACHE, known)
+    if run and missing:
+        scratch(run)
+        run.write_json(CORPUS_HASHES, known)
     return {file.uri: known[file.uri][2] for file in files}
 
 

@@ -18,6 +18,7 @@ from s2l_ray.errors import ArtifactError
 from s2l_ray.progress import duration, get_log
 from s2l_ray.report.facts import NONE, NUM_PLOTTED_SOURCES, Facts, percent, read_facts
 from s2l_ray.storage.layout import MANIFEST, PAGE, STAGE_NAMES
+from s2l_ray.storage.ownership import check_page
 from s2l_ray.storage.places import Storage
 
 _HERE = Path(__file__).resolve().parent
@@ -26,12 +27,14 @@ _HERE = Path(__file__).resolve().parent
 def build_report(run_dir: str) -> str:
     """(Re)build RUN_DIR/report/index.html from the stages that are finished; its place.
 
-    Stages that are missing are named on the page. Raises ArtifactError where there is no run, and for a damaged file.
+    Stages that are missing are named on the page. Raises ArtifactError where there is no run, for a damaged file, and where
+    the place of the report has somebody else's files.
     """
     run = Storage(run_dir)
     if not any(run.exists(f"{name}/{MANIFEST}") for name in STAGE_NAMES):
         raise ArtifactError(f"{run.uri}: no finished stage there. Give the directory of a run (`s2l run` says where it is).")
     report = run.child(STAGE_NAMES[-1])
+    check_page(report)
     report.write(PAGE, render(read_facts(run)).encode())
     get_log("report").info("%s/%s", report.uri, PAGE)
     return f"{report.uri}/{PAGE}"

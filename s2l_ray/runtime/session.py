@@ -15,6 +15,7 @@ from s2l_ray.errors import ArtifactError, ConfigError
 from s2l_ray.progress import duration, get_log
 from s2l_ray.storage.layout import RUN, SCHEMA
 from s2l_ray.storage.lock import submitted_job, user
+from s2l_ray.storage.ownership import read_run
 from s2l_ray.storage.places import Storage
 from s2l_ray.storage.provenance import provenance
 
@@ -178,8 +179,8 @@ def run_places(name: str, run_dir: str | None, reuse: str | None) -> tuple[Stora
 def write_run(config: RunConfig, place: Storage) -> None:
     """Write run.json: the resolved config, and who made it with what. Not rewritten while it says the same."""
     values = config.model_dump(mode="json")
-    old = place.read_json(RUN)
-    if old is not None and {name: old.get(name) for name in values} == values:
+    old = read_run(place)
+    if {name: old.get(name) for name in values} == values:
         return
     who = {"user": user(), "host": socket.gethostname(), "python": platform.python_version(), "ray_job": submitted_job()}
     place.write_json(RUN, {"schema": SCHEMA, **values, "provenance": provenance() | who})

@@ -18,6 +18,7 @@ from s2l_ray.storage.artifacts import Artifact, Key, refusal
 from s2l_ray.storage.drafts import Draft
 from s2l_ray.storage.layout import SELECTED
 from s2l_ray.storage.lock import exclusive
+from s2l_ray.storage.ownership import check_stages
 from s2l_ray.storage.places import Storage
 from s2l_ray.trajectories.files import fetch_rows, files_identity, find_artifact, streamed
 
@@ -36,6 +37,7 @@ def select_trajectories(
     The same numbers give exactly what the pipeline gives. Finished already for the same input and recipe: reused.
     """
     begun, place = time.monotonic(), Storage(output)
+    check_stages(place, ("clustering", "selection"))
     if machines.engine == "ray":
         connect_ray()
     with exclusive(place) as still_held:

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from s2l_ray.errors import ArtifactError
-from s2l_ray.storage.layout import BUILDING, MANIFEST, SCHEMA
+from s2l_ray.storage.layout import BUILDING, MANIFEST, PARTS, SCHEMA
 from s2l_ray.storage.places import Storage
 from s2l_ray.storage.records import FileRecord, digest
 
@@ -81,7 +81,8 @@ class Artifact:
             return None
         if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA or "files" not in manifest:
             raise ArtifactError(
-                f"{storage.uri}/{MANIFEST}: not a manifest of schema {SCHEMA}. Remove {storage.uri} to build it again."
+                f"{storage.uri}/{MANIFEST}: not a manifest of schema {SCHEMA}. If a run wrote {storage.uri}, remove it to "
+                "build it again; else give another directory."
             )
         return cls(storage, manifest)
 
@@ -125,7 +126,7 @@ class Artifact:
         dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(summary["dropped"].items())) or "none"
         return f"{summary['rows']:,} rows, dropped: {dropped}"
 
-    def parts(self, prefix: str = "part-") -> list[str]:
+    def parts(self, prefix: str = PARTS) -> list[str]:
         """The Parquet files whose name starts with `prefix`, in order."""
         return sorted(path for path in self.manifest["files"] if path.startswith(prefix) and path.endswith(".parquet"))
 

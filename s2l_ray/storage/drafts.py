@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 
 from s2l_ray.errors import ArtifactError
 from s2l_ray.storage.artifacts import Artifact, Key, refusal
-from s2l_ray.storage.layout import BUILDING, MANIFEST, SCHEMA, WORK
+from s2l_ray.storage.layout import BUILDING, MANIFEST, SCHEMA, is_unrenamed
+from s2l_ray.storage.ownership import check_stage, clear_stage, read_building, scratch, write_building
 from s2l_ray.storage.places import Storage
 from s2l_ray.storage.provenance import provenance
 from s2l_ray.storage.records import FileRecord
@@ -40,23 +41,23 @@ class Draft:
     def open(cls, run: Storage, key: Key, still_held: Callable[[], None] = lambda: None) -> Draft:
         """Start or continue a stage.
 
-        Raises ArtifactError where the directory belongs to another recipe. What an interrupted run had begun from
-        other inputs (an earlier stage was rebuilt since) is thrown away: nothing there can be used.
+        What an interrupted run had begun from other inputs (an earlier stage was rebuilt since) is removed: nothing of it can
+        be used. Raises ArtifactError, and changes nothing, where the directory belongs to another recipe, is finished, or has
+        files that this program did not write.
         """
-        storage, work = run.child(key.stage), run.child(WORK).child(key.stage)
-        building = storage.read_json(BUILDING)
-        if building is not None and building["fingerprint"] != key.fingerprint:
-            if building.get("recipe") != key.recipe:
-                raise ArtifactError(refusal(storage, key, building, "Give another directory"))
-            building = None
-        if building is None:
-            # What lies here without a name belongs to nobody: it must not be taken for parts of this recipe.
-            storage.delete()
+        storage = run.child(key.stage)
+        check_stage(storage, key.stage)
+        work, building = scratch(run).child(key.stage), read_building(storage)
+        if Artifact.find(storage) is not None:
+            raise ArtifactError(f"{storage.uri}: finished; a finished stage is never written again. Give another directory.")
+        if building is not None and building.get("recipe") != key.recipe:
+            raise ArtifactError(refusal(storage, key, building, "Give another directory"))
+        if building is None or building["fingerprint"] != key.fingerprint:
+            clear_stage(storage, key.stage)
             work.delete()
-            value = {"fingerprint": key.fingerprint, "recipe": key.recipe, "inputs": key.inputs}
-            storage.write_json(BUILDING, value)
+            write_building(storage, key)
         for name in storage.names(recursive=True):
-            if name.endswith(".tmp"):  # a killed attempt was writing it
+            if is_unrenamed(key.stage, name):  # a killed attempt was writing it
                 storage.delete(name)
         return cls(storage, key, work, still_held)
 
@@ -86,7 +87,7 @@ class Draft:
 
     def write_tables(self, path: str, tables: Iterable[pa.Table]) -> None:
         """Write tables of one schema, of which there is one at least, as one Parquet file, whole or not at all."""
-        with self.storage.beside(path) as local:
+        with self.storage.atomic_path(path) as local:
             writer: pq.ParquetWriter | None = None
             try:
                 for table in tables:

@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+import re
+
 SCHEMA = "s2l_ray/1"
 RUN = "run.json"
 STAGE_NAMES = ("examples", "proxy", "trajectories", "clustering", "selection", "target", "evaluation", "report")
@@ -17,24 +19,76 @@ STAGE_NAMES = ("examples", "proxy", "trajectories", "clustering", "selection", "
 MANIFEST, BUILDING = "manifest.json", "building.json"
 
 # In the directory of one stage.
+PARTS, ASSIGNMENTS = "part-", "assignments-"  # and five digits
 TOKENIZER, CHECKPOINT = "tokenizer", "checkpoint.json"
 CENTROIDS, FEATURE_CENTROIDS, RESTARTS = "centroids.npy", "feature_centroids.npy", "restarts.parquet"
 SELECTED, RANDOM = "selected.parquet", "random.parquet"
+MODEL_FOLDERS, MODEL = {"selected": "model", "random": "random_model"}, "model.json"
+"""Subset -> the folder of the target trained on it, in training order; the file there that is written last."""
 METRICS, PREDICTIONS = "metrics.json", "predictions.jsonl"
 PAGE = "index.html"
 
 # Scratch of the run, and below it what several stages use.
-WORK = ".work"
+WORK, TAG = ".work", "CACHEDIR.TAG"
 TOKENS, LOSSES = "tokens", "losses"
-LOCKS = f"{WORK}/locks"
+LOCK, LOCKS = f"{WORK}/lock", f"{WORK}/locks"
 RECORDING = f"{WORK}/recording"
+CORPUS_HASHES = f"{WORK}/corpus_hashes.json"
+SPILLED = "scratch"
+"""What does not fit into memory."""
+
+# In the scratch directory of a stage that trains.
+ATTEMPTS, TRAINING_RUN = "attempts.json", "ray"
 
 
 def part_name(part: int) -> str:
     """The file of a part of a stage's rows."""
-    return f"part-{part:05d}.parquet"
+    return f"{PARTS}{part:05d}.parquet"
+
+
+def assignments_name(part: int) -> str:
+    """The file of a part of the groups."""
+    return f"{ASSIGNMENTS}{part:05d}.parquet"
 
 
 def step_folder(step: int) -> str:
     """The directory of a checkpoint of the proxy."""
     return f"step-{step:06d}"
+
+
+def folder_step(name: str) -> int | None:
+    """The step of a checkpoint of the proxy by the name of its directory, None for another name."""
+    found = re.fullmatch(r"step-(\d{6,})", name)
+    return int(found[1]) if found else None
+
+
+# Files of a folder that transformers and peft save. A name that is missing here is never removed.
+_MODEL_FILE = (
+    r"(config|generation_config|adapter_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab"
+    r"|model\.safetensors\.index)\.json|(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors|(vocab|merges)\.txt"
+    r"|(tokenizer|spiece)\.model|chat_template\.jinja|README\.md"
+)
+_PART = r"\d{5,}\.parquet"
+_STAGE_FILES = {
+    "examples": PARTS + _PART,
+    "proxy": rf"({TOKENIZER}|step-\d{{6,}})/({_MODEL_FILE}|{re.escape(CHECKPOINT)})",
+    "trajectories": PARTS + _PART,
+    "clustering": "|".join([ASSIGNMENTS + _PART, *map(re.escape, (CENTROIDS, FEATURE_CENTROIDS, RESTARTS))]),
+    "selection": rf"selected(-[^/]+)?\.parquet|{re.escape(RANDOM)}",
+    "target": rf"({'|'.join(MODEL_FOLDERS.values())})/({_MODEL_FILE}|{re.escape(MODEL)})",
+    "evaluation": f"{re.escape(METRICS)}|{re.escape(PREDICTIONS)}",
+    "report": re.escape(PAGE),
+}
+_MARKS = f"{re.escape(MANIFEST)}|{re.escape(BUILDING)}"
+_UNRENAMED = r"\.[0-9a-f]{8}\.tmp"
+"""Ends the name of a file that is being written; a killed process leaves it."""
+
+
+def is_stage_file(stage: str, name: str) -> bool:
+    """Whether a stage writes files of this name into its directory."""
+    return re.fullmatch(rf"({_STAGE_FILES.get(stage, '(?!)')}|{_MARKS})({_UNRENAMED})?", name) is not None
+
+
+def is_unrenamed(stage: str, name: str) -> bool:
+    """Whether a killed attempt at a stage left this file half written."""
+    return re.search(rf"{_UNRENAMED}$", name) is not None and is_stage_file(stage, name)

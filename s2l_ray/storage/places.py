@@ -23,7 +23,6 @@ import pyarrow as pa
 from pyarrow import fs
 
 from s2l_ray.errors import ArtifactError, ConfigError, StorageError, has_credentials, storage_problem
-from s2l_ray.storage.layout import WORK
 from s2l_ray.storage.records import FileRecord, digest
 
 _COPY_BYTES = 16 * 2**20
@@ -86,7 +85,7 @@ class Storage:
 
     @contextlib.contextmanager
     def explained(self, name: str = "") -> Iterator[None]:
-        """Turns what the user can mend of a disk or of object storage into a StorageError; other errors stay.
+        """Turns what the user can fix of a disk or of object storage into a StorageError; other errors stay.
 
         FileNotFoundError stays too, unless there is not even the bucket. What is transient the stores' libraries have tried
         again before.
@@ -162,24 +161,24 @@ class Storage:
     def write(self, name: str, data: bytes) -> None:
         """Write a file that appears whole or not at all.
 
-        Locally: written beside, flushed to disk, renamed. On object storage the bytes are complete before the upload
+        Locally: written to another name, flushed to disk, renamed. On object storage the bytes are complete before the upload
         starts, since pyarrow publishes a truncated object when a writer raises half-way (apache/arrow#40502).
         """
         if not self.is_local:
             with self.explained(name), self.filesystem.open_output_stream(self.path(name)) as stream:
                 stream.write(data)
             return
-        with self.beside(name) as path:
+        with self.atomic_path(name) as path:
             path.write_bytes(data)
 
     @contextlib.contextmanager
-    def beside(self, name: str) -> Iterator[Path]:
+    def atomic_path(self, name: str) -> Iterator[Path]:
         """A local path to write to; at the end of the block what is there becomes the file, whole or not at all."""
-        with self.explained(name), self._beside(name) as path:
+        with self.explained(name), self._unexplained_path(name) as path:
             yield path
 
     @contextlib.contextmanager
-    def _beside(self, name: str) -> Iterator[Path]:
+    def _unexplained_path(self, name: str) -> Iterator[Path]:
         if self.is_local:
             target = Path(self.path(name))
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -217,7 +216,8 @@ class Storage:
             return None
         except ValueError as error:
             raise ArtifactError(
-                f"{self.uri}/{name}: damaged (not JSON: {error}). Remove {self.uri} to build it again."
+                f"{self.uri}/{name}: not JSON ({error}). If a run wrote {self.uri}, remove it to build it again; else give "
+                "another directory."
             ) from error
 
     def write_json(self, name: str, value: Any) -> None:
@@ -229,7 +229,7 @@ class Storage:
         records = []
         for path in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
             target = f"{name}/{path.relative_to(folder).as_posix()}"
-            with self.beside(target) as copy:
+            with self.atomic_path(target) as copy:
                 shutil.copyfile(path, copy)
             records.append(FileRecord.of_file(target, path))
         return records
@@ -244,11 +244,11 @@ class Storage:
             with target.with_suffix(".lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # the other processes of this machine wait for the one that fetches
                 if not target.exists():
-                    beside = target.with_suffix(".tmp")
-                    shutil.rmtree(beside, ignore_errors=True)  # one that was killed left it
-                    beside.mkdir()
-                    fs.copy_files(self.path(name), str(beside), source_filesystem=self.filesystem)
-                    beside.rename(target)
+                    partial = target.with_suffix(".tmp")
+                    shutil.rmtree(partial, ignore_errors=True)  # one that was killed left it
+                    partial.mkdir()
+                    fs.copy_files(self.path(name), str(partial), source_filesystem=self.filesystem)
+                    partial.rename(target)
         return target
 
     def delete(self, name: str = "") -> None:
@@ -265,7 +265,8 @@ def cache() -> Path:
     """This user's folder on this machine, for models fetched or being trained. Raises StorageError if it is another's."""
     folder = Path(tempfile.gettempdir()) / f"s2l_ray-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():  # anyone may write there, and models are read from it
+    # Anyone may write there, a link to a folder of ours too, and models are read from it.
+    if {folder.stat().st_uid, folder.lstat().st_uid} != {os.getuid()}:
         raise StorageError(f"{folder}: belongs to another user. Set TMPDIR to a directory of your own.")
     return folder
 
@@ -273,22 +274,3 @@ def cache() -> Path:
 def absolute_uri(uri: str) -> str:
     """A path made absolute; a URI as it is."""
     return uri if "://" in uri else os.path.abspath(uri)
-
-
-@contextlib.contextmanager
-def scratch_folder(place: Storage) -> Iterator[Path]:
-    """A local folder for what does not fit into memory: beside the results, or for object storage on this machine.
-
-    It is empty at the start, whatever a killed run left there, and gone at the end.
-    """
-    if not place.is_local:
-        with tempfile.TemporaryDirectory(prefix="s2l_ray-") as folder:
-            yield Path(folder)
-        return
-    folder_here = Path(place.child(WORK).path("scratch"))
-    shutil.rmtree(folder_here, ignore_errors=True)
-    folder_here.mkdir(parents=True)
-    try:
-        yield folder_here
-    finally:
-        shutil.rmtree(folder_here, ignore_errors=True)

@@ -28,7 +28,8 @@ from s2l_ray.examples.ids import id_column, one_array, priorities
 from s2l_ray.progress import get_log
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.layout import BUILDING, LOSSES, MANIFEST, RECORDING, RUN, WORK
-from s2l_ray.storage.places import Storage, scratch_folder
+from s2l_ray.storage.ownership import scratch_folder
+from s2l_ray.storage.places import Storage
 from s2l_ray.storage.records import digest
 from s2l_ray.trajectories.sorting import sort_by_id
 from s2l_ray.trajectories.store import (

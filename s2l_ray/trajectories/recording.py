@@ -30,7 +30,8 @@ from s2l_ray.examples.ids import id_column, name_examples, one_array
 from s2l_ray.progress import get_log
 from s2l_ray.storage.artifacts import Artifact, Key
 from s2l_ray.storage.drafts import Draft, table_bytes
-from s2l_ray.storage.layout import BUILDING, MANIFEST, RECORDING, part_name
+from s2l_ray.storage.layout import BUILDING, MANIFEST, RECORDING, is_stage_file, part_name, step_folder
+from s2l_ray.storage.ownership import read_building, scratch, write_building
 from s2l_ray.storage.places import Storage
 from s2l_ray.storage.records import digest
 from s2l_ray.trajectories.files import recorded_files
@@ -79,6 +80,7 @@ def record_losses(
     given = {name: _plain(values) for name, values in zip(OPTIONAL, (source, num_response_tokens), strict=True)}
     table = _in_order(_table(ids, losses_N[:, None], {k: v for k, v in given.items() if v is not None}, where))
     name = digest(table["example_id"].to_pylist(), 16)
+    scratch(storage)
     storage.write(f"{_folder(number)}/{name}.parquet", table_bytes(table))
 
 
@@ -103,18 +105,23 @@ def note_dropped(directory: str | os.PathLike[str], dropped: Mapping[str, int]) 
     """
     storage = Storage(os.fspath(directory))
     _check_open(storage)
+    scratch(storage)
     storage.write_json(DROPPED, dict(dropped))
 
 
 def forget_steps(directory: str | os.PathLike[str], steps: Iterable[int]) -> None:
-    """Remove what is recorded of some steps: a training that goes back behind them records them again."""
+    """Remove what is recorded of some steps: a training that goes back behind them records them again.
+
+    Raises ArtifactError where the scratch directory is somebody else's.
+    """
     storage = Storage(os.fspath(directory))
+    scratch(storage)
     for step in steps:
         storage.delete(_folder(step))
 
 
 def _folder(step: int) -> str:
-    return f"{RECORDING}/step-{step:06d}"
+    return f"{RECORDING}/{step_folder(step)}"
 
 
 def _step_number(step: Any, where: str) -> int:
@@ -129,14 +136,12 @@ def _step_number(step: Any, where: str) -> int:
 
 def _check_open(storage: Storage) -> None:
     """Raise ArtifactError where a recording may not be written: it is finished, or the place is another's."""
-    names = storage.names()
-    if MANIFEST in names:
+    if Artifact.find(storage) is not None:
         raise ArtifactError(f"{storage.uri}: finished, nothing more is recorded there. Give another directory, or remove it.")
-    begun = storage.read_json(BUILDING) if BUILDING in names else None
-    is_ours = begun is not None and begun.get("recipe") == KEY.recipe
-    if begun is not None and not is_ours:
+    begun = read_building(storage)
+    if begun is not None and begun.get("recipe") != KEY.recipe:
         raise ArtifactError(f"{storage.uri}: an unfinished stage of a run. Give another directory.")
-    if not is_ours and any(name.endswith(".parquet") for name in names):
+    if begun is None and any(name.endswith(".parquet") for name in storage.names()):
         raise ArtifactError(f"{storage.uri}: holds other Parquet files. Give another directory.")
 
 
@@ -216,9 +221,10 @@ def finish_recording(directory: str | os.PathLike[str]) -> Artifact:
         raise ArtifactError(f"{storage.uri}: no step is recorded there. Call s2l_ray.record_losses first.")
     ids, losses_NT, columns = _joined(storage, files)
     draft = Draft(storage, KEY, storage.child(RECORDING))
-    storage.write_json(BUILDING, {"fingerprint": KEY.fingerprint, "recipe": KEY.recipe, "inputs": KEY.inputs})
+    write_building(storage, KEY)
     for name in storage.names():
-        if name.startswith("part-"):  # of an attempt that was killed: `_check_open` lets nobody else's be here
+        # Of an attempt that was killed: `_check_open` lets nobody else's Parquet files be here.
+        if name not in (BUILDING, MANIFEST) and is_stage_file(STAGE, name):
             storage.delete(name)
     totals_T = np.zeros(len(files))
     for number, start in enumerate(range(0, len(ids), BLOCK_ROWS)):
