@@ -32,9 +32,8 @@ from s2l_ray.runtime.fit import Workers
 from s2l_ray.runtime.pool import Unit, UnitWorker, do_units
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.drafts import Draft, table_bytes
-from s2l_ray.storage.layout import METRICS, PREDICTIONS
+from s2l_ray.storage.layout import METRICS, MODEL_FOLDERS, MODEL_RECORD, PREDICTIONS
 from s2l_ray.storage.stages import Context
-from s2l_ray.target import FOLDERS, RECORD
 from s2l_ray.training.losses import example_losses
 from s2l_ray.training.models import load_model, make_model, positions
 from s2l_ray.training.token_parts import target_tokenizer
@@ -67,7 +66,7 @@ def build(context: Context) -> Artifact:
     workers = Workers.resolve(context.machines, one_per_cpu=True)
     models = [
         UNTRAINED,
-        *(name for name, folder in FOLDERS.items() if f"{folder}/{RECORD}" in inputs["target"].manifest["files"]),
+        *(name for name, folder in MODEL_FOLDERS.items() if f"{folder}/{MODEL_RECORD}" in inputs["target"].manifest["files"]),
     ]
     parts = [part for part in examples.parts() if read_held_out(examples, part, ["example_id"]).num_rows]
     get_log("evaluation").info("%s on %d held-out examples", ", ".join(models), examples.summary["held_out"])
@@ -225,7 +224,7 @@ class Evaluator(UnitWorker):
         target = self.job.config.target
         if model == UNTRAINED:
             return make_model(target, self._tokenizer)
-        folder = self.job.inputs["target"].folder(FOLDERS[model])
+        folder = self.job.inputs["target"].folder(MODEL_FOLDERS[model])
         return load_model(folder, self._tokenizer, trust_remote_code=target.trust_remote_code)
 
     def work_on(self, part: str, models: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:

@@ -22,7 +22,7 @@ from s2l_ray.progress import get_log
 from s2l_ray.runtime.fit import Workers, fit
 from s2l_ray.runtime.session import await_room
 from s2l_ray.storage.artifacts import Artifact
-from s2l_ray.storage.layout import CHECKPOINT, TOKENIZER, step_folder
+from s2l_ray.storage.layout import CHECKPOINT, TOKENIZER, folder_step, step_folder
 from s2l_ray.storage.places import Storage
 from s2l_ray.storage.records import FileRecord
 from s2l_ray.storage.stages import Context
@@ -95,7 +95,8 @@ def build(context: Context) -> Artifact:
 def finished_steps(storage: Storage) -> list[int]:
     """The steps whose checkpoints lie whole in the proxy's directory, ascending."""
     names = [name for name in storage.names(recursive=True) if name.endswith(f"/{CHECKPOINT}")]
-    return sorted(int(name.partition("/")[0].removeprefix("step-")) for name in names)
+    steps = (folder_step(name.removesuffix(f"/{CHECKPOINT}")) for name in names)
+    return sorted(step for step in steps if step is not None)
 
 
 def checkpoint_records(storage: Storage, step: int) -> list[FileRecord]:

@@ -18,7 +18,7 @@ from s2l_ray.errors import DataError
 from s2l_ray.progress import get_log
 from s2l_ray.runtime.fit import Workers, fit
 from s2l_ray.storage.artifacts import Artifact
-from s2l_ray.storage.layout import RANDOM, SELECTED
+from s2l_ray.storage.layout import MODEL_FOLDERS, MODEL_RECORD, RANDOM, SELECTED
 from s2l_ray.storage.places import Storage
 from s2l_ray.storage.records import FileRecord
 from s2l_ray.storage.stages import Context
@@ -35,10 +35,6 @@ from s2l_ray.training.models import (
 )
 from s2l_ray.training.token_parts import target_tokenizer
 from s2l_ray.training.tokens import pool_tokens, row_counts
-
-# Subset -> the folder of the model trained on it, in training order.
-FOLDERS = {"selected": "model", "random": "random_model"}
-RECORD = "model.json"
 
 
 @dataclass(frozen=True)
@@ -75,9 +71,9 @@ def build(context: Context) -> Artifact:
         get_log("target").info("DeepSpeed ZeRO %d; its first use on a machine compiles for half a minute", target.zero_stage)
     result = fit("target", train_target, job, workers, draft.work, resume_minutes=machines.resume_minutes)
     for name in subsets:
-        record = draft.storage.read_json(f"{FOLDERS[name]}/{RECORD}")
+        record = draft.storage.read_json(f"{MODEL_FOLDERS[name]}/{MODEL_RECORD}")
         draft.add(*(FileRecord(**file) for file in record["files"]))
-        draft.has(f"{FOLDERS[name]}/{RECORD}")
+        draft.has(f"{MODEL_FOLDERS[name]}/{MODEL_RECORD}")
     return draft.publish(result, asdict(workers) | machines.model_dump(include={"device_batch_size", "offload"}))
 
 
@@ -102,7 +98,7 @@ def train_target(job: TargetJob, events: Any) -> dict[str, Any]:
     check_steps(steps, "target")
     before = 0
     for name, (ids, tokens, _) in rows.items():
-        record = f"{FOLDERS[name]}/{RECORD}"
+        record = f"{MODEL_FOLDERS[name]}/{MODEL_RECORD}"
         if not job.storage.exists(record):
             order = data_order(ids, config.epochs, config.global_batch_size, config.seed)[: steps * config.global_batch_size]
             phase = Phase(name, config, order, tokens, (), steps * len(rows), before)
@@ -123,7 +119,7 @@ def train_target(job: TargetJob, events: Any) -> dict[str, Any]:
             reset_accelerate(trainer)
             del trainer, model
         before += steps
-    done = {name: job.storage.read_json(f"{FOLDERS[name]}/{RECORD}") for name in rows} if is_first else {}
+    done = {name: job.storage.read_json(f"{MODEL_FOLDERS[name]}/{MODEL_RECORD}") for name in rows} if is_first else {}
     return {
         "rows": len(rows["selected"][0]),
         **row_counts(rows["selected"][2]),
@@ -202,9 +198,9 @@ def save_target(trainer: Any, tokenizer: Any, job: TargetJob, name: str, facts: 
             # Added in float32, to the base as it was read: bfloat16 weights would round much of an adapter away.
             model = merged(make_model(job.config, tokenizer), Path(trained))
             save_model(model.to(trainer.model.dtype), tokenizer, Path(whole))
-        records = storage.upload(folder, FOLDERS[name])
+        records = storage.upload(folder, MODEL_FOLDERS[name])
     value = facts | {"training_loss": training_loss(trainer), "files": [asdict(record) for record in records]}
-    storage.write_json(f"{FOLDERS[name]}/{RECORD}", value)
+    storage.write_json(f"{MODEL_FOLDERS[name]}/{MODEL_RECORD}", value)
 
 
 def reset_accelerate(trainer: Any) -> None:

@@ -29,9 +29,10 @@ from s2l_ray.evaluation import EvaluationJob, Evaluator
 from s2l_ray.runtime.fit import Workers, fit
 from s2l_ray.storage.artifacts import Key
 from s2l_ray.storage.drafts import Draft
+from s2l_ray.storage.layout import MODEL_RECORD
 from s2l_ray.storage.places import Storage
 from s2l_ray.storage.records import FileRecord
-from s2l_ray.target import RECORD, TargetJob, build, train_target
+from s2l_ray.target import TargetJob, build, train_target
 from s2l_ray.training.losses import example_losses
 from s2l_ray.training.models import load_model, make_model, merged, save_model, with_adapters
 from s2l_ray.training.tokens import pool_tokens
@@ -375,8 +376,8 @@ def test_every_setting_exports_a_model_that_from_pretrained_loads(story, bench, 
 def test_an_exported_adapter_is_evaluated(story, bench):  # noqa: F811
     job = story.jobs["zero2-adapter 2-1"]
     draft = Draft.open(Storage(job.storage.uri.rpartition("/")[0]), Key("target", 1, {}, {}))
-    draft.add(*(FileRecord(**file) for file in job.storage.read_json(f"model/{RECORD}")["files"]))
-    draft.has(f"model/{RECORD}")
+    draft.add(*(FileRecord(**file) for file in job.storage.read_json(f"model/{MODEL_RECORD}")["files"]))
+    draft.has(f"model/{MODEL_RECORD}")
     named = json.loads((Path(job.storage.path("model")) / "adapter_config.json").read_text())
     assert named["base_model_name_or_path"] == job.config.model
     config = run_config(**job.config.model_dump(exclude_none=True))

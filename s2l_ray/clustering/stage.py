@@ -20,7 +20,7 @@ from s2l_ray.progress import duration, get_log
 from s2l_ray.runtime.session import connect_ray
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.drafts import Draft, table_bytes
-from s2l_ray.storage.layout import CENTROIDS, FEATURE_CENTROIDS, RESTARTS
+from s2l_ray.storage.layout import ASSIGNMENTS, CENTROIDS, FEATURE_CENTROIDS, RESTARTS, assignments_name
 from s2l_ray.storage.stages import Context
 from s2l_ray.trajectories.files import streamed
 from s2l_ray.trajectories.sorting import SortedTable, in_order
@@ -116,7 +116,7 @@ def publish_clustering(
         grouped = time.monotonic()
         parts = in_order(pool, lambda table: table_bytes(table, ["cluster_id"]), _parts(grouping.assignments(store)))
         for part, data in enumerate(parts):
-            draft.write(f"assignments-{part:05d}.parquet", data)
+            draft.write(assignments_name(part), data)
         groups = grouping.groups()
         described = engine.describe()
     _write_array(draft, CENTROIDS, groups.centroids_KT)
@@ -186,7 +186,7 @@ def read_groups(artifact: Artifact) -> Groups:
 
 def read_clustering(artifact: Artifact) -> Clustering:
     """The groups in a `clustering/` directory and which row is in which, in memory."""
-    table = pa.concat_tables([artifact.read_table(path) for path in artifact.parts("assignments-")]).combine_chunks()
+    table = pa.concat_tables([artifact.read_table(path) for path in artifact.parts(ASSIGNMENTS)]).combine_chunks()
     return Clustering(
         **vars(read_groups(artifact)),
         example_ids=table["example_id"].chunk(0),

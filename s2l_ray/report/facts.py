@@ -26,7 +26,7 @@ import yaml
 from s2l_ray.errors import ArtifactError
 from s2l_ray.progress import duration
 from s2l_ray.storage.artifacts import Artifact
-from s2l_ray.storage.layout import BUILDING, CENTROIDS, METRICS, RUN, SELECTED, STAGE_NAMES
+from s2l_ray.storage.layout import ASSIGNMENTS, BUILDING, CENTROIDS, METRICS, RUN, SELECTED, STAGE_NAMES
 from s2l_ray.storage.places import Storage
 
 Summary = Mapping[str, Any]
@@ -576,7 +576,7 @@ def read_group_texts(artifacts: Mapping[str, Artifact], groups: Groups) -> list[
 def nearest(clustering: Artifact, shown: Sequence[int]) -> dict[int, list[tuple[float, Any]]]:
     """The members of each group as (distance, example id), the nearest first; the smaller id of two equally near."""
     members: dict[int, list[tuple[float, Any]]] = {k: [] for k in shown}
-    for part in clustering.parts("assignments-"):
+    for part in clustering.parts(ASSIGNMENTS):
         table = clustering.read_table(part, ["example_id", "cluster_id", "distance"])
         ids, clusters, distances = table["example_id"], table["cluster_id"].to_numpy(), table["distance"].to_numpy()
         for k in shown:

@@ -19,12 +19,12 @@ from s2l_ray.errors import S2LError, StorageError, cause_of
 from s2l_ray.progress import get_log, track
 from s2l_ray.runtime.metrics import count
 from s2l_ray.runtime.session import WAIT_LINE_SECONDS, await_room, free_room, no_room, waiting
+from s2l_ray.storage.layout import ATTEMPTS, TRAINING_RUN
 from s2l_ray.storage.places import Storage
 
 Loop = Callable[[Any, Any], dict[str, Any]]
 # A group that a lost machine ended starts again as often as need be; one that ends again and again at the same resume point
 # has something else. Ray Train's own limit counts without asking whether there was progress between.
-ATTEMPTS = "attempts.json"
 MAX_ATTEMPTS = 5
 MAX_ATTEMPTS_OF_ANY_SIZE = 20
 MAX_WORKER_FAILURES = 1000
@@ -146,7 +146,7 @@ def fit(
     queues = [Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here}) for _ in range(3)]
     events, outcome, outages = queues
     listener = threading.Thread(target=_show_events, args=(stage, events, on_event), daemon=True)
-    storage = work.child("ray")
+    storage = work.child(TRAINING_RUN)
     trainer = _trainer_class(stage, workers, events)(
         _guarded,
         train_loop_config={

@@ -36,7 +36,7 @@ from s2l_ray.progress import get_log
 from s2l_ray.runtime.session import connect_ray
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.drafts import Draft
-from s2l_ray.storage.layout import RANDOM, RESTARTS, SELECTED
+from s2l_ray.storage.layout import ASSIGNMENTS, RANDOM, RESTARTS, SELECTED, further_subset
 from s2l_ray.storage.stages import Context
 from s2l_ray.trajectories.files import streamed
 from s2l_ray.trajectories.sorting import SortedTable, sort_by_id
@@ -424,7 +424,7 @@ def _labels(clustering: Artifact, store: TrajectoryStore) -> Iterator[NDArray[np
     """The groups of the store's rows, block by block. Raises DataError where the clustering is of other examples."""
 
     def assignments() -> Iterator[pa.RecordBatch]:
-        for part in clustering.parts("assignments-"):
+        for part in clustering.parts(ASSIGNMENTS):
             yield from clustering.read_table(part, columns=["example_id", "cluster_id"]).to_batches()
 
     found = SortedTable.joined(assignments(), BLOCK_ROWS)
@@ -489,7 +489,7 @@ def publish_selection(
     groups = read_groups(clustering)
     chosen = _choose(store, lambda: _labels(clustering, store), groups, config)
     largest = max(chosen, key=lambda one: len(one.selection))
-    files = [SELECTED, *(f"selected-{_file_name(one.selection.budget)}.parquet" for one in chosen[1:])]
+    files = [SELECTED, *(further_subset(_file_name(one.selection.budget)) for one in chosen[1:])]
     with ThreadPoolExecutor(2) as pool:
         rows = _Rows.fetch(largest.rows, fetch_rows, scratch / "selected", pool)
         for path, one in zip(files, chosen, strict=True):

@@ -23,7 +23,7 @@ PARTS, ASSIGNMENTS = "part-", "assignments-"  # and five digits
 TOKENIZER, CHECKPOINT = "tokenizer", "checkpoint.json"
 CENTROIDS, FEATURE_CENTROIDS, RESTARTS = "centroids.npy", "feature_centroids.npy", "restarts.parquet"
 SELECTED, RANDOM = "selected.parquet", "random.parquet"
-MODEL_FOLDERS, MODEL = {"selected": "model", "random": "random_model"}, "model.json"
+MODEL_FOLDERS, MODEL_RECORD = {"selected": "model", "random": "random_model"}, "model.json"
 """Subset -> the folder of the target trained on it, in training order; the file there that is written last."""
 METRICS, PREDICTIONS = "metrics.json", "predictions.jsonl"
 PAGE = "index.html"
@@ -51,6 +51,11 @@ def assignments_name(part: int) -> str:
     return f"{ASSIGNMENTS}{part:05d}.parquet"
 
 
+def further_subset(budget: str) -> str:
+    """The file of the subset of a further budget, which is given in letters and digits."""
+    return f"selected-{budget}.parquet"
+
+
 def step_folder(step: int) -> str:
     """The directory of a checkpoint of the proxy."""
     return f"step-{step:06d}"
@@ -75,7 +80,7 @@ _STAGE_FILES = {
     "trajectories": PARTS + _PART,
     "clustering": "|".join([ASSIGNMENTS + _PART, *map(re.escape, (CENTROIDS, FEATURE_CENTROIDS, RESTARTS))]),
     "selection": rf"selected(-[^/]+)?\.parquet|{re.escape(RANDOM)}",
-    "target": rf"({'|'.join(MODEL_FOLDERS.values())})/({_MODEL_FILE}|{re.escape(MODEL)})",
+    "target": rf"({'|'.join(MODEL_FOLDERS.values())})/({_MODEL_FILE}|{re.escape(MODEL_RECORD)})",
     "evaluation": f"{re.escape(METRICS)}|{re.escape(PREDICTIONS)}",
     "report": re.escape(PAGE),
 }

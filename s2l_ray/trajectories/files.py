@@ -27,7 +27,7 @@ from s2l_ray.errors import ArtifactError, ConfigError, DataError, S2LError, Stor
 from s2l_ray.examples.ids import id_column, one_array, priorities
 from s2l_ray.progress import get_log
 from s2l_ray.storage.artifacts import Artifact
-from s2l_ray.storage.layout import BUILDING, LOSSES, MANIFEST, RECORDING, RUN, WORK
+from s2l_ray.storage.layout import BUILDING, CHECKPOINT, LOSSES, MANIFEST, RECORDING, RUN, WORK, folder_step
 from s2l_ray.storage.ownership import scratch_folder
 from s2l_ray.storage.places import Storage
 from s2l_ray.storage.records import digest
@@ -163,8 +163,9 @@ def unit_grid(run: Storage) -> tuple[list[str], dict[str, set[str]]]:
         return [], {}
     grid: dict[str, set[str]] = {}
     for file in proxy.names(recursive=True):
-        if re.fullmatch(r"step-\d+/checkpoint\.json", file):
-            grid[f"{file.partition('/')[0]}-{digest((proxy.read_json(file) or {}).get('files'))}"] = set()
+        folder, _, name = file.partition("/")
+        if name == CHECKPOINT and folder_step(folder) is not None:
+            grid[f"{folder}-{digest((proxy.read_json(file) or {}).get('files'))}"] = set()
     for file in run.child(WORK).child(LOSSES).names(recursive=True):
         model, part = file.split("/")[-2:]
         if model in grid:
@@ -176,9 +177,9 @@ def recorded_files(storage: Storage) -> dict[int, list[str]]:
     """The files of an unfinished recording, by step in ascending order; empty where there is none."""
     files: dict[int, list[str]] = {}
     for name in storage.names(RECORDING, recursive=True):
-        found = re.fullmatch(r"step-(\d+)/[^/]+\.parquet", name)
-        if found:
-            files.setdefault(int(found[1]), []).append(f"{RECORDING}/{name}")
+        folder, _, file = name.rpartition("/")
+        if (step := folder_step(folder)) is not None and file.endswith(".parquet"):
+            files.setdefault(step, []).append(f"{RECORDING}/{name}")
     return dict(sorted(files.items()))
 
 
