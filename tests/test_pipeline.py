@@ -33,6 +33,7 @@ from s2l_ray.pipeline import STAGES, decide, run
 from s2l_ray.selection.alone import select_trajectories
 from s2l_ray.selection.export import export_subset
 from s2l_ray.storage.artifacts import Artifact
+from s2l_ray.storage.layout import is_stage_file
 from s2l_ray.storage.places import Storage
 
 STAGE_NAMES = ["examples", "proxy", "trajectories", "clustering", "selection", "target", "evaluation"]
@@ -225,6 +226,7 @@ def test_a_manifest_is_written_last_and_lists_every_file_with_its_size_and_hash(
     found = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json"}
     assert found.keys() == files.keys()
     for path, record in files.items():
+        assert is_stage_file(name, path), "what is begun from other inputs is removed by its name"
         data = found[path].read_bytes()
         assert record == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         assert found[path].stat().st_mtime_ns <= (folder / "manifest.json").stat().st_mtime_ns
