@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,94 @@ def test_set_overrides_a_value_and_keeps_its_type(tmp_path):
     path.write_text(yaml.safe_dump(MINIMAL))
     config = load_config(path, ["clustering.num_clusters=7", "selection.budget=0.5", "proxy.learning_rate=1e-3"])
     assert (config.clustering.num_clusters, config.selection.budget, config.proxy.learning_rate) == (7, 0.5, 1e-3)
+
+
+TEXTS = [
+    ("examples.prompt_template", "{instruction}"),
+    ("examples.prompt_template", "{a}: {b} # c"),
+    ("examples.prompt_template", '"{a}" '),
+    ("examples.dataset", "19"),
+    ("examples.dataset", "*.jsonl"),
+    ("examples.dataset", "[ab]*.jsonl"),
+    ("examples.prompt_field", "yes"),
+    ("examples.split", "null"),
+    ("examples.subset", "2024-01-01"),
+    ("examples.subset", "2024-13-45"),
+    ("evaluation.answer_pattern", "[Aa]nswer: (.+)"),
+    ("proxy.revision", "1e5"),
+    ("proxy.revision", "0123456"),
+    ("proxy.revision", "1234567"),
+    ("proxy.revision", "1_000.50"),
+    ("proxy.model", "0x10"),
+    ("proxy.tokenizer", "off"),
+    ("name", "2024"),
+    ("plan.accelerator", "100"),
+]
+
+
+def value_at(config: RunConfig, place: str) -> object:
+    return functools.reduce(getattr, place.split("."), config)
+
+
+@pytest.mark.parametrize(("place", "text"), TEXTS)
+def test_set_gives_a_field_of_text_the_text_as_it_stands(tmp_path, place, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    assert value_at(load_config(path, [f"{place}={text}"]), place) == text
+
+
+# What YAML reads as something that is no scalar, or as nothing, has to be quoted in a file.
+@pytest.mark.parametrize(("place", "text"), [(place, text) for place, text in TEXTS if text[0].isalnum() and text != "null"])
+def test_a_file_gives_a_field_of_text_the_text_as_it_is_written(tmp_path, place, text):
+    section, _, field = place.rpartition(".")
+    values = changed(**{section: {field: "HERE"}}) if section else MINIMAL | {field: "HERE"}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values).replace("HERE", text))
+    assert value_at(load_config(tmp_path / "run.yaml"), place) == text
+
+
+def test_lists_mappings_and_sections_have_their_texts_as_they_are_written(tmp_path):
+    (tmp_path / "run.yaml").write_text("""
+name: run
+examples: {dataset: [19, 020], where: {2024: 1, deep: [on, 2]}}
+proxy: {model: small}
+selection: {budget: 100}
+target: {tokenizer: {train: bpe}, model: {scratch: {architecture: 1, layers: 010, hidden: 8}}}
+evaluation: {summary_sources: [1e3, 007]}
+""")
+    config = load_config(tmp_path / "run.yaml", ["target.lora={target_modules: [q_proj, 1]}", "proxy.checkpoints=[12, step-1]"])
+    assert config.examples.dataset == ["19", "020"]
+    assert config.examples.where == {"2024": 1, "deep": [True, 2]}
+    assert config.evaluation.summary_sources == ["1e3", "007"]
+    assert (config.target.model.scratch.architecture, config.target.model.scratch.layers) == ("1", 8)
+    assert config.target.lora.target_modules == ["q_proj", "1"]
+    assert config.proxy.checkpoints == ["12", "step-1"]
+
+
+@pytest.mark.parametrize("nothing", ["null", "none", "~", ""])
+def test_an_optional_text_is_taken_away_again(tmp_path, nothing):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(changed(proxy={"revision": "main", "tokenizer": "other"})))
+    config = load_config(path, [f"proxy.revision={nothing}", f"proxy.tokenizer={nothing}"])
+    assert (config.proxy.revision, config.proxy.tokenizer) == (None, None)
+
+
+def test_a_value_that_only_looks_like_yaml_is_refused_with_how_to_quote_it(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    with pytest.raises(
+        ConfigError, match=r"--set examples\.where\.kind=\*a: .* is quoted twice.*--set 'examples\.where\.kind=\"...\"'"
+    ):
+        load_config(path, ["examples.where.kind=*a"])
+    assert load_config(path, ['examples.where.kind="*a"']).examples.where == {"kind": "*a"}
+
+
+@pytest.mark.parametrize("again", ["name: other\n", "plan: {accelerator: H100, accelerator: A100}\n"])
+def test_a_key_that_occurs_twice_is_named_with_its_line(tmp_path, again):
+    text = yaml.safe_dump(MINIMAL)
+    (tmp_path / "run.yaml").write_text(text + again)
+    line = len(text.splitlines()) + 1
+    with pytest.raises(ConfigError, match=rf"run\.yaml: .*line {line}: the key '(name|accelerator)' occurs twice"):
+        load_config(tmp_path / "run.yaml")
 
 
 @pytest.mark.parametrize("override", ["clustering", "=5", "name.x=1", "clustering.num_clusters=[1"])

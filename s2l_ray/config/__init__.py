@@ -1,12 +1,12 @@
 """The config of a run: one YAML file, complete and flat, checked before anything starts.
 
-There is no inheritance and no templating; ``--set section.field=value`` is the only override. Every section is a
+There is no inheritance and no templating; `--set section.field=value` is the only override. Every section is a
 frozen value whose fields explain themselves. A section is the *recipe* of the stage of the same name: what decides
 its result. `machines` (where and how fast) and `plan` (what the price list assumes) decide no result and
 are in no fingerprint.
 
-Read `sections` (a class per stage), `machines`, `run` (how they fit together), `parsing` (from a file, and messages),
-`recipes` (what of it decides each stage's result).
+Read `section` (what all share), `sections` and `training` (a class per stage), `machines`, `run` (how they fit together),
+`parsing` (from a file), `messages` (what is wrong with it), `recipes` (what of it decides each stage's result).
 """
 
 from s2l_ray.config.machines import (

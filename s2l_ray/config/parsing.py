@@ -1,17 +1,23 @@
-"""From a YAML file, or a command's arguments, to a checked config; and what is wrong with it, in words."""
+"""From a YAML file, or a command's arguments, to a checked config.
+
+YAML takes many texts for something else: a commit `0123456` for an octal number, a folder `19` for a number, a template
+`{instruction}` for a mapping. A field that takes text gets it exactly as it is written.
+"""
 
 from __future__ import annotations
 
-import difflib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from s2l_ray.config.machines import GroupingConfig
+from s2l_ray.config.messages import problems
 from s2l_ray.config.run import RunConfig
-from s2l_ray.config.section import Section
+from s2l_ray.config.section import Section, is_section, types_at, types_of
 from s2l_ray.errors import ConfigError
 
 
@@ -27,9 +33,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text ({error}). A config is a YAML file.") from error
     try:
-        values = yaml.safe_load(text)
+        values = _read_yaml(text, [RunConfig])
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from error
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a config is a mapping of sections, found {type(values).__name__}.")
     for override in overrides or []:
@@ -59,76 +65,90 @@ def checked(section: type[AnySection], **values: Any) -> AnySection:
         raise ConfigError("\n".join(lines)) from None
 
 
-def problems(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """Every problem that pydantic found as `section.field: what. Remedy`, one line a place, in order of the file.
-
-    Of a union (`model: a name or {scratch: ...}`) pydantic reports every branch: the complaints about the deepest place
-    are those about the branch that was meant, and complaints about one place become one line.
-    """
-    complaints: dict[str, list[str]] = {}
-    found: dict[str, Any] = {}
-    misspelt: list[str] = []
-    for item in error.errors(include_url=False):
-        keys = [str(key) for key in item["loc"] if not _is_union_branch(key)]
-        place = ".".join(keys) or "config"
-        if item["type"] == "extra_forbidden":
-            known = _keys_at(model, keys[:-1])
-            guess = difflib.get_close_matches(keys[-1], known, n=1)
-            misspelt += [".".join([*keys[:-1], name]) for name in guess]
-            hint = f". Did you mean '{guess[0]}'?" if guess else f". Known keys: {', '.join(known)}." if known else "."
-            complaint = f"no such key{hint}"
-        elif item["type"] == "missing":
-            complaint = "missing."
-        elif item["type"] == "value_error":
-            complaint = f"{item['msg'].removeprefix('Value error, ')}."
-        else:
-            complaint = item["msg"][0].lower() + item["msg"][1:]
-            found[place] = item["input"]
-        if complaint not in complaints.setdefault(place, []):
-            complaints[place].append(complaint)
-    for place in misspelt:  # it is not missing, it is there under another name
-        if complaints.get(place) == ["missing."]:
-            del complaints[place]
-    deepest = [place for place in complaints if not any(other.startswith(f"{place}.") for other in complaints)]
-    return [
-        f"{place}: {'; or '.join(complaints[place])}{f', found {found[place]!r}.' if place in found else ''}"
-        for place in deepest
-    ]
-
-
-def _is_union_branch(key: int | str) -> bool:
-    """Whether a part of a pydantic location names a union's branch (a type) and not a key of the file."""
-    if not isinstance(key, str):
-        return False
-    return key[:1].isupper() or "[" in key or key in {"str", "int", "float", "bool", "constrained-int", "constrained-float"}
-
-
-def _keys_at(model: type[BaseModel], keys: list[str]) -> list[str]:
-    """The field names of the section that `keys` lead to, empty where they lead to no section."""
-    sections: list[type[BaseModel]] = [model]
-    for key in keys:
-        found: list[type[BaseModel]] = []
-        for section in sections:
-            if key in section.model_fields:
-                annotation = section.model_fields[key].annotation
-                candidates = (annotation, *get_args(annotation))
-                found += [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
-        sections = found
-    return [name for section in sections for name in section.model_fields]
-
-
 def _apply_override(values: dict[str, Any], override: str) -> None:
-    """Put `section.field=value` (the value in YAML) into the plain values."""
+    """Put `section.field=value` into the plain values: the value as it stands for a field of text, else read as YAML."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"--set {override}: expected section.field=value, such as --set clustering.num_clusters=50.")
-    *sections, field = key.strip().split(".")
-    for section in sections:
+    keys = key.strip().split(".")
+    for section in keys[:-1]:
         inner = values.setdefault(section, {})
         if not isinstance(inner, dict):
             raise ConfigError(f"--set {override}: '{section}' is not a section.")
         values = inner
+    types = types_at(RunConfig, keys)
     try:
-        values[field] = yaml.safe_load(text)
+        values[keys[-1]] = _text_or_yaml(text, types) if str in types else _read_yaml(text, types)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not YAML: {error}") from error
+        problem = getattr(error, "problem", None) or error
+        raise ConfigError(
+            f"--set {override}: the value is not YAML ({problem}). A text is quoted twice, for the shell and for YAML: "
+            f"--set '{key}=\"...\"'."
+        ) from error
+
+
+def _text_or_yaml(text: str, types: list[Any]) -> Any:
+    """The value of a field that takes text: the text as it stands, a mapping or a list where the field takes those, too."""
+    if NoneType in types and text.strip().lower() in {"", "~", "null", "none"}:
+        return None
+    if all(kind in (str, NoneType) for kind in types):
+        return text
+    try:
+        value = _read_yaml(text, types)
+    except yaml.YAMLError:  # a glob such as *.jsonl
+        return text
+    return value if isinstance(value, dict | list) else text
+
+
+# --- YAML ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Scalar:
+    """What YAML takes for a number, a truth value or a date, and how it is written."""
+
+    value: Any
+    text: str
+
+
+class _Loader(yaml.SafeLoader):
+    """Keeps how scalars are written, and refuses a key that occurs twice: YAML's own readers drop the first in silence."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value]
+        for place, (key, _) in enumerate(node.value):
+            if key.value in keys[:place]:
+                raise yaml.YAMLError(f"line {key.start_mark.line + 1}: the key '{key.value}' occurs twice")
+        return node
+
+    def construct_written(self, node: yaml.ScalarNode) -> Any:
+        try:
+            return _Scalar(yaml.SafeLoader.yaml_constructors[node.tag](self, node), node.value)
+        except ValueError:  # looks like a date and is none
+            return node.value
+
+
+for _kind in ("int", "float", "bool", "timestamp"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_written)
+
+
+def _read_yaml(text: str, types: list[Any]) -> Any:
+    """A value of these types from YAML. Raises yaml.YAMLError."""
+    return _typed(yaml.load(text, _Loader), types)  # noqa: S506 - it is a SafeLoader
+
+
+def _typed(value: Any, types: list[Any]) -> Any:
+    """What YAML read, with the written text wherever the types take text."""
+    if isinstance(value, _Scalar):
+        return value.text if str in types else value.value
+    if isinstance(value, list):
+        inner = [kind for outer in types if get_origin(outer) is list for kind in types_of(get_args(outer)[0])]
+        return [_typed(one, inner) for one in value]
+    if isinstance(value, dict):
+        keys = [str] if any(is_section(kind) or get_args(kind)[:1] == (str,) for kind in types) else []
+        return {
+            (name := _typed(key, keys)): _typed(inner, [kind for outer in types for kind in types_at(outer, [name])])
+            for key, inner in value.items()
+        }
+    return value
