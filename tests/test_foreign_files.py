@@ -24,7 +24,7 @@ from s2l_ray.selection.alone import select_trajectories
 from s2l_ray.storage.artifacts import Artifact, Key
 from s2l_ray.storage.drafts import Draft
 from s2l_ray.storage.layout import STAGE_NAMES
-from s2l_ray.storage.ownership import GENERATOR, check_run, scratch, scratch_folder
+from s2l_ray.storage.ownership import GENERATOR, check_run, scratch_of
 from s2l_ray.storage.places import Storage
 from s2l_ray.trajectories.recording import finish_recording, forget_steps, record_losses
 
@@ -209,11 +209,11 @@ def test_what_a_kill_left_of_the_first_files_is_no_ones_else(tmp_path):
     assert [path.name for path in (tmp_path / "examples").iterdir()] == ["manifest.json"]
 
 
-def test_a_scratch_directory_of_the_users_own_is_neither_used_nor_emptied(tmp_path):
+def test_a_scratch_directory_of_the_users_own_is_neither_used_nor_emptied(tmp_path, trajectories):
     put(tmp_path, {".work/scratch/mine": b"mine", ".work/recording/step-000005/mine.parquet": b"mine"})
     before = tree(tmp_path)
     for use in (
-        lambda: scratch_folder(Storage(str(tmp_path))).__enter__(),
+        lambda: select_trajectories(str(trajectories), str(tmp_path), CLUSTERING, SELECTION),
         lambda: record_losses(tmp_path, 5, ["a"], [1.0]),
         lambda: forget_steps(tmp_path, [5]),
     ):
@@ -242,5 +242,5 @@ def test_object_storage_is_no_other(bucket):
     assert run.names(recursive=True) == ["selection/notes.py"]
     run.delete("selection/notes.py")
     check_run(run)
-    assert scratch(run) == scratch(run)
+    assert scratch_of(run) == scratch_of(run)
     assert run.names(recursive=True) == [".work/CACHEDIR.TAG"]

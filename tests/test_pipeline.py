@@ -398,9 +398,9 @@ def test_the_report_shows_texts_of_the_corpus_and_runs_none_of_them(finished):
     assert "&lt;script&gt;alert(" in html
 
 
-def test_nothing_is_left_in_the_scratch_directory_but_the_lock_and_the_hashes(finished):
+def test_nothing_is_left_in_the_scratch_directory_but_its_mark_the_lock_and_the_hashes(finished):
     left = [p for p in (finished.place / ".work").rglob("*") if p.is_file()]
-    assert {p.name for p in left} == {"lock", "corpus_hashes.json"}
+    assert {p.name for p in left} == {"CACHEDIR.TAG", "lock", "corpus_hashes.json"}
 
 
 # --- again ---------------------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def build(context: Context) -> Artifact:
     if context.machines.engine == "ray":
         connect_ray()
     source = context.inputs["trajectories"]
-    with streamed(source, draft.storage, seed=config.seed, stratify_by=config.stratify_by) as (store, scratch):
+    with streamed(source, draft.shared, seed=config.seed, stratify_by=config.stratify_by) as (store, scratch):
         return publish_clustering(config, context.machines, store, scratch, draft)
 
 

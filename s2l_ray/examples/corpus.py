@@ -38,7 +38,7 @@ from s2l_ray.examples.pieces import (
 from s2l_ray.progress import get_log
 from s2l_ray.storage.hub import dataset_commit, hub_id
 from s2l_ray.storage.layout import CORPUS_HASHES
-from s2l_ray.storage.ownership import scratch
+from s2l_ray.storage.ownership import scratch_of
 from s2l_ray.storage.places import Storage, absolute_uri
 from s2l_ray.storage.records import digest
 
@@ -182,7 +182,7 @@ def _hashes(files: list[CorpusFile], run: Storage | None) -> dict[str, str]:
         for file, sha256 in zip(missing, pool.map(_sha256, missing), strict=True):
             known[file.uri] = [*stamps[file.uri], sha256]
     if run and missing:
-        scratch(run)
+        scratch_of(run)
         run.write_json(CORPUS_HASHES, known)
     return {file.uri: known[file.uri][2] for file in files}
 

@@ -18,7 +18,7 @@ from s2l_ray.storage.artifacts import Artifact, Key, refusal
 from s2l_ray.storage.drafts import Draft
 from s2l_ray.storage.layout import SELECTED
 from s2l_ray.storage.lock import exclusive
-from s2l_ray.storage.ownership import check_stages
+from s2l_ray.storage.ownership import check_stages, scratch_of
 from s2l_ray.storage.places import Storage
 from s2l_ray.trajectories.files import fetch_rows, files_identity, find_artifact, streamed
 
@@ -41,8 +41,8 @@ def select_trajectories(
     if machines.engine == "ray":
         connect_ray()
     with exclusive(place) as still_held:
-        own = find_artifact(source)
-        with streamed(own or source, place, seed=clustering.seed, stratify_by=clustering.stratify_by) as (store, scratch):
+        own, work = find_artifact(source), scratch_of(place)
+        with streamed(own or source, work, seed=clustering.seed, stratify_by=clustering.stratify_by) as (store, scratch):
             check_columns(selection, store)
             with ThreadPoolExecutor(2) as pool:
                 identity = own.identity if own is not None else store.identity(pool)

@@ -454,7 +454,7 @@ FetchRows = Callable[[pa.Array, NDArray[np.int64]], Iterator[pa.Table]]
 def build(context: Context) -> Artifact:
     """Choose a run's subset and publish it (see `publish_selection`)."""
     config, inputs, draft = context.config, context.inputs, context.draft
-    with streamed(inputs["trajectories"], draft.storage, seed=config.selection.seed) as (found, scratch):
+    with streamed(inputs["trajectories"], draft.shared, seed=config.selection.seed) as (found, scratch):
         store = found
         if counts_target_tokens(config):
             from s2l_ray.training.token_parts import count_response_tokens

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from s2l_ray.errors import ArtifactError
 from s2l_ray.storage.artifacts import Artifact, Key, refusal
 from s2l_ray.storage.layout import BUILDING, MANIFEST, SCHEMA, is_unrenamed
-from s2l_ray.storage.ownership import check_stage, clear_stage, read_building, scratch, write_building
+from s2l_ray.storage.ownership import check_stage, clear_stage, read_building, scratch_of, write_building
 from s2l_ray.storage.places import Storage
 from s2l_ray.storage.provenance import provenance
 from s2l_ray.storage.records import FileRecord
@@ -47,7 +47,7 @@ class Draft:
         """
         storage = run.child(key.stage)
         check_stage(storage, key.stage)
-        work, building = scratch(run).child(key.stage), read_building(storage)
+        work, building = scratch_of(run).child(key.stage), read_building(storage)
         if Artifact.find(storage) is not None:
             raise ArtifactError(f"{storage.uri}: finished; a finished stage is never written again. Give another directory.")
         if building is not None and building.get("recipe") != key.recipe:

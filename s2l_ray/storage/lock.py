@@ -32,7 +32,7 @@ from typing import Any
 from s2l_ray.errors import ArtifactError, ConfigError, S2LError, StorageError
 from s2l_ray.progress import get_log
 from s2l_ray.storage.layout import LOCK, LOCKS
-from s2l_ray.storage.ownership import scratch
+from s2l_ray.storage.ownership import scratch_of
 from s2l_ray.storage.places import Storage
 
 BEAT = 15.0
@@ -80,7 +80,7 @@ def _file_held(place: Storage) -> Iterator[Callable[[], None]]:
     path = place.path(LOCK)
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        scratch(place)
+        scratch_of(place)
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held for the whole run
     except OSError as error:
         raise ArtifactError(f"{place.uri}: cannot be written ({error.strerror}). Give another --run-dir.") from error
@@ -134,7 +134,7 @@ class _Lease:
     def held(self) -> Iterator[Callable[[], None]]:
         """Hold the lock; a loss of it in between interrupts the block, and is an ArtifactError."""
         creating = _conditional(self.place)
-        scratch(self.place)
+        scratch_of(self.place)
         stop = threading.Event()
         try:
             self._acquire(creating)

@@ -117,7 +117,7 @@ def _ours(storage: Storage, name: str) -> dict[str, Any] | None:
     return found
 
 
-def scratch(run: Storage) -> Storage:
+def scratch_of(run: Storage) -> Storage:
     """A run's scratch directory, marked as ours. Raises ArtifactError where a directory of that name is somebody else's."""
     work = run.child(WORK)
     if not _is_tagged(work):
@@ -142,16 +142,16 @@ def _is_tagged(work: Storage) -> bool:
 
 
 @contextlib.contextmanager
-def scratch_folder(run: Storage) -> Iterator[Path]:
+def scratch_folder(work: Storage) -> Iterator[Path]:
     """A local folder for what does not fit into memory: in a run's scratch directory, or for object storage on this machine.
 
     It is empty at the start, also where a killed run left files there, and removed at the end.
     """
-    if not run.is_local:
+    if not work.is_local:
         with tempfile.TemporaryDirectory(prefix="s2l_ray-") as folder:
             yield Path(folder)
         return
-    folder_here = Path(scratch(run).path(SPILLED))
+    folder_here = Path(work.path(SPILLED))
     shutil.rmtree(folder_here, ignore_errors=True)
     folder_here.mkdir(parents=True)
     try:

@@ -216,8 +216,8 @@ class Storage:
             return None
         except ValueError as error:
             raise ArtifactError(
-                f"{self.uri}/{name}: not JSON ({error}). If a run wrote {self.uri}, remove it to build it again; else give "
-                "another directory."
+                f"{self.uri}/{name}: damaged (not JSON: {error}). If a run wrote {self.uri}, remove it to build it again; else "
+                "give another directory."
             ) from error
 
     def write_json(self, name: str, value: Any) -> None:

@@ -77,10 +77,10 @@ def open_trajectories(
 
 @contextlib.contextmanager
 def streamed(
-    source: str | Artifact, place: Storage, *, seed: int, stratify_by: str | None = None
+    source: str | Artifact, work: Storage, *, seed: int, stratify_by: str | None = None
 ) -> Iterator[tuple[TrajectoryStore, Path]]:
-    """Trajectories in order of ids on this machine's disk, and the folder for more of the kind; it goes at the end."""
-    with scratch_folder(place) as scratch, ThreadPoolExecutor(2) as pool:
+    """Trajectories in order of ids in a scratch directory, and the folder for more of the kind; it is removed at the end."""
+    with scratch_folder(work) as scratch, ThreadPoolExecutor(2) as pool:
         yield open_trajectories(source, scratch / "trajectories", pool, stratify_by=stratify_by, seed=seed), scratch
 
 

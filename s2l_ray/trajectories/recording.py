@@ -31,7 +31,7 @@ from s2l_ray.progress import get_log
 from s2l_ray.storage.artifacts import Artifact, Key
 from s2l_ray.storage.drafts import Draft, table_bytes
 from s2l_ray.storage.layout import BUILDING, MANIFEST, RECORDING, is_stage_file, part_name, step_folder
-from s2l_ray.storage.ownership import read_building, scratch, write_building
+from s2l_ray.storage.ownership import read_building, scratch_of, write_building
 from s2l_ray.storage.places import Storage
 from s2l_ray.storage.records import digest
 from s2l_ray.trajectories.files import recorded_files
@@ -80,7 +80,7 @@ def record_losses(
     given = {name: _plain(values) for name, values in zip(OPTIONAL, (source, num_response_tokens), strict=True)}
     table = _in_order(_table(ids, losses_N[:, None], {k: v for k, v in given.items() if v is not None}, where))
     name = digest(table["example_id"].to_pylist(), 16)
-    scratch(storage)
+    scratch_of(storage)
     storage.write(f"{_folder(number)}/{name}.parquet", table_bytes(table))
 
 
@@ -105,7 +105,7 @@ def note_dropped(directory: str | os.PathLike[str], dropped: Mapping[str, int]) 
     """
     storage = Storage(os.fspath(directory))
     _check_open(storage)
-    scratch(storage)
+    scratch_of(storage)
     storage.write_json(DROPPED, dict(dropped))
 
 
@@ -115,7 +115,7 @@ def forget_steps(directory: str | os.PathLike[str], steps: Iterable[int]) -> Non
     Raises ArtifactError where the scratch directory is somebody else's.
     """
     storage = Storage(os.fspath(directory))
-    scratch(storage)
+    scratch_of(storage)
     for step in steps:
         storage.delete(_folder(step))
 
