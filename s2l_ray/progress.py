@@ -119,14 +119,16 @@ def _new_bar() -> Any:
     from rich.console import Console
     from rich.progress import BarColumn, SpinnerColumn, TextColumn
     from rich.progress import Progress as Bar
+    from rich.table import Column
 
     return Bar(
         TextColumn("{task.description}", markup=False),
         SpinnerColumn(),
         BarColumn(bar_width=12),
-        TextColumn("{task.fields[text]}", markup=False),
+        TextColumn("{task.fields[text]}", markup=False, table_column=Column(ratio=1, no_wrap=True)),
         console=Console(stderr=True),
         transient=True,
+        expand=True,  # so that on a narrow terminal the text is cut, and nothing else
         redirect_stdout=sys.stdout.isatty(),
     )
 

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -55,9 +56,10 @@ Command = Callable[..., Result]
 
 @pytest.fixture
 def s2l(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
-    """The command line in this process. What it does to the package's logger is undone."""
+    """The command line in this process. What it does to the package's logger, and to interrupts, is undone."""
     root = logging.getLogger("s2l_ray")
     before = root.handlers[:], root.level, root.propagate
+    on_interrupt = signal.getsignal(signal.SIGINT)
 
     def call(*arguments: object) -> Result:
         root.handlers = []
@@ -69,6 +71,7 @@ def s2l(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return Result(int(end.value.code or 0), out, WORKER_LINES.sub("", err))
 
     yield call
+    signal.signal(signal.SIGINT, on_interrupt)
     root.handlers, root.propagate = before[0], before[2]
     root.setLevel(before[1])
 

@@ -6,6 +6,7 @@ Also here: what a user's machine may be like (a long TMPDIR, another `s2l run` a
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import pty
@@ -22,6 +23,7 @@ import pytest
 import yaml
 
 from s2l_ray.pipeline import STAGES
+from s2l_ray.runtime.session import _without_core_notice
 
 ROWS, COLUMNS = 200, 160
 LINE = re.compile(rf"({'|'.join(['run', 's2l:', *(stage.name for stage in STAGES)])}) ")
@@ -90,7 +92,8 @@ class Terminal:
 
 def write_config(folder: Path) -> Path:
     """A tiny run on one worker of one CPU, long enough to be interrupted in its training and its scoring."""
-    rows = [{"prompt": f"Say {i} twice: ", "response": f"{i} {i}"} for i in range(400)]
+    words = ["".join(letters) for letters in itertools.product("abcdefg", repeat=3)]
+    rows = [{"prompt": f"Say {word} twice: ", "response": f"{word} {word}"} for word in words]
     (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     one = {"num_workers": 1, "cpus_per_worker": 1}
     model = {"scratch": {"layers": 2, "hidden": 64, "heads": 2, "max_positions": 128}}
@@ -213,3 +216,12 @@ def test_there_is_one_bar_at_a_time(bars):
     assert max(sum("━" in row for row in rows) for rows in bars.frames) == 1
     assert "unit 1/5" not in bars.raw.decode(), "a second one gives lines, ten seconds apart"
     assert "━" not in bars.text
+
+
+def test_what_is_written_while_ray_starts_is_kept_but_for_the_notice_of_its_core(capfd):
+    with pytest.raises(ValueError, match="ray"), _without_core_notice():
+        os.write(2, b"[2026-11-28 05:26:23,769 I 1 1] logging.cc:303: Set ray log level from RAY_BACKEND_LOG_LEVEL to 3\n")
+        print("kept", file=sys.stderr)
+        raise ValueError("ray")
+    print("after", file=sys.stderr)
+    assert capfd.readouterr().err == "kept\nafter\n"
