@@ -121,14 +121,16 @@ def _new_bar() -> Any:
     from rich.progress import Progress as Bar
     from rich.table import Column
 
+    console = Console(stderr=True)
+    # On a narrow terminal the text is cut, and what a terminal echoes (^C) never makes a new line.
+    rest = Column(no_wrap=True, max_width=max(10, console.width - 32))
     return Bar(
         TextColumn("{task.description}", markup=False),
         SpinnerColumn(),
         BarColumn(bar_width=12),
-        TextColumn("{task.fields[text]}", markup=False, table_column=Column(ratio=1, no_wrap=True)),
-        console=Console(stderr=True),
+        TextColumn("{task.fields[text]}", markup=False, table_column=rest),
+        console=console,
         transient=True,
-        expand=True,  # so that on a narrow terminal the text is cut, and nothing else
         redirect_stdout=sys.stdout.isatty(),
     )
 

@@ -63,6 +63,8 @@ def connect_ray() -> None:
     is_ours = not os.environ.get("RAY_ADDRESS")
     for name, value in (DEFAULTS | (DEFAULTS_HERE if is_ours else {})).items():
         os.environ.setdefault(name, value)
+    if is_ours:
+        _shorten_tmpdir()
     import ray
 
     # torch before Ray is connected: loaded after it in a submitted job, its MKL often ends the process (torch 2.13, Ray 2.60).
@@ -75,8 +77,6 @@ def connect_ray() -> None:
     _started_here = is_ours
     address = os.environ.get("RAY_ADDRESS") or "a new one on this machine"
     _check_address(address)
-    if is_ours:
-        _shorten_tmpdir()
     try:
         with _without_core_notice():
             # Not just any Ray that runs on this machine: that may be another user's.
@@ -109,7 +109,7 @@ def _shorten_tmpdir() -> None:
     folder = tempfile.mkdtemp(prefix="s2l-", dir="/tmp")
     link = os.path.join(folder, "tmp")
     os.symlink(os.path.abspath(place), link)
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # the link, after Ray, which is registered later, is down
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # runs after what Ray registers when it is imported
     os.environ["RAY_TMPDIR"] = link
 
 
