@@ -85,8 +85,8 @@ class Terminal:
         assert not foreign, f"{foreign}\n{self.text}"
         for rows in self.frames:
             assert sum("━" in row or "starting workers" in row for row in rows) <= 1, "\n".join(filter(None, rows))
-        for row in filter(None, self.rows):
-            assert LINE.match(row), f"{row!r} in\n{self.text}"
+        for before, row in itertools.pairwise(["", *filter(None, self.rows)]):
+            assert LINE.match(row) or len(before) == COLUMNS, f"{row!r} in\n{self.text}"
             assert not re.search(r"━|starting workers", row), "the bar is gone at the end"
 
 
