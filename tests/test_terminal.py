@@ -165,7 +165,7 @@ def test_a_long_tmpdir_is_used_by_ray_whose_sockets_have_short_paths(two_runs):
     (_, done), long = two_runs
     assert done.returncode == 0, done.stdout
     assert list(long.glob("ray/session_*/logs/raylet.out")), "Ray wrote where the user wants it"
-    assert not [link for link in Path("/tmp").glob("s2l-*/tmp") if link.resolve() == long], "the short path is gone"
+    assert not list(Path("/tmp").glob("s2l-*")), "the short path is gone"
 
 
 # --- the bar alone -------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """What Prometheus learns of a running stage: through Ray, whose nodes export what their processes count.
 
-Everything is counted by the driver, once, from what the workers tell it anyway.
+Everything is counted by the driver, once, from what the workers report anyway.
 """
 
 from __future__ import annotations

@@ -237,7 +237,7 @@ def run_places(name: str, run_dir: str | None, reuse: str | None) -> tuple[Stora
 
 
 def write_run(config: RunConfig, place: Storage) -> None:
-    """Write run.json: the resolved config, and who made it with what. Not rewritten while it says the same."""
+    """Write run.json: the resolved config, and who made it with what. Not rewritten where nothing has changed."""
     values = config.model_dump(mode="json")
     old = place.read_json(RUN)
     if old is not None and {name: old.get(name) for name in values} == values:
