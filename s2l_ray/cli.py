@@ -5,6 +5,7 @@ Exit codes: 0 done; 2 the user must change something (one message, no traceback)
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import Annotated, Literal
 
@@ -40,7 +41,7 @@ def plan(
     ] = None,
     accelerators_per_node: Annotated[int, typer.Option(min=1, help="How many of them share a machine.")] = 8,
 ) -> None:
-    """Say what would be built, reused or refused, and what it will cost. Builds nothing and needs no accelerator."""
+    """Show what would be built, reused or refused, and what it will cost. Builds nothing and needs no accelerator."""
     from s2l_ray.config import load_config
     from s2l_ray.plan.costs import make_plan
 
@@ -75,7 +76,7 @@ def run(
 
 @app.command()
 def status(run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run directory, local or URI.")]) -> None:
-    """Say how far each stage is, part by part."""
+    """Show how far each stage is, part by part."""
     from s2l_ray.plan.status import status_text
 
     print(status_text(run_dir))
@@ -91,23 +92,23 @@ def select(
     output: Annotated[str, typer.Option(metavar="DIR", help="Gets clustering/ and selection/.")],
     num_clusters: Annotated[int, typer.Option(help="K, in each stratum if there are strata.")] = 100,
     stratify_by: Annotated[str | None, typer.Option(metavar="COLUMN", help="Group within the values of this column.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the grouping and of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the grouping and of the sampling.")] = 0,
     features: Annotated[
         Literal["raw", "reduction", "shape", "whitened"], typer.Option(help="What k-means sees of the losses.")
     ] = "raw",
     num_iterations: Annotated[int, typer.Option(help="Lloyd iterations at most.")] = 20,
     num_restarts: Annotated[int, typer.Option(help="Initialisations tried.")] = 3,
-    tolerance: Annotated[float, typer.Option(help="End where centroids move less; 0: where no row changes its group.")] = 0.0,
-    training_rows: Annotated[int | None, typer.Option(help="Train on so many rows only, and assign the others.")] = None,
-    defer_groups_up_to: Annotated[int, typer.Option(help="Serve groups of at most this size last.")] = 0,
-    min_per_source: Annotated[int, typer.Option(help="So many examples of each source at least.")] = 0,
+    tolerance: Annotated[float, typer.Option(help="Stop when centroids move less; 0: when no row changes its group.")] = 0.0,
+    training_rows: Annotated[int | None, typer.Option(help="Run k-means on this many rows, and assign the others.")] = None,
+    defer_groups_up_to: Annotated[int, typer.Option(help="Take from groups of at most this size last.")] = 0,
+    min_per_source: Annotated[int, typer.Option(help="At least this many examples of each source.")] = 0,
     engine: Annotated[
         Literal["auto", "memory", "disk", "ray", "gpu"], typer.Option(help="Where k-means keeps the trajectories.")
     ] = "auto",
     memory_gb: Annotated[float, typer.Option(help="With --engine auto: losses up to this size stay in memory.")] = 0.5,
     num_workers: Annotated[int, typer.Option(help="With --engine ray: actors.")] = 2,
 ) -> None:
-    """Clustering and selection alone, on anybody's trajectories (columns `example_id` and `losses`)."""
+    """Clustering and selection alone, on trajectories from anywhere (columns `example_id` and `losses`)."""
     from s2l_ray.config import ClusteringConfig, GroupingConfig, SelectionConfig, checked
     from s2l_ray.selection.alone import select_trajectories
 
@@ -122,7 +123,7 @@ def select(
         stratify_by=stratify_by,
         seed=seed,
     )
-    first, *more = [{"tokens": one.removeprefix("tokens:")} if one.startswith("tokens:") else one for one in budget]
+    first, *more = map(_budget, budget)
     selection = checked(
         SelectionConfig,
         budget=first,
@@ -133,6 +134,12 @@ def select(
     )
     machines = checked(GroupingConfig, engine=engine, memory_gb=memory_gb, num_workers=num_workers)
     select_trajectories(trajectories, output, clustering, selection, machines)
+
+
+def _budget(text: str) -> str | dict[str, str]:
+    """A budget as a config has it: `tokens:100000` is {tokens: 100000}."""
+    unit, _, number = text.partition(":")
+    return {"tokens": number} if unit == "tokens" else text
 
 
 @app.command()
@@ -158,7 +165,7 @@ def export(
 
 
 def main() -> None:
-    """Run the command line; what a user can mend becomes one message and exit code 2."""
+    """Run the command line; what a user can fix becomes one message and exit code 2."""
     log_to_console()
     try:
         app(prog_name="s2l", standalone_mode=True)
@@ -171,6 +178,7 @@ def main() -> None:
         sys.exit(2)
     except SystemExit as end:
         if end.code == 130:  # Typer takes the KeyboardInterrupt and ends with this, without a word
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would only break what Ray does at the end
             print("s2l: interrupted. The same command goes on where this one stopped.", file=sys.stderr)
             sys.exit(1)
         raise

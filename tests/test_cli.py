@@ -1,4 +1,4 @@
-"""The command line: what a user is told, with which exit code, and that nothing half-made looks finished.
+"""The command line: what a user reads, with which exit code, and that nothing half-made looks finished.
 
 Most commands run in this process, through `main` as `s2l` does; what only a process of its own can show (Ray's own
 output, the installed command) runs in one.
@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -55,9 +56,10 @@ Command = Callable[..., Result]
 
 @pytest.fixture
 def s2l(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
-    """The command line in this process. What it does to the package's logger is undone."""
+    """The command line in this process. What it does to the package's logger, and to interrupts, is undone."""
     root = logging.getLogger("s2l_ray")
     before = root.handlers[:], root.level, root.propagate
+    on_interrupt = signal.getsignal(signal.SIGINT)
 
     def call(*arguments: object) -> Result:
         root.handlers = []
@@ -69,6 +71,7 @@ def s2l(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return Result(int(end.value.code or 0), out, WORKER_LINES.sub("", err))
 
     yield call
+    signal.signal(signal.SIGINT, on_interrupt)
     root.handlers, root.propagate = before[0], before[2]
     root.setLevel(before[1])
 
@@ -207,7 +210,7 @@ def test_a_run_directory_of_another_recipe_is_refused_with_the_changed_field(s2l
     assert ANOTHER_RUN in result.err
     assert [p.parent.name for p in run_dir.rglob("manifest.json")] == ["proxy"]
     assert not (run_dir / "run.json").exists()
-    # `plan` says the same in its table, and changes nothing.
+    # `plan` shows the same in its table, and changes nothing.
     planned = s2l("plan", path, "--run-dir", run_dir)
     assert planned.code == 2
     assert re.search(r"^proxy +refuse .*\n +proxy\.epochs: 7\.0 -> 1\.0", planned.out, re.MULTILINE)
@@ -472,8 +475,8 @@ def test_status_of_a_stage_in_units_says_part_by_part_what_is_done(s2l, tmp_path
         proxy.write(f"step-{step:06d}/checkpoint.json", json.dumps({"files": [step]}).encode())
     for part, files in ((0, [10]), (1, ["of an older checkpoint"]), (2, [10])):
         proxy.shared.write(f"losses/0123456789abcdef/step-000010-{digest(files)}/part-{part:05d}.parquet", b"")
-    said = s2l("status", tmp_path).out
-    assert re.search(r"^trajectories +not begun\n +step-000010 +2/3 #\.#\n +step-000020 +0/3 \.\.\.$", said, re.MULTILINE)
+    out = s2l("status", tmp_path).out
+    assert re.search(r"^trajectories +not begun\n +step-000010 +2/3 #\.#\n +step-000020 +0/3 \.\.\.$", out, re.MULTILINE)
 
     # Handed to the grouping as if it were finished: which units are missing, and how to finish.
     run.write("run.json", b"{}")

@@ -29,17 +29,17 @@ TWO_ACTORS = ["--set", "machines.trajectories.num_workers=2"]
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, int]]:
-    """Config and run of which the driver was killed while it scored beside the training, then trained to the end."""
+    """Config and run of which the driver was killed while it scored during the training, then trained to the end."""
     folder = tmp_path_factory.mktemp("beside")
     config, run = write_config(folder), folder / "run"
     started = Started(folder / "1.log", "run", config, "--run-dir", run, "--until", "proxy")
-    started.wait_until(lambda: len(units(run)) >= 2, "units beside the training")
+    started.wait_until(lambda: len(units(run)) >= 2, "units during the training")
     assert not (run / "proxy" / "manifest.json").exists(), "the training is not over"
     started.kill()
     seen = times(run / ".work/losses")
     started = Started(folder / "2.log", "run", config, "--run-dir", run, "--until", "proxy")
     assert started.finish() == 0, started.output
-    assert "units were scored beside the training" in started.output
+    assert "units were scored during the training" in started.output
     return config, run, seen
 
 

@@ -232,6 +232,6 @@ def test_prometheus_finds_what_a_stage_counts(ray_session):
     while "s2l_ray_units_left" not in page and time.monotonic() < end:
         time.sleep(1)
         page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
-    names = ("s2l_ray_units_left", "s2l_ray_examples", "s2l_ray_tokens", "s2l_ray_share_of_limit", "s2l_ray_restarts")
+    names = ("s2l_ray_units_left", "s2l_ray_examples", "s2l_ray_tokens", "s2l_ray_flops_utilization", "s2l_ray_restarts")
     lines = [line for line in page.splitlines() if "s2l_ray_" in line and not line.startswith("#")]
     assert all(any(name in line and 'stage="trajectories"' in line for line in lines) for name in names), lines

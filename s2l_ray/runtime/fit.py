@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import signal
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from s2l_ray.config import WorkerConfig
 from s2l_ray.errors import S2LError, StorageError, cause_of
 from s2l_ray.progress import get_log, track
 from s2l_ray.runtime.metrics import count
+from s2l_ray.runtime.process import own_interrupts
 from s2l_ray.runtime.session import WAIT_LINE_SECONDS, await_room, free_room, no_room, waiting
 from s2l_ray.storage.layout import ATTEMPTS, TRAINING_RUN
 from s2l_ray.storage.places import Storage
@@ -177,21 +177,16 @@ def fit(
         torch_config=TorchConfig(backend="nccl" if workers.gpus_per_worker else "gloo", timeout_s=COLLECTIVE_SECONDS),
     )
     listener.start()
-    # Ray Train takes SIGINT for itself, keeps it when it is done, and leaves by SystemExit(0) as if all were well.
-    handler = signal.getsignal(signal.SIGINT)
     try:
         work.delete(ATTEMPTS)
-        trainer.fit()
+        with own_interrupts():
+            trainer.fit()
         told = outcome.get(block=False)
-    except SystemExit:
-        raise KeyboardInterrupt from None
     except TrainingFailedError as error:
         raise cause_of(error) or error from None
     except Empty:
         raise RuntimeError(f"{stage}: the workers ended without an outcome") from None
     finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, handler)
         with contextlib.suppress(ray.exceptions.RayError):  # it must not stand in the way of what is being raised
             events.put(None)
             listener.join()

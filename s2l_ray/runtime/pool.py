@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,7 @@ def tasks(units: Sequence[Unit], work: Storage, together: int) -> list[Task]:
 
     The blocks do not depend on what is missing, so a worker that takes one task after another keeps its models.
     """
-    models, parts = (list(dict.fromkeys(values)) for values in zip(*((u.model, u.part) for u in units), strict=True))
+    models, parts = (list(dict.fromkeys(values)) for values in ([u.model for u in units], [u.part for u in units]))
     done = {model: set(work.names(model)) for model in models}
     wanted = set(units)
     found = []
@@ -65,34 +65,38 @@ def tasks(units: Sequence[Unit], work: Storage, together: int) -> list[Task]:
 
 
 @dataclass
-class Effort:
-    """What the workers did, to be said beside what the machine can do."""
+class Throughput:
+    """What the workers have processed, and how fast."""
 
     examples: int = 0
     """Once for each model."""
 
     tokens: int = 0
-    operations: float = 0.0
+    flops: float = 0.0
+    """Floating-point operations."""
+
     seconds: float = 0.0
     """Of all workers together."""
 
-    rate: float = 0.0
-    """Operations per second that a worker's matrix product reaches."""
+    matmul_flops_per_second: float = 0.0
+    """What a worker reaches in a large matrix product."""
 
     note: str = ""
-    """Something that the user should know, said once by the driver."""
+    """Something that the user should know; the driver logs it once."""
 
     @property
-    def share(self) -> float:
-        """Of the machine's limit, while the workers were at work."""
-        return self.operations / self.seconds / self.rate if self.seconds and self.rate else 0.0
+    def utilization(self) -> float:
+        """Model FLOPs utilization (MFU) while the workers were at work, of what a matrix product reaches; 0 if not measured."""
+        measured = self.seconds and self.matmul_flops_per_second
+        return self.flops / self.seconds / self.matmul_flops_per_second if measured else 0.0
 
-    def add(self, examples: int, tokens: int, operations: float, seconds: float, rate: float) -> None:
+    def add(self, examples: int, tokens: int, flops: float, seconds: float, matmul_flops_per_second: float) -> None:
+        """Count what one worker has done in so many seconds."""
         self.examples += examples
         self.tokens += tokens
-        self.operations += operations
+        self.flops += flops
         self.seconds += seconds
-        self.rate = rate
+        self.matmul_flops_per_second = matmul_flops_per_second
 
 
 class UnitWorker(ABC):
@@ -106,7 +110,7 @@ class UnitWorker(ABC):
         torch.set_num_threads(workers.cpus_per_worker)
         self.job, self._work, self._together = job, work, together
         self.device = torch.device(workers.device)
-        self.effort = Effort()
+        self.throughput = Throughput()
         self._models: dict[str, Any] = {}
 
     @abstractmethod
@@ -118,18 +122,18 @@ class UnitWorker(ABC):
         """For every model its name and the unit's file, each as soon as it is there."""
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Do one task, given as a batch of one row. What the user must mend comes back as a row, not as a crash."""
+        """Do one task, given as a batch of one row. What the user must fix comes back as a row, not as a crash."""
         for pause in (*PAUSES, None):
             error = self._do(str(batch["part"][0]), str(batch["models"][0]).split())
             if pause is None or not (isinstance(error, errors.StorageError) and error.is_transient):
                 break
             time.sleep(pause)
-        told = {"error": type(error).__name__ if error else "", "message": str(error or ""), "units": int(batch["units"][0])}
-        return {name: [value] for name, value in (told | vars(self.effort)).items()}
+        result = {"error": type(error).__name__ if error else "", "message": str(error or ""), "units": int(batch["units"][0])}
+        return {name: [value] for name, value in (result | vars(self.throughput)).items()}
 
     def _do(self, part: str, names: list[str]) -> errors.S2LError | None:
-        """Leave the file of each unit; what the user must mend where it did not go."""
-        self.effort = Effort()
+        """Write the file of each unit; returns what the user must fix, if anything."""
+        self.throughput = Throughput()
         try:
             for model, data in self.work_on(part, self._loaded(names)):
                 self._work.write(Unit(model, part).path, data)
@@ -160,47 +164,55 @@ def do_units(
     together: int = 1,
     stop: Callable[[], bool] = lambda: False,
     show: bool = True,
-) -> Effort:
+) -> Throughput:
     """Do the units that have no file yet, with `together` models at a time in a worker's memory.
 
-    Once `stop()` is true no more are begun. `show`: a bar, or lines, that say how far it is. Raises the S2LError that a
-    worker met.
+    Once `stop()` is true no more are begun. `show`: whether to wait for machines and to show how far it is. Raises the
+    S2LError that a worker met.
     """
-    import ray.data
-    from ray.data import ActorPoolStrategy
-
-    missing, effort = tasks(units, work, together), Effort()
-    to_do = sum(len(task.models) for task in missing)
-    with track(stage, len(units), "unit") if show else contextlib.nullcontext() as progress:
-        if progress is not None:
-            progress.at(len(units) - to_do)
-        if not missing:
-            return effort
-        if show:
+    missing, throughput = tasks(units, work, together), Throughput()
+    num_left = sum(len(task.models) for task in missing)
+    bar = track(stage, len(units), "unit", done=len(units) - num_left) if show else contextlib.nullcontext()
+    with quiet_ray_data(), bar as progress:
+        if missing and show:
             await_room(stage, workers.resources, 1, workers.wait_minutes)  # more join as there is room
-        items = [{"part": task.part, "models": " ".join(task.models), "units": len(task.models)} for task in missing]
-        done = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        for row in _results(missing, worker, (job, work, workers, together), workers):
+            if row["error"]:
+                raise getattr(errors, row["error"])(row["message"])
+            if row["note"] and row["note"] != throughput.note:
+                get_log(stage).warning(row["note"])
+            throughput.note = row["note"] or throughput.note
+            throughput.add(*(row[name] for name in ("examples", "tokens", "flops", "seconds", "matmul_flops_per_second")))
+            num_left -= row["units"]
+            counts = {"units_left": num_left, "examples": row["examples"], "tokens": row["tokens"]}
+            count(stage, utilization=throughput.utilization, **counts)
+            if progress is not None:
+                progress.advance(row["units"])
+            if stop():
+                break
+    return throughput
+
+
+def _results(
+    tasks: Sequence[Task], worker: type[UnitWorker], arguments: tuple[Any, ...], workers: Workers
+) -> Iterable[dict[str, Any]]:
+    """What the workers return, task by task as they are done; ends the pool when it is no longer used."""
+    import ray.data
+
+    if not tasks:
+        return ()
+    items = [{"part": task.part, "models": " ".join(task.models), "units": len(task.models)} for task in tasks]
+    low, high = (min(number, len(tasks)) for number in (workers.min_workers, workers.num_workers))
+    results: Iterable[dict[str, Any]] = (
+        ray.data.from_items(items, override_num_blocks=len(items))
+        .map_batches(
             worker,
-            fn_constructor_args=(job, work, workers, together),
+            fn_constructor_args=arguments,
             batch_size=1,
-            compute=ActorPoolStrategy(
-                min_size=min(workers.min_workers, len(missing)), max_size=min(workers.num_workers, len(missing))
-            ),
+            compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high),
             num_cpus=workers.cpus_per_worker,
             num_gpus=workers.gpus_per_worker or None,
         )
-        with quiet_ray_data():
-            for row in done.iter_rows():
-                if row["error"]:
-                    raise getattr(errors, row["error"])(row["message"])
-                effort.add(*(row[name] for name in ("examples", "tokens", "operations", "seconds", "rate")))
-                to_do -= row["units"]
-                count(stage, units_left=to_do, examples=row["examples"], tokens=row["tokens"], share=effort.share)
-                if progress is not None:
-                    progress.advance(row["units"])
-                if row["note"] and row["note"] != effort.note:
-                    effort.note = row["note"]
-                    get_log(stage).warning(effort.note)
-                if stop():
-                    break
-    return effort
+        .iter_rows()
+    )
+    return results

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import logging
 import os
 import platform
+import shutil
 import socket
+import sys
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from s2l_ray.config import RunConfig
@@ -23,6 +28,29 @@ WAIT_LINE_SECONDS = 30.0
 AUTHENTICATION = (
     "Where the cluster asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH (a file with it) on this side too."
 )
+# Environment of this process and of the workers of a Ray started here, where the user has set nothing else.
+DEFAULTS = {
+    # What stages report reaches the driver by itself, so the workers' own output stays in Ray's log files;
+    # RAY_LOG_TO_DRIVER=1 shows it.
+    "RAY_LOG_TO_DRIVER": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Relative paths of models and tokenizers mean the same in a training worker as on the command line.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    # Ray Data restarts actors whose arguments are objects, and Ray's core calls that an error every time.
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    # A pool that has done enough ends with tasks in its actors, and Ray reports each as failed.
+    "RAY_DEDUP_LOGS_SKIP_REGEX": r"it was killed by `ray\.kill`",
+}
+DEFAULTS_HERE = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # One machine is not preempted, and its controller need not poll as rarely as that of a cluster.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+}
+# The path of a socket has 107 bytes at most (macOS: 103), and Ray appends up to 70:
+# /ray/session_2026-01-31_23-59-59_123456_1234567/sockets/plasma_store.1
+MAX_TMPDIR_BYTES = 33
 # Whether Ray was started by this process, for this machine alone.
 _started_here = False
 
@@ -30,25 +58,17 @@ _started_here = False
 def connect_ray() -> None:
     """Connect to the Ray of RAY_ADDRESS (a submitted job has it), or start one on this machine; once per process.
 
-    Ray is left running for its caller: a library must not shut down what others use.
+    Ray is left running for its caller: a library must not shut down what others use. Raises ConfigError where there is no
+    Ray that can be used.
     """
     is_ours = not os.environ.get("RAY_ADDRESS")
-    # Worker processes of a Ray started here inherit these. What stages have to say reaches the driver by itself, so the
-    # workers' own output stays in Ray's log files; RAY_LOG_TO_DRIVER=1 shows it.
-    defaults = {"RAY_LOG_TO_DRIVER": "0", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-    # Relative paths of models and tokenizers mean the same in a training worker as on the command line.
-    defaults["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
-    # Ray Data restarts actors whose arguments are objects, and Ray's core calls that an error every time.
-    defaults["RAY_BACKEND_LOG_LEVEL"] = "fatal"
-    if is_ours:
-        defaults["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
-        # One machine is not preempted, and its controller need not poll as rarely as that of a cluster.
-        defaults |= {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
-    for name, value in defaults.items():
+    for name, value in (DEFAULTS | (DEFAULTS_HERE if is_ours else {})).items():
         os.environ.setdefault(name, value)
-    # torch before Ray is connected: loaded after it in a submitted job, its MKL often ends the process (torch 2.13, Ray 2.60).
+    if is_ours:
+        _shorten_tmpdir()
     import ray
 
+    # torch before Ray is connected: loaded after it in a submitted job, its MKL often ends the process (torch 2.13, Ray 2.60).
     if submitted_job() is not None:
         import torch  # noqa: F401
     if ray.is_initialized():
@@ -59,18 +79,59 @@ def connect_ray() -> None:
     address = os.environ.get("RAY_ADDRESS") or "a new one on this machine"
     _check_address(address)
     try:
-        # Not just any Ray that runs on this machine: that may be another user's.
-        ray.init("local" if is_ours else None, include_dashboard=False if is_ours else None, logging_level=logging.ERROR)
+        with _without_core_notice():
+            # Not just any Ray that runs on this machine: that may be another user's.
+            ray.init("local" if is_ours else None, include_dashboard=False if is_ours else None, logging_level=logging.ERROR)
     except ray.exceptions.AuthenticationError as error:
         raise ConfigError(f"Ray ({address}): {str(error).partition('. ')[0]}. {AUTHENTICATION}") from error
     except (ConnectionError, RuntimeError, ValueError) as error:
-        said = " ".join(str(error).split()).rstrip(".")
-        remedy = f"Check RAY_ADDRESS, or unset it. {AUTHENTICATION}"
-        if "Version mismatch" in said:
-            remedy = "Install the cluster's versions of Python and Ray here, or submit a job: it runs with the cluster's own."
-        raise ConfigError(f"Ray ({address}): cannot be used ({said}). {remedy}") from error
+        raise _unusable(address, error) from error
     found = _amounts(ray.cluster_resources())
     get_log("run").info("Ray: %s on %s (%s)", found, _nodes(), duration(time.monotonic() - begun))
+
+
+def _unusable(address: str, error: Exception) -> ConfigError:
+    message = " ".join(str(error).split()).rstrip(".")
+    remedy = f"Check RAY_ADDRESS, or unset it. {AUTHENTICATION}"
+    if "Version mismatch" in message:
+        remedy = "Install the cluster's versions of Python and Ray here, or submit a job: it runs with the cluster's own."
+    return ConfigError(f"Ray ({address}): cannot be used ({message}). {remedy}")
+
+
+def _shorten_tmpdir() -> None:
+    """Give Ray a short path to a temporary directory whose own is too long for the sockets below it.
+
+    The path is a link: what Ray writes, and spills, still lies where the user wants it.
+    """
+    place = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # noqa: S108 - Ray's own default
+    if len(os.fsencode(place)) <= MAX_TMPDIR_BYTES:
+        return
+    os.makedirs(place, exist_ok=True)
+    folder = tempfile.mkdtemp(prefix="s2l-", dir="/tmp")
+    link = os.path.join(folder, "tmp")
+    os.symlink(os.path.abspath(place), link)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # runs after what Ray registers when it is imported
+    os.environ["RAY_TMPDIR"] = link
+
+
+@contextlib.contextmanager
+def _without_core_notice() -> Iterator[None]:
+    """Keep from standard error the one line in which Ray's core reports that RAY_BACKEND_LOG_LEVEL is set.
+
+    The core writes it by itself, before it knows the level, so it is taken out of what the descriptor gets meanwhile.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as written:
+        os.dup2(written.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            written.seek(0)
+            os.write(2, b"".join(line for line in written if b"RAY_BACKEND_LOG_LEVEL" not in line))
 
 
 def _check_address(address: str) -> None:
@@ -177,7 +238,7 @@ def run_places(name: str, run_dir: str | None, reuse: str | None) -> tuple[Stora
 
 
 def write_run(config: RunConfig, place: Storage) -> None:
-    """Write run.json: the resolved config, and who made it with what. Not rewritten while it says the same."""
+    """Write run.json: the resolved config, and who made it with what. Not rewritten where nothing has changed."""
     values = config.model_dump(mode="json")
     old = read_run(place)
     if {name: old.get(name) for name in values} == values:

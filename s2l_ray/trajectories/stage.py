@@ -27,7 +27,7 @@ from s2l_ray.errors import DataError
 from s2l_ray.progress import get_log
 from s2l_ray.proxy import checkpoint_folder, checkpoint_records
 from s2l_ray.runtime.fit import Workers
-from s2l_ray.runtime.pool import Effort, Unit, UnitWorker, do_units
+from s2l_ray.runtime.pool import Throughput, Unit, UnitWorker, do_units
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.drafts import Draft, table_bytes
 from s2l_ray.storage.layout import CHECKPOINT, LOSSES, TOKENIZER, TOKENS, step_folder
@@ -102,8 +102,8 @@ def build(context: Context) -> Artifact:
     job = ScoringJob.of(config, examples, proxy.root, steps, draft.shared, workers.device)
     work, together = job.work(draft.shared), models_together(proxy.summary["num_parameters"])
     begun = time.monotonic()
-    effort = do_units("trajectories", job.units, Scorer, job, work, workers, together=together)
-    log_effort(effort, time.monotonic() - begun)
+    throughput = do_units("trajectories", job.units, Scorer, job, work, workers, together=together)
+    log_throughput(throughput, time.monotonic() - begun)
     summary = join_units(job, work, draft)
     summary |= {"num_checkpoints": len(steps), "steps": steps}
     artifact = draft.publish(summary, asdict(workers))
@@ -112,12 +112,12 @@ def build(context: Context) -> Artifact:
     return artifact
 
 
-def log_effort(effort: Effort, seconds: float) -> None:
-    """Say how fast it went, and how much of what the machine can do that is."""
-    if effort.seconds:
+def log_throughput(done: Throughput, seconds: float) -> None:
+    """Log how fast it went, and the model FLOPs utilization."""
+    if done.seconds:
         get_log("trajectories").info(
             "%.1fk tokens/s; a worker computes %.1f GFLOP/s, %.0f%% of its measured matrix-product rate",
-            *(effort.tokens / seconds / 1e3, effort.operations / effort.seconds / 1e9, 100 * effort.share),
+            *(done.tokens / seconds / 1e3, done.flops / done.seconds / 1e9, 100 * done.utilization),
         )
 
 
@@ -174,9 +174,9 @@ class Scorer(UnitWorker):
             check_finite(losses_N, read.example_ids, self.job.steps[name], options.precision)
             yield name, table_bytes(pa.table({"loss": losses_N}), [])
             needed = operations(models[name], read.tokens.lengths, int(read.tokens.num_labels.sum()))
-            self.effort.add(len(losses_N), len(read.tokens.ids), needed, time.perf_counter() - begun, self._rate)
+            self.throughput.add(len(losses_N), len(read.tokens.ids), needed, time.perf_counter() - begun, self._rate)
             if full_path:
-                self.effort.note = min(full_path)
+                self.throughput.note = min(full_path)
             begun = time.perf_counter()
 
 
