@@ -43,7 +43,7 @@ def plan(
 ) -> None:
     """Show what would be built, reused or refused, and what it will cost. Builds nothing and needs no accelerator."""
     from s2l_ray.config import load_config
-    from s2l_ray.plan.costs import make_plan
+    from s2l_ray.plan.plan import make_plan
 
     made = make_plan(
         load_config(config, set_),
@@ -145,7 +145,7 @@ def _budget(text: str) -> str | dict[str, str]:
 @app.command()
 def report(run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run directory, local or URI.")]) -> None:
     """(Re)build the HTML report of a run from what is finished."""
-    from s2l_ray.report import build_report
+    from s2l_ray.report.page import build_report
 
     print(build_report(run_dir))
 

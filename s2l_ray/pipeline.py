@@ -162,7 +162,7 @@ def run(
             if stage.name == until:
                 break
         if until in (None, "report"):
-            from s2l_ray.report import build_report
+            from s2l_ray.report.page import build_report
 
             begun = time.monotonic()
             build_report(place.uri)

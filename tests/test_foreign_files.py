@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from s2l_ray import cli
 from s2l_ray.config import ClusteringConfig, SelectionConfig
 from s2l_ray.errors import ArtifactError, S2LError
-from s2l_ray.report import build_report
+from s2l_ray.report.page import build_report
 from s2l_ray.selection.alone import select_trajectories
 from s2l_ray.storage.artifacts import Artifact, Key
 from s2l_ray.storage.drafts import Draft

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from s2l_ray.config import load_config
 from s2l_ray.errors import ConfigError
-from s2l_ray.plan.costs import ACCELERATORS, make_plan
+from s2l_ray.plan.accelerators import ACCELERATORS
 from s2l_ray.plan.memory import (
     BUCKET,
     LORA_RANK,
@@ -31,6 +31,7 @@ from s2l_ray.plan.memory import (
     resume_point_bytes,
     settings,
 )
+from s2l_ray.plan.plan import make_plan
 
 CONFIG = Path(__file__).parent.parent / "configs" / "mathinstruct-pythia70m-phi2.yaml"
 PHI_2 = Shape(2.78e9, 2560, 32, 51_200, 10_240, is_gated=False)

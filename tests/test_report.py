@@ -22,20 +22,11 @@ import pyarrow as pa
 import pytest
 
 from s2l_ray.errors import ArtifactError
-from s2l_ray.report import build_report, count, percent, quantity, signed
-from s2l_ray.report.facts import (
-    Groups,
-    Text,
-    budgets,
-    measures,
-    nearest,
-    quality,
-    shown_groups,
-    sources,
-    verdict,
-    without_credentials,
-)
+from s2l_ray.report.facts import GroupCurves, Text
+from s2l_ray.report.page import build_report, count, quantity, signed
 from s2l_ray.report.plots import label
+from s2l_ray.report.reading import nearest
+from s2l_ray.report.wording import budgets, measures, percent, quality, shown_groups, sources, verdict, without_credentials
 from s2l_ray.storage.artifacts import Artifact, Key
 from s2l_ray.storage.drafts import Draft
 from s2l_ray.storage.places import Storage
@@ -167,11 +158,14 @@ def _clustering(draft: Draft, corpus: Corpus) -> dict[str, Any]:
     sizes = np.bincount(corpus.clusters, minlength=corpus.num_clusters).tolist()
     capped = {"gsm8k": {"num_clusters": 2, "because": "it has 2 rows"}}
     common = {"inertia": 1.5, "explained_variance": 0.973, "num_iterations": 9, "capped": capped, "strata": {}}
-    common |= {"ended_by": ["converged", "num_iterations"], "readout": READOUT | {"training_rows": corpus.num_rows - 50}}
+    common |= {
+        "ended_by": ["converged", "num_iterations"],
+        "diagnostics": DIAGNOSTICS | {"training_rows": corpus.num_rows - 50},
+    }
     return common | {"rows": corpus.num_rows, "num_clusters": corpus.num_clusters, "sizes": sizes}
 
 
-READOUT = {
+DIAGNOSTICS = {
     "features": "raw",
     "tiny_groups": 2,
     "tiny_rows": 10,
@@ -270,7 +264,7 @@ def test_the_report_is_one_file_that_asks_the_network_for_nothing(run: Storage, 
 
 
 def test_the_policy_names_exactly_our_two_scripts(run: Storage, corpus: Corpus) -> None:
-    from s2l_ray.report import csp_hash
+    from s2l_ray.report.page import csp_hash
 
     write_run(run, corpus)
     page = page_of(run)
@@ -296,7 +290,7 @@ def test_texts_and_names_of_the_corpus_stay_texts(run: Storage, corpus: Corpus) 
 def test_names_of_strata_are_labels_too() -> None:
     from s2l_ray.report import plots
 
-    groups = Groups([f"group 0 of {BOLD}"], np.array([[2.0, 1.0]]), [7], [3], [1, 2], "step")
+    groups = GroupCurves([f"group 0 of {BOLD}"], np.array([[2.0, 1.0]]), [7], [3], [1, 2], "step")
     curves, sizes = plots.group_curves(groups).to_plotly_json(), plots.group_sizes(groups).to_plotly_json()
     assert "group 0 of &lt;b&gt;x&lt;/b&gt;: 7 examples, 3 chosen" in str(curves)
     assert BOLD not in str(curves) + str(sizes)
@@ -353,33 +347,18 @@ def test_the_quality_of_the_groups_is_told_and_the_warning_stays_a_text(run: Sto
         "engine in memory, 2 threads; seconds grouping 3.1, writing 0.2",
     ):
         assert value in page.text, value
-    assert page.figures()["principal_components"]["data"][0]["y"] == READOUT["principal_components"]
+    assert page.figures()["principal_components"]["data"][0]["y"] == DIAGNOSTICS["principal_components"]
 
 
-def test_what_the_manifests_do_not_know_is_left_out() -> None:
+def test_what_was_not_measured_is_left_out() -> None:
     old = {"rows": 250, "num_clusters": 5, "num_iterations": 9, "explained_variance": 0.973}
     assert quality(old, {}) == [("iterations", "9"), ("variance explained by the groups", "97.3%")]
     keys = {"variance_explained_by_source": None, "agreement_of_restarts": None, "agreement_with_source": None}
-    one_restart = old | {"readout": READOUT | keys | {"sampled_rows": 250, "training_rows": 250}}
+    one_restart = old | {"diagnostics": DIAGNOSTICS | keys | {"sampled_rows": 250, "training_rows": 250}}
     told = [what for what, _ in quality(one_restart, {"stability": None})]
     always = ["what k-means saw", "iterations", "variance explained by the groups", "effective dimension"]
     assert told == [*always, "groups of at most 10 examples"]
     assert budgets({"budgets": [{"budget": 10, "rows": 10, "file": "selected.parquet"}]}) == budgets({}) == []
-
-
-def test_a_run_from_before_the_readout_makes_a_report(run: Storage, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    new = {"ended_by", "readout", "stability", "budgets"}
-    for writer in (_clustering, _selection):
-
-        def of_old(draft: Draft, corpus: Corpus, writer: Any = writer) -> dict[str, Any]:
-            return {key: value for key, value in writer(draft, corpus).items() if key not in new}
-
-        monkeypatch.setitem(globals(), writer.__name__, of_old)
-    write_run(run, corpus)
-    page = page_of(run)
-    assert "iterations 9 variance explained by the groups 97.3%" in page.text
-    assert "principal_components" not in page.figures()
-    assert not [words for words in ("with care", "participation ratio", "further ones") if words in page.text]
 
 
 def test_a_win_a_loss_and_a_draw_are_said_as_they_are(run: Storage, corpus: Corpus) -> None:
@@ -458,7 +437,7 @@ def test_building_again_replaces_the_page(run: Storage, corpus: Corpus) -> None:
 
 
 def test_where_there_is_no_run_the_error_says_so(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"no run here.*Give the directory of a run"):
+    with pytest.raises(ArtifactError, match=r"no finished stage there. Give the directory of a run"):
         build_report(str(tmp_path / "nowhere"))
     assert not (tmp_path / "nowhere").exists()
 
@@ -509,7 +488,7 @@ def test_of_many_groups_a_spread_is_shown_and_said(run: Storage) -> None:
 
 def test_shown_groups_go_from_low_to_high_and_leave_out_empty_ones() -> None:
     centroids = np.array([[3.0, 2.0], [1.0, 0.5], [2.0, 2.0]])
-    groups = Groups(["a", "b", "c"], centroids, [4, 5, 0], None, [1, 2], "step")
+    groups = GroupCurves(["a", "b", "c"], centroids, [4, 5, 0], None, [1, 2], "step")
     assert shown_groups(groups) == [1, 0]
 
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from s2l_ray.report.facts import NUM_PLOTTED_SOURCES, Cost, Groups, Source
+from s2l_ray.report.facts import NUM_PLOTTED_SOURCES, GroupCurves, Source, StageSeconds
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -33,7 +33,7 @@ def label(text: str, num_characters: int = LABEL_CHARACTERS) -> str:
     return html.escape(text, quote=False)
 
 
-def cost(costs: Sequence[Cost]) -> go.Figure:
+def cost(costs: Sequence[StageSeconds]) -> go.Figure:
     """Seconds per stage, coloured by what they were spent on."""
     import plotly.graph_objects as go
 
@@ -60,7 +60,7 @@ def cost(costs: Sequence[Cost]) -> go.Figure:
     return figure
 
 
-def group_curves(groups: Groups) -> go.Figure:
+def group_curves(groups: GroupCurves) -> go.Figure:
     """Every group's mean loss at every checkpoint, coloured by its level.
 
     One trace a colour and not a group: 1,400 groups are drawn as fast as ten.
@@ -97,7 +97,7 @@ def group_curves(groups: Groups) -> go.Figure:
     return figure
 
 
-def group_sizes(groups: Groups) -> go.Figure:
+def group_sizes(groups: GroupCurves) -> go.Figure:
     """Size and quota of every group, the largest first; logarithmic where sizes differ much."""
     import plotly.graph_objects as go
 
@@ -205,7 +205,7 @@ def losses(curves: Mapping[str, Sequence[Sequence[float]]]) -> go.Figure:
     return figure
 
 
-def _group_text(groups: Groups, k: int) -> str:
+def _group_text(groups: GroupCurves, k: int) -> str:
     """What a group is called in a hover label, with its size and quota."""
     quota = "" if groups.quotas_K is None else f", {groups.quotas_K[k]:,} chosen"
     return f"{label(groups.names_K[k], 60)}: {groups.sizes_K[k]:,} examples{quota}"

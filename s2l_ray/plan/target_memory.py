@@ -1,0 +1,110 @@
+"""What the target takes of each accelerator's memory, setting by setting, in words."""
+
+from __future__ import annotations
+
+from s2l_ray.config import RunConfig, ScratchModel
+from s2l_ray.plan.accelerators import ACCELERATORS, ACCELERATORS_PER_NODE, size
+from s2l_ray.plan.costs import Sizes, vocabulary_of
+from s2l_ray.plan.memory import Setting, Shape, Training, need, recommended, resume_point_bytes, settings
+
+
+def num_accelerators_of(config: RunConfig) -> int:
+    """One per worker of the target, the fewest there may be: each then holds most. A full node where nothing says."""
+    workers = config.machines.target.num_workers
+    return min(workers) if isinstance(workers, list) else ACCELERATORS_PER_NODE if workers == "auto" else workers
+
+
+def memory_lines(config: RunConfig, parameters: float, accelerator: str, number: int, per_node: int) -> list[str]:
+    """What every setting needs, the fastest that fits marked, and whether the configured one fits."""
+    target, memory_bytes = config.target, ACCELERATORS[accelerator][2]
+    per_node, batch = min(number, per_node), _device_batch(config, number)
+    training = Training(
+        _shape(config, parameters),
+        target.precision,
+        number,
+        per_node,
+        batch,
+        target.max_tokens,
+        config.plan.response_fraction,
+        isinstance(target.model, ScratchModel),
+    )
+    rank = None if target.lora is None else target.lora.rank
+    configured = Setting(target.zero_stage, config.machines.target.offload, target.gradient_checkpointing, rank)
+    choice = settings(rank)
+    best = recommended(training, choice, memory_bytes)
+    lines = [
+        f"Target on {number} x {accelerator} ({memory_bytes / 1e9:.0f} GB each, {per_node} per node), {target.precision}, "
+        f"{batch} x {target.max_tokens} tokens at a time:",
+        f"  {'GB each':>7} {'GB of host':>10}  fits  setting",
+    ]
+    for setting in [*choice, *([] if configured in choice else [configured])]:
+        needed = need(training, setting)
+        fits = "yes" if needed.gpu <= memory_bytes else "no"
+        marks = ("  <- recommended" if setting == best else "") + ("  (configured)" if setting == configured else "")
+        lines.append(f"  {needed.gpu / 1e9:>7.1f} {needed.host / 1e9:>10.1f}  {fits:<4}  {setting}{marks}")
+    if best is None:
+        lines.append("None fits: more or larger accelerators, a smaller device_batch_size or max_tokens.")
+    elif best != configured:
+        values = best.overrides(rank)
+        if number != num_accelerators_of(config):
+            values.append(f"machines.target.num_workers={number}")
+        lines.append("Recommended: " + " ".join(f"--set {value}" for value in values))
+    if 4 * parameters > memory_bytes:
+        whole = f"{4 * parameters / 1e9:.0f} GB"
+        lines.append(
+            f"The evaluation holds the target in float32 on one of them, {whole}, which does not fit: use --until target."
+        )
+    if best is not None:
+        lines.append("Whether the machines have that much memory of their own is not known here.")
+    return lines
+
+
+def _device_batch(config: RunConfig, num_workers: int) -> int:
+    """Examples at a time, as `training.fine_tuning.BatchPlan` takes them (which needs torch)."""
+    share, wish = max(1, config.target.global_batch_size // num_workers), config.machines.target.device_batch_size
+    most = min(share, 32 if wish == "auto" else wish)
+    return next(size for size in range(most, 0, -1) if share % size == 0)
+
+
+def _shape(config: RunConfig, parameters: float) -> Shape:
+    """The target's shape; estimated from its parameters where it cannot be looked at."""
+    target, vocabulary = config.target, vocabulary_of(config.target, config.proxy)
+    if config.plan.target_parameters is not None:  # named, so that the model need not be looked at
+        return Shape.estimated(parameters, vocabulary)
+    from transformers import AutoConfig
+
+    from s2l_ray.training.models import scratch_config
+
+    try:
+        if isinstance(target.model, ScratchModel):
+            found = scratch_config(target.model.scratch, vocabulary or 0)
+        else:
+            options = {"revision": target.revision, "trust_remote_code": target.trust_remote_code}
+            found = AutoConfig.from_pretrained(target.model, **options).get_text_config()
+        hidden, layers, vocabulary = found.hidden_size, found.num_hidden_layers, found.vocab_size
+    except (AttributeError, OSError, ValueError):
+        return Shape.estimated(parameters, vocabulary)
+    width = getattr(found, "intermediate_size", None) or getattr(found, "n_inner", None) or 4 * hidden
+    # Families with RMSNorm have a gate in the feed-forward layer, those with LayerNorm have none.
+    return Shape(parameters, hidden, layers, vocabulary, width, is_gated=hasattr(found, "rms_norm_eps"))
+
+
+def resume_point_lines(config: RunConfig, sizes: Sizes) -> list[str]:
+    """One line: the bytes of resume points, and how many are written in an hour where the config says how often."""
+    target, adapters = config.target, None
+    if target.lora is not None and sizes.target_parameters:
+        adapters = _shape(config, sizes.target_parameters).adapter_parameters(target.lora.rank)
+    stored = {
+        "proxy": sizes.proxy_parameters and resume_point_bytes(sizes.proxy_parameters, config.proxy.precision, 0),
+        "target": sizes.target_parameters
+        and resume_point_bytes(sizes.target_parameters, target.precision, target.zero_stage, adapters),
+    }
+    if config.proxy.checkpoints:
+        del stored["proxy"]
+    said = []
+    for name, num_bytes in stored.items():
+        minutes = getattr(config.machines, name).checkpoint_every_minutes
+        if num_bytes:
+            hourly = "" if minutes == "auto" else f" every {minutes:g} minutes ({size(num_bytes * 60 / minutes)} an hour)"
+            said.append(f"{name} {size(num_bytes)}{hourly}")
+    return [f"Resume points, two kept at a time: {', '.join(said)}."] if said else []
