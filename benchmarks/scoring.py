@@ -152,9 +152,9 @@ def actors(arguments: argparse.Namespace) -> None:
     """Seconds for N parts more: through Ray Data with two actors of one thread, and in this process with two threads."""
     import torch
 
-    from s2l_ray.runtime.fit import Workers
     from s2l_ray.runtime.pool import do_units
     from s2l_ray.runtime.session import connect_ray
+    from s2l_ray.runtime.workers import Workers
     from s2l_ray.training.models import save_model
     from s2l_ray.training.tokens import load_tokenizer
     from s2l_ray.trajectories.stage import Scorer, ScoringJob

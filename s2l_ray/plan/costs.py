@@ -14,6 +14,7 @@ from s2l_ray.pipeline import STAGES, Decision, decide
 from s2l_ray.plan.memory import Setting, Shape, Training, need, recommended, resume_point_bytes, settings
 from s2l_ray.runtime.session import run_places
 from s2l_ray.storage.hub import resolve_revisions
+from s2l_ray.training.batches import BatchPlan
 
 # Makers' data sheets: dense peak rates in operations per second in bfloat16 (float16 on T4, V100) and in float32, and memory
 # in bytes. A sheet's GB is taken as 1e9: most devices have more (an 80 GB one 85e9), A10G and T4 a hundredth less.
@@ -103,7 +104,7 @@ def make_plan(
 ) -> Plan:
     """What `run` would do with every stage, its cost, and the target's memory on so many accelerators.
 
-    Raises ConfigError for an unknown accelerator.
+    Raises ConfigError for an unknown accelerator, and for more accelerators than examples in the target's batch.
     """
     place, other = run_places(config.name, run_dir, reuse)
     accelerator = accelerator or config.plan.accelerator
@@ -125,10 +126,6 @@ def make_plan(
     memory: list[str] = []
     if accelerator is not None and sizes.target_parameters and _is_built(decisions, "target"):
         number = num_accelerators or _num_accelerators(config)
-        if config.target.global_batch_size % number:
-            raise ConfigError(
-                f"--num-accelerators {number} does not divide target.global_batch_size={config.target.global_batch_size}."
-            )
         memory = [*_memory(config, sizes.target_parameters, accelerator, number, accelerators_per_node), ""]
     if accelerator is not None:
         notes.append(
@@ -309,7 +306,8 @@ def _num_accelerators(config: RunConfig) -> int:
 def _memory(config: RunConfig, parameters: float, accelerator: str, number: int, per_node: int) -> list[str]:
     """What every setting needs, the fastest that fits marked, and whether the configured one fits."""
     target, memory_bytes = config.target, ACCELERATORS[accelerator][2]
-    per_node, batch = min(number, per_node), _device_batch(config, number)
+    per_node = min(number, per_node)
+    batch = BatchPlan.of(target.global_batch_size, number, config.machines.target.device_batch_size).device_batch
     training = Training(
         _shape(config, parameters),
         target.precision,
@@ -349,13 +347,6 @@ def _memory(config: RunConfig, parameters: float, accelerator: str, number: int,
     if best is not None:
         lines.append("Whether the machines have that much memory of their own is not known here.")
     return lines
-
-
-def _device_batch(config: RunConfig, num_workers: int) -> int:
-    """Examples at a time, as `training.fine_tuning.BatchPlan` takes them (which needs torch)."""
-    share, wish = max(1, config.target.global_batch_size // num_workers), config.machines.target.device_batch_size
-    most = min(share, 32 if wish == "auto" else wish)
-    return next(size for size in range(most, 0, -1) if share % size == 0)
 
 
 def _shape(config: RunConfig, parameters: float) -> Shape:

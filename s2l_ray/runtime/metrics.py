@@ -1,6 +1,6 @@
-"""What Prometheus learns of a running stage: through Ray, whose nodes export what their processes count.
+"""Metrics of a running stage for Prometheus: through Ray, whose nodes export what their processes count.
 
-Everything is counted by the driver, once, from what the workers tell it anyway.
+Everything is counted by the driver, once, from what the workers report anyway.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ def _metrics() -> dict[str, Any]:
         "units_left": Gauge("s2l_ray_units_left", "Units (of a training: steps) that are not done yet", tag_keys=tags),
         "examples": Counter("s2l_ray_examples", "Examples scored, once per checkpoint", tag_keys=tags),
         "tokens": Counter("s2l_ray_tokens", "Tokens scored; its rate is tokens per second", tag_keys=tags),
-        "share": Gauge("s2l_ray_share_of_limit", "Share of a worker's measured matrix-product rate", tag_keys=tags),
+        "flops_utilization": Gauge(
+            "s2l_ray_flops_utilization", "FLOP/s of a worker, as a share of its measured matrix-product rate", tag_keys=tags
+        ),
         "restarts": Counter("s2l_ray_restarts", "Times that the training's workers began again", tag_keys=tags),
     }
 
 
 def count(stage: str, **values: float) -> None:
-    """Add to counters and set gauges: `units_left`, `examples`, `tokens`, `share`, `restarts`."""
+    """Add to counters and set gauges: `units_left`, `examples`, `tokens`, `flops_utilization`, `restarts`."""
     for name, value in values.items():
         metric = _metrics()[name]
         if hasattr(metric, "set"):

@@ -17,10 +17,10 @@ from typing import Any
 from s2l_ray import errors
 from s2l_ray.progress import get_log, track
 from s2l_ray.runtime.data import quiet_ray_data
-from s2l_ray.runtime.fit import Workers
 from s2l_ray.runtime.metrics import count
 from s2l_ray.runtime.process import keep_freed_memory, quiet_libraries
-from s2l_ray.runtime.session import await_room
+from s2l_ray.runtime.room import await_room
+from s2l_ray.runtime.workers import Workers
 from s2l_ray.storage.places import Storage
 
 PAUSES = (2.0, 10.0, 30.0)
@@ -195,7 +195,7 @@ def do_units(
                     raise getattr(errors, row["error"])(row["message"])
                 effort.add(*(row[name] for name in ("examples", "tokens", "operations", "seconds", "rate")))
                 to_do -= row["units"]
-                count(stage, units_left=to_do, examples=row["examples"], tokens=row["tokens"], share=effort.share)
+                count(stage, units_left=to_do, examples=row["examples"], tokens=row["tokens"], flops_utilization=effort.share)
                 if progress is not None:
                     progress.advance(row["units"])
                 if row["note"] and row["note"] != effort.note:
