@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +14,15 @@ import torch
 
 from s2l_ray.config import TargetWorkerConfig
 from s2l_ray.errors import ConfigError, StorageError
-from s2l_ray.runtime.fit import MAX_ATTEMPTS, FailedAgainError, Workers, _trainer_class, fit
+from s2l_ray.progress import get_log
+from s2l_ray.runtime.attempts import MAX_ATTEMPTS, FailedAgainError
+from s2l_ray.runtime.fit import Patience, fit
 from s2l_ray.runtime.pool import PAUSES, UnitWorker
+from s2l_ray.runtime.workers import Workers
 from s2l_ray.storage.places import Storage
 from s2l_ray.target import TargetJob, train_target
 
+from .test_machines import free, held
 from .test_resume import ZERO, Bench, bench  # noqa: F401 - bench is a fixture
 
 ONE = Workers(1, 1, 0.0, 1)
@@ -69,41 +73,58 @@ def test_a_training_gives_the_storage_time_and_then_says_that_it_is_away(ray_ses
     assert (tmp_path / "marker").read_text() == "begun\n" * 3
 
 
-def test_a_group_that_has_no_machines_for_too_long_ends_with_what_is_missing(ray_session, tmp_path):
-    impatient = replace(ONE, wait_minutes=-1.0)  # past before the first group is asked for
-    with pytest.raises(
-        ConfigError, match=r"machines.proxy asks for 1 worker of 1 CPU; Ray has 2 CPU on 1 node after .*wait_minut"
-    ):
-        fit("proxy", finds_the_store_gone, tmp_path / "marker", impatient, Storage(str(tmp_path / "work")))
+def waits_for_ever(marker: Path, _events: Any) -> dict[str, Any]:
+    import time
+
+    marker.touch()
+    time.sleep(600)
+    raise AssertionError("nobody ended this")
+
+
+def test_a_training_that_lost_its_machines_says_what_it_waits_for_and_ends_with_what_is_missing(
+    ray_session, tmp_path, monkeypatch
+):
+    """The room that there was is taken by others before Ray Train asks for it."""
+    lines: list[str] = []
+    monkeypatch.setattr("s2l_ray.runtime.fit.WAIT_LINE_SECONDS", 3.0)
+    monkeypatch.setattr(get_log("proxy"), "info", lambda text, *_: lines.append(text))
+    monkeypatch.setattr(Workers, "await_room", lambda *_: free(2))
+    free(2)
+    handler = signal.getsignal(signal.SIGINT)
+    with held(2), pytest.raises(ConfigError) as ended:
+        fit("proxy", waits_for_ever, tmp_path / "marker", replace(ONE, wait_minutes=0.2), Storage(str(tmp_path / "work")))
+    assert re.match(
+        r"machines.proxy asks for 1 worker of 1 CPU; Ray has 2 CPU on 1 node after 1\ds.*wait_minut", str(ended.value)
+    )
+    assert "waiting for 1 worker of 1 CPU; free: nothing on 1 node" in lines
     assert not (tmp_path / "marker").exists()
+    assert signal.getsignal(signal.SIGINT) is handler, "Ctrl-C is the caller's again"
+    free(2)
 
 
-@pytest.mark.parametrize("bounds", [(2, 2), (1, 2)], ids=["fixed", "elastic"])
-def test_time_without_machines_counts_anew_after_each_group(ray_session, monkeypatch, bounds):
-    from ray.train import ScalingConfig
-    from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ScalingPolicy
+def is_silent(seconds: float, _events: Any) -> dict[str, Any]:
+    import time
 
-    low, high = bounds
-    workers = Workers(high, 1, 0.0, low, wait_minutes=1.0)
-    config = ScalingConfig(num_workers=bounds if low < high else low, resources_per_worker={"CPU": 1})
-    policy = _trainer_class("proxy", workers, None).policy(config)
-    for base in policy.__class__.__mro__[2:-1]:  # Ray's own, which needs a controller around it
-        for name in ("non_running", "running"):
-            monkeypatch.setattr(
-                base, f"make_decision_for_{name}_worker_group", lambda *_: NoopDecision(), raising=base is ScalingPolicy
-            )
-    clock = [0.0]
-    monkeypatch.setattr("s2l_ray.runtime.fit.time.monotonic", lambda: clock[0])
-    for clock[0] in (0.0, 20.0):
-        policy.make_decision_for_non_running_worker_group()
-    group = SimpleNamespace(num_workers=low)
-    clock[0] = 50.0
-    policy.make_decision_for_running_worker_group(group, None)
-    for clock[0] in (70.0, 99.0):
-        policy.make_decision_for_non_running_worker_group()
-    clock[0] = 131.0
-    with pytest.raises(ConfigError, match="after 1m 01s"):
-        policy.make_decision_for_non_running_worker_group()
+    time.sleep(seconds)
+    return {"rows": 1}
+
+
+def test_a_training_that_works_in_silence_is_not_taken_for_one_without_machines(ray_session, tmp_path):
+    patient = replace(ONE, wait_minutes=0.2)
+    assert fit("proxy", is_silent, 20.0, patient, Storage(str(tmp_path)))["rows"] == 1
+
+
+def test_time_without_machines_counts_anew_after_each_group():
+    patience = Patience(wait_minutes=1.0, now=0.0)
+    assert patience.seconds_over(20.0) is None
+    patience.on_alive(50.0)
+    assert [patience.seconds_over(now) for now in (70.0, 99.0, 110.0)] == [None] * 3
+    assert patience.seconds_over(111.0) == 61.0
+
+
+def test_what_is_waited_for_is_said_every_half_minute():
+    patience = Patience(wait_minutes=15.0, now=0.0)
+    assert [now for now in range(100) if patience.is_line_due(now)] == [31, 62, 93]
 
 
 def test_a_training_ends_at_once_where_the_storage_refuses(ray_session, tmp_path):
