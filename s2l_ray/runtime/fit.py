@@ -2,12 +2,14 @@
 
 A fit resumes by itself: Ray Train restarts a failed worker group from the last registered checkpoint, and a new driver
 with the same run directory finds it too. Ray Train waits for machines without an end; the driver, which hears from the
-first worker every few seconds, reports what is missing and ends the fit after `wait_minutes`.
+first worker every few seconds, reports what is missing and ends the fit after `wait_minutes`. Ray Train also counts what
+machines have, whoever uses it; where others hold what an elastic group wants, the driver starts it with what they leave.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import signal
 import threading
 import time
@@ -18,7 +20,7 @@ from s2l_ray.errors import ConfigError, cause_of
 from s2l_ray.progress import get_log, track
 from s2l_ray.runtime.attempts import ALIVE, ATTEMPTS, MAX_OUTAGES, OUTAGE_SECONDS, RESTARTED, guarded
 from s2l_ray.runtime.metrics import count
-from s2l_ray.runtime.room import WAIT_LINE_SECONDS, no_room, waiting
+from s2l_ray.runtime.room import WAIT_LINE_SECONDS, free_room, no_room, waiting
 from s2l_ray.runtime.workers import Workers
 from s2l_ray.storage.places import Storage
 
@@ -28,6 +30,9 @@ MAX_WORKER_FAILURES = 1000
 COLLECTIVE_SECONDS = 4 * 3600
 # How long the driver waits for an event before it looks at the clock.
 LOOK_SECONDS = 1.0
+# After such a silence an elastic group takes what others leave. Ray Train needs up to 180 s to find that a driver that died
+# claims nothing any more (measured with 2.60).
+CROWDED_SECONDS = 240.0
 
 
 def fit(
@@ -51,7 +56,8 @@ def fit(
     with _queues(3) as (events, outcome, outages), _Watch(stage, workers, events, on_event) as watch:
         config = {"loop": loop, "job": job, "work": work, "events": events, "outcome": outcome, "outages": outages}
         config |= {"patience": (MAX_OUTAGES, OUTAGE_SECONDS), "threads": workers.cpus_per_worker}
-        _run(_trainer(workers, work.child("ray"), config, resume_minutes), watch)
+        while (there := _run(_trainer(workers, work.child("ray"), config, resume_minutes), watch)) is not None:
+            workers = dataclasses.replace(workers, num_workers=there)
         if outcome.empty():
             raise RuntimeError(f"{stage}: the workers ended without an outcome")
         result = outcome.get()
@@ -86,10 +92,11 @@ def _trainer(workers: Workers, storage: Storage, config: dict[str, Any], resume_
     )
 
 
-def _run(trainer: Any, watch: _Watch) -> None:
-    """Run a trainer to its end, or to the end that the watch sets it."""
+def _run(trainer: Any, watch: _Watch) -> int | None:
+    """Run a trainer to its end, or until the watch ends it: for how many workers there is room then, None at the end."""
     from ray.train import TrainingFailedError
 
+    watch.open()
     # Ray Train takes SIGINT for itself, keeps it when it is done, and leaves by SystemExit(0) as if all were well.
     handler = signal.getsignal(signal.SIGINT)
     try:
@@ -98,12 +105,14 @@ def _run(trainer: Any, watch: _Watch) -> None:
         finally:
             watch.close()
     except (SystemExit, KeyboardInterrupt):
-        raise watch.problem or KeyboardInterrupt from None
+        if watch.room is None:
+            raise watch.problem or KeyboardInterrupt from None
     except TrainingFailedError as error:
-        raise watch.problem or cause_of(error) or error from None
+        raise cause_of(error) or error from None
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, handler)
+    return watch.room
 
 
 @contextlib.contextmanager
@@ -133,12 +142,16 @@ class Patience:
         """There is a group."""
         self._alive = self._reported = now
 
-    def seconds_over(self, now: float) -> float | None:
-        """The seconds without a group, once they are more than the limit."""
-        return now - self._alive if now - self._alive > self._limit else None
+    def seconds(self, now: float) -> float:
+        """How long there has been no group."""
+        return now - self._alive
+
+    def is_over(self, now: float) -> bool:
+        """Whether that is longer than was asked for."""
+        return self.seconds(now) > self._limit
 
     def is_line_due(self, now: float) -> bool:
-        """Whether the user should read again what is waited for."""
+        """Whether it is time to look again what is free, and to report it."""
         if now - self._reported <= WAIT_LINE_SECONDS:
             return False
         self._reported = now
@@ -150,19 +163,28 @@ class _Watch:
 
     def __init__(self, stage: str, workers: Workers, events: Any, on_event: Callable[[], None]) -> None:
         self.problem: ConfigError | None = None
+        """Why the fit was ended."""
+        self.room: int | None = None
+        """With how many workers it is to begin again instead."""
         self._stage, self._workers, self._events, self._on_event = stage, workers, events, on_event
         self._in_main = threading.current_thread() is threading.main_thread()
-        self._lock, self._is_closed = threading.Lock(), False
+        self._patience = Patience(workers.wait_minutes, time.monotonic())
+        self._lock, self._is_open = threading.Lock(), False
         self._thread = threading.Thread(target=self._show, daemon=True)
 
     def __enter__(self) -> _Watch:
         self._thread.start()
         return self
 
+    def open(self) -> None:
+        """A trainer begins, which may be ended."""
+        self._patience = Patience(self._workers.wait_minutes, time.monotonic())
+        self.room, self._is_open = None, True
+
     def close(self) -> None:
         """The trainer is at its end, and is not to be ended any more."""
         with self._lock:
-            self._is_closed = True
+            self._is_open = False
 
     def __exit__(self, *_: object) -> None:
         import ray
@@ -175,17 +197,16 @@ class _Watch:
     def _show(self) -> None:
         from ray.util.queue import Empty
 
-        patience = Patience(self._workers.wait_minutes, time.monotonic())
         with track(self._stage, 0, "step") as progress:
             while True:
                 try:
                     event = self._events.get(timeout=LOOK_SECONDS)
                 except Empty:
-                    self._look(patience)
+                    self._look()
                     continue
                 if event is None:
                     return
-                patience.on_alive(time.monotonic())
+                self._patience.on_alive(time.monotonic())
                 if event != ALIVE:
                     self._on_event()
                 if event == RESTARTED:
@@ -196,13 +217,24 @@ class _Watch:
                 elif event != ALIVE:
                     get_log(self._stage).info(event)
 
-    def _look(self, patience: Patience) -> None:
-        """What is due after a silence: nothing, a line, or the end."""
-        now, workers = time.monotonic(), self._workers
-        if self._in_main and (waited := patience.seconds_over(now)) is not None:
-            with self._lock:
-                if not self._is_closed and self.problem is None:
-                    self.problem = no_room(self._stage, workers.resources, workers.min_workers, waited)
-                    signal.raise_signal(signal.SIGINT)  # on which Ray Train ends its workers and gives back their machines
-        elif patience.is_line_due(now):
+    def _look(self) -> None:
+        """What is due after a silence: nothing, a line, an end, or an end and a beginning with what there is room for."""
+        now, workers, patience = time.monotonic(), self._workers, self._patience
+        is_over, is_due = patience.is_over(now), patience.is_line_due(now)
+        if self._in_main and workers.is_elastic and (is_over or (is_due and patience.seconds(now) > CROWDED_SECONDS)):
+            there = free_room(workers.resources, workers.num_workers)
+            if workers.min_workers <= there < workers.num_workers:
+                get_log(self._stage).info("others hold what %s would take; begins with %d", workers, there)
+                self._workers = dataclasses.replace(workers, num_workers=there)
+                self._end(room=there)
+                return
+        if is_over:
+            self._end(no_room(self._stage, workers.resources, workers.min_workers, patience.seconds(now)))
+        elif is_due:
             get_log(self._stage).info(waiting(workers.resources, workers.min_workers))
+
+    def _end(self, problem: ConfigError | None = None, room: int | None = None) -> None:
+        with self._lock:
+            if self._in_main and self._is_open:
+                self.problem, self.room, self._is_open = problem, room, False
+                signal.raise_signal(signal.SIGINT)  # on which Ray Train ends its workers and gives back their machines
