@@ -133,32 +133,25 @@ def train(job: tuple[int, str], events: Any) -> dict[str, Any]:
     return {"losses": training_loss(trainer)}
 
 
+class Halves(Workers):
+    """Half a CPU each: three have room on the tests' two."""
+
+    @property
+    def resources(self) -> dict[str, float]:
+        return {"CPU": 0.5}
+
+
 def losses(folder: Path, workers: int, stage: int, device_batch: int) -> np.ndarray:
     place = Storage(str(folder / f"{workers}-{stage}-{device_batch}"))
-    done = fit("proxy", train, (stage, device_batch), Workers(workers, 1, 0.0, workers), place)
+    done = fit("proxy", train, (stage, device_batch), Halves(workers, 1, 0.0, workers), place)
     assert done["num_workers"] == workers
     assert [step for step, _ in done["losses"]] == list(range(1, STEPS + 1))
     return np.array([loss for _, loss in done["losses"]])
 
 
-@pytest.fixture(scope="module")
-def three_cpus() -> Any:
-    """A Ray of its own with room for three workers."""
-    import ray
-
-    if ray.is_initialized() and ray.cluster_resources().get("CPU", 0) < 3:
-        pytest.skip("another test has started a Ray with room for fewer: run this file alone")
-    if not ray.is_initialized():
-        ray.init(num_cpus=3, include_dashboard=False, logging_level="warning")
-        yield
-        ray.shutdown()
-    else:
-        yield
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_one_two_and_three_workers_take_the_same_steps_with_and_without_zero(three_cpus, tmp_path):
+def test_one_two_and_three_workers_take_the_same_steps_with_and_without_zero(ray_session, tmp_path):
     one = losses(tmp_path, 1, 0, 32)
     assert one[-1] < one[0] - 0.1, "it learns"
     # 22, 21 and 21 rows; with 7 at a time the last of a worker's four micro-batches is a row short.
