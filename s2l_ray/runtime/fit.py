@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import signal
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +30,10 @@ MAX_WORKER_FAILURES = 1000
 COLLECTIVE_SECONDS = 4 * 3600
 # How long the driver waits for an event before it looks at the clock.
 LOOK_SECONDS = 1.0
+# What Ray Train looks for in the environment.
+RAY_TRAIN_SETTINGS = ("RAY_TRAIN_", "RAY_CHDIR_TO_TRIAL_DIR")
+# How long an interrupted training has to give its machines back.
+STOP_SECONDS = 10.0
 # After such a silence an elastic group takes what others leave. Ray Train needs up to 180 s to find that a driver that died
 # claims nothing any more (measured with 2.60).
 CROWDED_SECONDS = 240.0
@@ -49,15 +53,22 @@ def fit(
     Calling it again with the same `work` directory resumes from the last registered checkpoint. `on_event` is called
     whenever the workers report something. `resume_minutes`: how often the loop keeps a resume point; a group grows half as
     often at most. Raises the S2LError that the loop raised, if it did, and ConfigError where there was no room for the fewest
-    workers in `wait_minutes`, at the beginning or later. (Later only in the main thread: only there a fit can be ended.)
+    workers in `wait_minutes`, at the beginning or later.
     """
+    import ray
+
     workers.await_room(stage)
     work.delete(ATTEMPTS)
     with _queues(3) as (events, outcome, outages), _Watch(stage, workers, events, on_event) as watch:
         config = {"loop": loop, "job": job, "work": work, "events": events, "outcome": outcome, "outages": outages}
         config |= {"patience": (MAX_OUTAGES, OUTAGE_SECONDS), "threads": workers.cpus_per_worker}
-        while (there := _run(_trainer(workers, work.child("ray"), config, resume_minutes), watch)) is not None:
-            workers = dataclasses.replace(workers, num_workers=there)
+        task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=_here())(_train)
+        settings = {name: value for name, value in os.environ.items() if name.startswith(RAY_TRAIN_SETTINGS)}
+        while True:
+            watch.begin(training := task.remote(workers, work.child("ray"), config, resume_minutes, settings))
+            if (room := _await(training, watch)) is None:
+                break
+            workers = dataclasses.replace(workers, num_workers=room, min_workers=room)
         if outcome.empty():
             raise RuntimeError(f"{stage}: the workers ended without an outcome")
         result = outcome.get()
@@ -66,11 +77,13 @@ def fit(
     return dict(result)
 
 
-def _trainer(workers: Workers, storage: Storage, config: dict[str, Any], resume_minutes: float) -> Any:
+def _train(workers: Workers, storage: Storage, config: dict[str, Any], resume_minutes: float, settings: dict[str, str]) -> None:
+    """Run Ray Train, in a process of its own: while it waits for machines nothing but that process's end ends it."""
+    os.environ.update(settings)
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    return TorchTrainer(
+    trainer = TorchTrainer(
         guarded,
         train_loop_config=config,
         scaling_config=ScalingConfig(
@@ -90,40 +103,47 @@ def _trainer(workers: Workers, storage: Storage, config: dict[str, Any], resume_
         # The others wait while the first merges, converts and uploads a large model.
         torch_config=TorchConfig(backend="nccl" if workers.gpus_per_worker else "gloo", timeout_s=COLLECTIVE_SECONDS),
     )
+    trainer.fit()
 
 
-def _run(trainer: Any, watch: _Watch) -> int | None:
-    """Run a trainer to its end, or until the watch ends it: for how many workers there is room then, None at the end."""
-    from ray.train import TrainingFailedError
+def _await(training: Any, watch: _Watch) -> int | None:
+    """Wait for a training's end: None, or for how many workers there is room where the watch ended it for that."""
+    import ray
 
-    watch.open()
-    # Ray Train takes SIGINT for itself, keeps it when it is done, and leaves by SystemExit(0) as if all were well.
-    handler = signal.getsignal(signal.SIGINT)
     try:
-        try:
-            trainer.fit()
-        finally:
-            watch.close()
-    except (SystemExit, KeyboardInterrupt):
-        if watch.room is None:
-            raise watch.problem or KeyboardInterrupt from None
-    except TrainingFailedError as error:
-        raise cause_of(error) or error from None
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, handler)
+        ray.get(training)
+    except ray.exceptions.RayTaskError as error:
+        raise cause_of(error) or error.cause from None
+    except ray.exceptions.RayError:
+        if watch.ended is not training:
+            raise
+    except BaseException:
+        # Ray Train gives back its machines on an interrupt, unless it is waiting for some.
+        ray.cancel(training, recursive=False)
+        if not ray.wait([training], timeout=STOP_SECONDS)[0]:
+            ray.cancel(training, force=True)
+        raise
+    else:
+        return None
+    if watch.problem is not None:
+        raise watch.problem from None
     return watch.room
+
+
+def _here() -> Any:
+    """The driver's own machine: other nodes come and go."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 @contextlib.contextmanager
 def _queues(number: int) -> Iterator[list[Any]]:
-    """Queues on the driver's own machine: other nodes come and go."""
     import ray
     from ray.util.queue import Queue
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    queues = [Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here}) for _ in range(number)]
+    queues = [Queue(actor_options={"num_cpus": 0, "scheduling_strategy": _here()}) for _ in range(number)]
     try:
         yield queues
     finally:
@@ -165,31 +185,25 @@ class _Watch:
         self.problem: ConfigError | None = None
         """Why the fit was ended."""
         self.room: int | None = None
-        """With how many workers it is to begin again instead."""
+        """With how many workers, none more or less, it is to begin again instead."""
+        self.ended: Any = None
+        """The training that was."""
         self._stage, self._workers, self._events, self._on_event = stage, workers, events, on_event
-        self._in_main = threading.current_thread() is threading.main_thread()
+        self._training: Any = None
         self._patience = Patience(workers.wait_minutes, time.monotonic())
-        self._lock, self._is_open = threading.Lock(), False
         self._thread = threading.Thread(target=self._show, daemon=True)
 
     def __enter__(self) -> _Watch:
         self._thread.start()
         return self
 
-    def open(self) -> None:
-        """A trainer begins, which may be ended."""
-        self._patience = Patience(self._workers.wait_minutes, time.monotonic())
-        self.room, self._is_open = None, True
-
-    def close(self) -> None:
-        """The trainer is at its end, and is not to be ended any more."""
-        with self._lock:
-            self._is_open = False
+    def begin(self, training: Any) -> None:
+        """A training begins, which may be ended."""
+        self._patience, self._training = Patience(self._workers.wait_minutes, time.monotonic()), training
 
     def __exit__(self, *_: object) -> None:
         import ray
 
-        self.close()
         with contextlib.suppress(ray.exceptions.RayError):
             self._events.put(None)
             self._thread.join()
@@ -221,11 +235,10 @@ class _Watch:
         """What is due after a silence: nothing, a line, an end, or an end and a beginning with what there is room for."""
         now, workers, patience = time.monotonic(), self._workers, self._patience
         is_over, is_due = patience.is_over(now), patience.is_line_due(now)
-        if self._in_main and workers.is_elastic and (is_over or (is_due and patience.seconds(now) > CROWDED_SECONDS)):
+        if workers.is_elastic and (is_over or (is_due and patience.seconds(now) > CROWDED_SECONDS)):
             there = free_room(workers.resources, workers.num_workers)
-            if workers.min_workers <= there < workers.num_workers:
+            if there >= workers.min_workers and there != self.room:
                 get_log(self._stage).info("others hold what %s would take; begins with %d", workers, there)
-                self._workers = dataclasses.replace(workers, num_workers=there)
                 self._end(room=there)
                 return
         if is_over:
@@ -234,7 +247,9 @@ class _Watch:
             get_log(self._stage).info(waiting(workers.resources, workers.min_workers))
 
     def _end(self, problem: ConfigError | None = None, room: int | None = None) -> None:
-        with self._lock:
-            if self._in_main and self._is_open:
-                self.problem, self.room, self._is_open = problem, room, False
-                signal.raise_signal(signal.SIGINT)  # on which Ray Train ends its workers and gives back their machines
+        import ray
+
+        if self._training is not None:
+            self.ended, self._training = self._training, None
+            self.problem, self.room = problem, room or self.room
+            ray.cancel(self.ended, force=True)
