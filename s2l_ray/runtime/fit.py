@@ -1,8 +1,8 @@
 """Fits under Ray Train: start a group of workers, show its progress, wait for machines, bring back its result.
 
 A fit resumes by itself: Ray Train restarts a failed worker group from the last registered checkpoint, and a new driver
-with the same run directory finds it too. Ray Train waits for machines without an end; the driver, which hears from the
-first worker every few seconds, reports what is missing and ends the fit after `wait_minutes`. Ray Train also counts what
+with the same run directory finds it too. Ray Train waits for machines without an end; the driver, to which the first
+worker reports every few seconds, logs what is missing and ends the fit after `wait_minutes`. Ray Train also counts what
 machines have, whoever uses it; where others hold what an elastic group wants, the driver starts it with what they leave.
 """
 
@@ -34,8 +34,8 @@ LOOK_SECONDS = 1.0
 RAY_TRAIN_SETTINGS = ("RAY_TRAIN_", "RAY_CHDIR_TO_TRIAL_DIR")
 # How long an interrupted training has to give its machines back.
 STOP_SECONDS = 10.0
-# After such a silence an elastic group takes what others leave. Ray Train needs up to 180 s to find that a driver that died
-# claims nothing any more (measured with 2.60).
+# After such a silence an elastic group takes what others leave. Ray Train (2.60) honours the claim of a driver that was
+# killed for up to 180 s, which is not worth giving up elasticity for.
 CROWDED_SECONDS = 240.0
 
 
