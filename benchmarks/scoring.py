@@ -63,7 +63,8 @@ def train(arguments: argparse.Namespace) -> None:
     import torch
     from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-    from s2l_ray.training.fine_tuning import BatchPlan, Collator, TrainingRows, deal, token_mean_loss
+    from s2l_ray.training.batches import BatchPlan, length_balanced_order
+    from s2l_ray.training.fine_tuning import Collator, TrainingRows, token_mean_loss
 
     keep_freed_memory()
     plan = BatchPlan.of(arguments.global_batch, 1, arguments.device_batch)
@@ -94,17 +95,12 @@ def train(arguments: argparse.Namespace) -> None:
         return Trainer(model, TrainingArguments(folder, **options), train_dataset=rows, data_collator=collator)
 
     def ours(folder: str) -> Trainer:
-        from torch.utils.data import SequentialSampler
-
-        class InOrder(Trainer):
-            def _get_train_sampler(self, *_: Any) -> Any:
-                return SequentialSampler(rows)
-
-        rows = TrainingRows(tokens, deal(np.random.default_rng(1).permutation(len(tokens)), tokens.lengths, plan))
+        order = np.random.default_rng(1).permutation(len(tokens))[: steps * plan.global_batch]
+        rows = TrainingRows(tokens, length_balanced_order(order, tokens.lengths, plan))
         (model,) = make_models("70m", 1, torch.device("cpu"))
-        return InOrder(
+        return Trainer(
             model,
-            TrainingArguments(folder, **options),
+            TrainingArguments(folder, train_sampling_strategy="sequential", **options),
             train_dataset=rows,
             data_collator=Collator(restrict_logits=True),
             compute_loss_func=token_mean_loss,
@@ -152,9 +148,9 @@ def actors(arguments: argparse.Namespace) -> None:
     """Seconds for N parts more: through Ray Data with two actors of one thread, and in this process with two threads."""
     import torch
 
-    from s2l_ray.runtime.fit import Workers
     from s2l_ray.runtime.pool import do_units
     from s2l_ray.runtime.session import connect_ray
+    from s2l_ray.runtime.workers import Workers
     from s2l_ray.training.models import save_model
     from s2l_ray.training.tokens import load_tokenizer
     from s2l_ray.trajectories.stage import Scorer, ScoringJob

@@ -53,8 +53,8 @@ def cause_of(error: BaseException | None) -> S2LError | None:
         if error is None:
             continue
         # Ray's wrapper is of the wrapped error's class, too, but its text is a worker's traceback. What a training worker
-        # raised is in `worker_failures` by rank, and there once more in `_base_exc`.
-        inner = [getattr(error, name, None) for name in ("cause", "_base_exc", "controller_failure")]
+        # raised is in `worker_failures` by rank.
+        inner = [getattr(error, name, None) for name in ("cause", "controller_failure")]
         inner += (getattr(error, "worker_failures", None) or {}).values()
         inner = [one for one in inner if isinstance(one, BaseException)]
         if not inner and isinstance(error, S2LError):

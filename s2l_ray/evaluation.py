@@ -28,8 +28,8 @@ from s2l_ray.errors import ConfigError, DataError
 from s2l_ray.examples.ids import priorities
 from s2l_ray.examples.stage import read_held_out
 from s2l_ray.progress import get_log
-from s2l_ray.runtime.fit import Workers
 from s2l_ray.runtime.pool import Unit, UnitWorker, do_units
+from s2l_ray.runtime.workers import Workers
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.drafts import Draft, table_bytes
 from s2l_ray.storage.layout import METRICS, MODEL_FOLDERS, MODEL_RECORD, PREDICTIONS

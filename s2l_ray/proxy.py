@@ -19,18 +19,21 @@ from s2l_ray.config import ProxyConfig, TrainedTokenizer, TrainingWorkerConfig
 from s2l_ray.errors import ArtifactError, ConfigError, DataError, S2LError, cause_of
 from s2l_ray.examples.stage import read_pool
 from s2l_ray.progress import get_log
-from s2l_ray.runtime.fit import Workers, fit
-from s2l_ray.runtime.session import await_room
+from s2l_ray.runtime.fit import fit
+from s2l_ray.runtime.room import await_room
+from s2l_ray.runtime.workers import Workers
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.layout import CHECKPOINT, TOKENIZER, folder_step, step_folder
 from s2l_ray.storage.places import Storage
 from s2l_ray.storage.records import FileRecord
 from s2l_ray.storage.stages import Context
-from s2l_ray.training.fine_tuning import Phase, check_steps, data_order, fine_tune, num_steps, training_loss
+from s2l_ray.training.batches import check_steps, data_order, num_steps
+from s2l_ray.training.fine_tuning import fine_tune, training_loss
 from s2l_ray.training.models import check_positions, load_model, make_model, save_model
 from s2l_ray.training.schedule import recorded_steps
 from s2l_ray.training.token_parts import TokenParts
 from s2l_ray.training.tokens import load_tokenizer, row_counts
+from s2l_ray.training.training_run import TrainingRun
 
 # Rows that a tokenizer is trained on: parts are sorted by a hash of the content, so the first ones are a random sample.
 TOKENIZER_ROWS = 200_000
@@ -65,7 +68,7 @@ class ProxyJob:
 def build(context: Context) -> Artifact:
     """Train the proxy (or take the checkpoints that the config names) and publish its checkpoints."""
     config, machines, draft = context.section, context.machines, context.draft
-    workers = Workers.resolve(machines, one_per_cpu=False, divides=config.global_batch_size)
+    workers = Workers.resolve(machines, one_per_cpu=False, at_most=config.global_batch_size)
     job = ProxyJob(config, context.inputs["examples"], draft.storage, draft.shared, machines)
     if config.checkpoints:
         result = _run_once(take_checkpoints, job, workers)
@@ -168,8 +171,8 @@ def train_proxy(job: ProxyJob, events: Any) -> dict[str, Any]:
         keep_checkpoint(job.storage, step, model, tokenizer)
 
     order = data_order(ids, config.epochs, config.global_batch_size, config.seed)
-    phase = Phase("proxy", config, order, tokens, kept, steps)
-    trainer = fine_tune(phase, model, tokenizer, job.machines, events, on_keep=keep)
+    run = TrainingRun("proxy", config, order, tokens, kept, steps)
+    trainer = fine_tune(run, model, tokenizer, job.machines, events, on_keep=keep)
     return {
         "rows": len(ids),
         **row_counts(changed),

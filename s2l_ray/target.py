@@ -6,9 +6,7 @@ of steps: the workers, their imports and the base model are paid once.
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +14,18 @@ from typing import Any
 from s2l_ray.config import TargetConfig, TargetWorkerConfig
 from s2l_ray.errors import DataError
 from s2l_ray.progress import get_log
-from s2l_ray.runtime.fit import Workers, fit
+from s2l_ray.runtime.fit import fit
+from s2l_ray.runtime.workers import Workers
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.layout import MODEL_FOLDERS, MODEL_RECORD, RANDOM, SELECTED
 from s2l_ray.storage.places import Storage
 from s2l_ray.storage.records import FileRecord
 from s2l_ray.storage.stages import Context
-from s2l_ray.training.fine_tuning import Phase, check_steps, data_order, fine_tune, num_steps, training_loss
+from s2l_ray.training.batches import check_steps, data_order, num_steps
+from s2l_ray.training.fine_tuning import fine_tune, training_loss
 from s2l_ray.training.models import (
     check_positions,
     count_parameters,
-    has_adapter,
     make_model,
     merged,
     need_peft,
@@ -35,6 +34,8 @@ from s2l_ray.training.models import (
 )
 from s2l_ray.training.token_parts import target_tokenizer
 from s2l_ray.training.tokens import pool_tokens, row_counts
+from s2l_ray.training.training_run import TrainingRun
+from s2l_ray.training.zero import make_models_whole, sharded_as_it_is_read, zero_config
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ def build(context: Context) -> Artifact:
     config, inputs, draft = context.config, context.inputs, context.draft
     target, machines = context.section, context.machines
     if target.lora is not None:
-        need_peft("target.lora")  # said here, too: before there are workers
-    workers = Workers.resolve(machines, one_per_cpu=False, divides=target.global_batch_size)
+        need_peft("target.lora")  # checked here, too: before there are workers
+    workers = Workers.resolve(machines, one_per_cpu=False, at_most=target.global_batch_size)
     files = {"selected": SELECTED} | ({"random": RANDOM} if config.evaluation.random_control else {})
     subsets = {name: selected_ids(inputs["selection"], file) for name, file in files.items()}
     smallest = min(len(ids) for ids in subsets.values())
@@ -93,7 +94,7 @@ def train_target(job: TargetJob, events: Any) -> dict[str, Any]:
     config, is_first = job.config, ray.train.get_context().get_world_rank() == 0
     tokenizer = target_tokenizer(config, job.proxy)
     rows = {name: pool_tokens(job.examples, tokenizer, config.max_tokens, keep=set(ids)) for name, ids in job.subsets.items()}
-    # The control has as many steps, whatever few rows either lost to its length.
+    # The control has as many steps, however few rows either lost to its length.
     steps = min(num_steps(len(ids), config.epochs, config.global_batch_size) for ids, _, _ in rows.values())
     check_steps(steps, "target")
     before = 0
@@ -101,8 +102,8 @@ def train_target(job: TargetJob, events: Any) -> dict[str, Any]:
         record = f"{MODEL_FOLDERS[name]}/{MODEL_RECORD}"
         if not job.storage.exists(record):
             order = data_order(ids, config.epochs, config.global_batch_size, config.seed)[: steps * config.global_batch_size]
-            phase = Phase(name, config, order, tokens, (), steps * len(rows), before)
-            deepspeed = zero(config.zero_stage, job.machines.offload) if config.zero_stage else None
+            run = TrainingRun(name, config, order, tokens, (), steps * len(rows), before)
+            deepspeed = zero_config(config.zero_stage, job.machines.offload)
             with sharded_as_it_is_read(config, deepspeed):
                 model = make_model(config, tokenizer)
                 check_positions(model, config.max_tokens, "target")
@@ -114,9 +115,9 @@ def train_target(job: TargetJob, events: Any) -> dict[str, Any]:
                 trained = f" ({facts['num_trained_parameters']:,} trained)" if config.lora is not None else ""
                 parameters = f"{facts['num_parameters']:,} parameters{trained}"
                 events.put(f"{parameters}, {len(ids):,} examples, {steps:,} steps per model")
-            trainer = fine_tune(phase, model, tokenizer, job.machines, events, deepspeed=deepspeed)
+            trainer = fine_tune(run, model, tokenizer, job.machines, events, deepspeed=deepspeed)
             save_target(trainer, tokenizer, job, name, facts)
-            reset_accelerate(trainer)
+            trainer.accelerator.free_memory()
             del trainer, model
         before += steps
     done = {name: job.storage.read_json(f"{MODEL_FOLDERS[name]}/{MODEL_RECORD}") for name in rows} if is_first else {}
@@ -133,61 +134,18 @@ def train_target(job: TargetJob, events: Any) -> dict[str, Any]:
     }
 
 
-def zero(stage: int, offload: str) -> dict[str, Any]:
-    """DeepSpeed's configuration for a ZeRO stage, with what is kept in the machine's memory; what the recipe decides is
-    added by the fit."""
-    import ray.train.torch
-
-    sharding: dict[str, Any] = {"stage": stage, "overlap_comm": False, "contiguous_gradients": True}
-    if stage == 3:
-        sharding["stage3_gather_16bit_weights_on_model_save"] = True
-    in_memory = {"device": "cpu", "pin_memory": ray.train.torch.get_device().type == "cuda"}
-    if offload != "none":
-        sharding["offload_optimizer"] = in_memory
-    if offload == "parameters":
-        sharding["offload_param"] = in_memory
-    return {"zero_optimization": sharding}
-
-
-@contextlib.contextmanager
-def sharded_as_it_is_read(config: TargetConfig, deepspeed: dict[str, Any] | None) -> Iterator[None]:
-    """Under ZeRO 3 a model that is loaded in here is whole in the first worker's machine memory only, in its files' precision,
-    and on no accelerator: each worker keeps its share.
-
-    A model from scratch is made whole and sharded when its training begins: made in shards it would have other weights. So is
-    one that adapters are first added to.
-    """
-    if config.zero_stage != 3 or not isinstance(config.model, str) or has_adapter(config.model):
-        yield
-        return
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
-
-    assert deepspeed is not None
-    # The batch is of no account here, but DeepSpeed wants one. transformers knows of it as long as this object lives.
-    known = HfDeepSpeedConfig(
-        deepspeed | {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": config.precision == "bfloat16"}}
-    )
-    try:
-        yield
-    finally:
-        del known
-        unset_hf_deepspeed_config()
-
-
 def save_target(trainer: Any, tokenizer: Any, job: TargetJob, name: str, facts: dict[str, Any]) -> None:
     """Write the trained model as a Hugging Face folder, or its adapters alone where the recipe asks for that.
 
     All workers take part (ZeRO 3 has spread the weights over them), the first one writes.
     """
     import ray.train
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     lora, storage = job.config.lora, job.storage
     with tempfile.TemporaryDirectory() as trained, tempfile.TemporaryDirectory() as whole:
         trainer.model.config.use_cache = True  # the Trainer turns it off for training; the saved model generates
         trainer.save_model(trained)  # of a peft model the adapters, which are all that has changed
-        # As long as transformers knows of ZeRO 3 it makes every model in shards, those below and of the next phase too.
-        unset_hf_deepspeed_config()
+        make_models_whole()
         if ray.train.get_context().get_world_rank() != 0:
             return
         # The Trainer pickles its arguments beside the model; nobody needs them, and pickles are not shipped.
@@ -201,12 +159,3 @@ def save_target(trainer: Any, tokenizer: Any, job: TargetJob, name: str, facts: 
         records = storage.upload(folder, MODEL_FOLDERS[name])
     value = facts | {"training_loss": training_loss(trainer), "files": [asdict(record) for record in records]}
     storage.write_json(f"{MODEL_FOLDERS[name]}/{MODEL_RECORD}", value)
-
-
-def reset_accelerate(trainer: Any) -> None:
-    """Forget the finished training's process-wide state, so that the next model of the fit starts clean."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    trainer.accelerator.free_memory()
-    AcceleratorState._reset_state()
-    GradientState._reset_state()

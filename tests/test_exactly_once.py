@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from s2l_ray.config import load_config
-from s2l_ray.runtime.fit import Workers
+from s2l_ray.runtime.workers import Workers
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.places import Storage
 

@@ -6,7 +6,6 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +13,15 @@ import torch
 
 from s2l_ray.config import TargetWorkerConfig
 from s2l_ray.errors import ConfigError, StorageError
-from s2l_ray.runtime.fit import MAX_ATTEMPTS, FailedAgainError, Workers, _trainer_class, fit
+from s2l_ray.progress import get_log
+from s2l_ray.runtime.attempts import MAX_ATTEMPTS, FailedAgainError
+from s2l_ray.runtime.fit import Patience, fit
 from s2l_ray.runtime.pool import PAUSES, UnitWorker
+from s2l_ray.runtime.workers import Workers
 from s2l_ray.storage.places import Storage
 from s2l_ray.target import TargetJob, train_target
 
+from .test_machines import free, held
 from .test_resume import ZERO, Bench, bench  # noqa: F401 - bench is a fixture
 
 ONE = Workers(1, 1, 0.0, 1)
@@ -69,41 +72,72 @@ def test_a_training_gives_the_storage_time_and_then_says_that_it_is_away(ray_ses
     assert (tmp_path / "marker").read_text() == "begun\n" * 3
 
 
-def test_a_group_that_has_no_machines_for_too_long_ends_with_what_is_missing(ray_session, tmp_path):
-    impatient = replace(ONE, wait_minutes=-1.0)  # past before the first group is asked for
-    with pytest.raises(
-        ConfigError, match=r"machines.proxy asks for 1 worker of 1 CPU; Ray has 2 CPU on 1 node after .*wait_minut"
-    ):
-        fit("proxy", finds_the_store_gone, tmp_path / "marker", impatient, Storage(str(tmp_path / "work")))
+def waits_for_ever(marker: Path, _events: Any) -> dict[str, Any]:
+    import time
+
+    marker.touch()
+    time.sleep(600)
+    raise AssertionError("nobody ended this")
+
+
+def test_a_training_that_lost_its_machines_says_what_it_waits_for_and_ends_with_what_is_missing(
+    ray_session, tmp_path, monkeypatch
+):
+    """The room that there was is taken by others before Ray Train asks for it."""
+    import ray
+
+    lines: list[str] = []
+    monkeypatch.setattr("s2l_ray.runtime.fit.WAIT_LINE_SECONDS", 3.0)
+    monkeypatch.setattr(get_log("proxy"), "info", lambda text, *_: lines.append(text))
+    monkeypatch.setattr(Workers, "await_room", lambda *_: free(2))
+    free(2)
+    with held(2), pytest.raises(ConfigError) as ended:
+        fit("proxy", waits_for_ever, tmp_path / "marker", replace(ONE, wait_minutes=0.2), Storage(str(tmp_path / "work")))
+    assert re.match(
+        r"machines.proxy asks for 1 worker of 1 CPU; Ray has 2 CPU on 1 node after 1\ds.*wait_minut", str(ended.value)
+    )
+    assert "waiting for 1 worker of 1 CPU; free: nothing on 1 node" in lines
     assert not (tmp_path / "marker").exists()
+    free(2)
+    assert ray.available_resources()["CPU"] == 2, "nothing of it is left that would take the room when it is there"
 
 
-@pytest.mark.parametrize("bounds", [(2, 2), (1, 2)], ids=["fixed", "elastic"])
-def test_time_without_machines_counts_anew_after_each_group(ray_session, monkeypatch, bounds):
-    from ray.train import ScalingConfig
-    from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ScalingPolicy
+def counts(_job: Any, _events: Any) -> dict[str, Any]:
+    return {"rows": 1}
 
-    low, high = bounds
-    workers = Workers(high, 1, 0.0, low, wait_minutes=1.0)
-    config = ScalingConfig(num_workers=bounds if low < high else low, resources_per_worker={"CPU": 1})
-    policy = _trainer_class("proxy", workers, None).policy(config)
-    for base in policy.__class__.__mro__[2:-1]:  # Ray's own, which needs a controller around it
-        for name in ("non_running", "running"):
-            monkeypatch.setattr(
-                base, f"make_decision_for_{name}_worker_group", lambda *_: NoopDecision(), raising=base is ScalingPolicy
-            )
-    clock = [0.0]
-    monkeypatch.setattr("s2l_ray.runtime.fit.time.monotonic", lambda: clock[0])
-    for clock[0] in (0.0, 20.0):
-        policy.make_decision_for_non_running_worker_group()
-    group = SimpleNamespace(num_workers=low)
-    clock[0] = 50.0
-    policy.make_decision_for_running_worker_group(group, None)
-    for clock[0] in (70.0, 99.0):
-        policy.make_decision_for_non_running_worker_group()
-    clock[0] = 131.0
-    with pytest.raises(ConfigError, match="after 1m 01s"):
-        policy.make_decision_for_non_running_worker_group()
+
+def test_an_elastic_training_takes_the_room_that_others_leave(ray_session, tmp_path):
+    """Ray Train counts two CPUs, and would wait for the second as long as somebody else holds it."""
+    free(2)
+    with held(1):
+        done = fit("proxy", counts, None, Workers(2, 1, 0.0, 1, wait_minutes=0.2), Storage(str(tmp_path)))
+    assert done["num_workers"] == 1
+    free(2)
+
+
+def is_silent(seconds: float, _events: Any) -> dict[str, Any]:
+    import time
+
+    time.sleep(seconds)
+    return {"rows": 1}
+
+
+def test_a_training_that_works_in_silence_is_not_taken_for_one_without_machines(ray_session, tmp_path):
+    patient = replace(ONE, wait_minutes=0.2)
+    assert fit("proxy", is_silent, 20.0, patient, Storage(str(tmp_path)))["rows"] == 1
+
+
+def test_time_without_machines_counts_anew_after_each_group():
+    patience = Patience(wait_minutes=1.0, now=0.0)
+    assert not patience.is_over(20.0)
+    patience.on_alive(50.0)
+    assert [patience.is_over(now) for now in (70.0, 99.0, 110.0, 111.0)] == [False, False, False, True]
+    assert patience.seconds(111.0) == 61.0
+
+
+def test_what_is_waited_for_is_said_every_half_minute():
+    patience = Patience(wait_minutes=15.0, now=0.0)
+    assert [now for now in range(100) if patience.is_line_due(now)] == [31, 62, 93]
 
 
 def test_a_training_ends_at_once_where_the_storage_refuses(ray_session, tmp_path):

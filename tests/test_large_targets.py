@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM
 from s2l_ray.config import RunConfig, TargetConfig, TargetWorkerConfig
 from s2l_ray.errors import ConfigError
 from s2l_ray.evaluation import EvaluationJob, Evaluator
-from s2l_ray.runtime.fit import Workers, fit
+from s2l_ray.runtime.fit import fit
+from s2l_ray.runtime.workers import Workers
 from s2l_ray.storage.artifacts import Key
 from s2l_ray.storage.drafts import Draft
 from s2l_ray.storage.layout import MODEL_RECORD
@@ -207,9 +208,7 @@ def several(parts: dict[str, Part], _events: Any) -> dict[str, Any]:
     """The loop of a fit that does one training after the other; what each returned and said."""
     import time
 
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    from s2l_ray.target import reset_accelerate
+    from s2l_ray.training.zero import make_models_whole
 
     done = {}
     for name, part in parts.items():
@@ -217,8 +216,7 @@ def several(parts: dict[str, Part], _events: Any) -> dict[str, Any]:
         with substitutes(part), suppress(Stopped):
             done[name] = {"result": train_target(part.job, heard)}
         if part.stops is not None:
-            reset_accelerate(SimpleNamespace(accelerator=SimpleNamespace(free_memory=lambda: None)))
-            unset_hf_deepspeed_config()
+            make_models_whole()
             if part.through_ray:
                 time.sleep(4)  # Ray Train's controller looks for what was reported every two seconds
         done[name] = done.get(name, {}) | {"heard": heard.lines}

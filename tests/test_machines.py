@@ -14,14 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from s2l_ray.config import RunConfig, TrainingWorkerConfig, WorkerConfig, parse_config
 from s2l_ray.errors import ConfigError
-from s2l_ray.runtime import session
-from s2l_ray.runtime.fit import Workers, _trainer_class
+from s2l_ray.runtime import room, session
 from s2l_ray.runtime.metrics import count
+from s2l_ray.runtime.workers import Workers
 from s2l_ray.storage.places import Storage
 from s2l_ray.trajectories.overlapped import spare_workers
 
@@ -56,7 +54,7 @@ def free(cpus: int) -> None:
 def test_a_stage_begins_at_once_where_there_is_room(ray_session):
     free(2)
     begun = time.monotonic()
-    session.await_room("proxy", {"CPU": 1}, 2, 1)
+    room.await_room("proxy", {"CPU": 1}, 2, 1)
     assert time.monotonic() - begun < 2
 
 
@@ -65,12 +63,12 @@ def test_a_stage_waits_for_machines_and_says_for_what(ray_session):
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logger = session.get_log("trajectories")
+    logger = room.get_log("trajectories")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     with ThreadPoolExecutor(1) as pool:
         with held(2):
-            waiting = pool.submit(session.await_room, "trajectories", {"CPU": 1}, 1, 1)
+            waiting = pool.submit(room.await_room, "trajectories", {"CPU": 1}, 1, 1)
             time.sleep(3)
             assert not waiting.done()
         waiting.result(timeout=20)
@@ -82,14 +80,14 @@ def test_waiting_ends_with_what_is_missing(ray_session):
     free(2)
     asked = r"machines\.trajectories asks for 1 worker of 1 CPU; Ray has 2 CPU on 1 node after"
     with held(2), pytest.raises(ConfigError, match=asked):
-        session.await_room("trajectories", {"CPU": 1}, 1, 3 / 60)
+        room.await_room("trajectories", {"CPU": 1}, 1, 3 / 60)
     free(2)
 
 
 def test_what_this_machine_can_never_give_is_refused_at_once(ray_session, monkeypatch):
-    monkeypatch.setattr(session, "_started_here", True)
+    monkeypatch.setattr(room, "is_one_machine", True)
     with pytest.raises(ConfigError, match=r"machines\.target asks for 1 worker of 1 CPU and 8 GPU; Ray has 2 CPU on 1 node\. "):
-        session.await_room("target", {"CPU": 1, "GPU": 8}, 1, 60)
+        room.await_room("target", {"CPU": 1, "GPU": 8}, 1, 60)
 
 
 def test_a_claim_is_given_back_whether_or_not_there_was_room(ray_session):
@@ -97,7 +95,7 @@ def test_a_claim_is_given_back_whether_or_not_there_was_room(ray_session):
 
     free(2)
     with pytest.raises(ConfigError):
-        session.await_room("target", {"CPU": 2}, 2, 0.01)
+        room.await_room("target", {"CPU": 2}, 2, 0.01)
     free(2)
     assert ray.available_resources()["CPU"] == 2
 
@@ -113,28 +111,19 @@ def test_bounds_stay_what_they_are_whatever_there_is_now(ray_session):
 
 def test_auto_takes_what_is_there(ray_session):
     scoring = Workers.resolve(WorkerConfig(), one_per_cpu=True)
-    training = Workers.resolve(TrainingWorkerConfig(), one_per_cpu=False, divides=64)
+    training = Workers.resolve(TrainingWorkerConfig(), one_per_cpu=False, at_most=64)
     assert (scoring.min_workers, scoring.num_workers, scoring.cpus_per_worker) == (2, 2, 1)
     assert (training.min_workers, training.num_workers, training.cpus_per_worker) == (1, 1, 2)
+    assert Workers.resolve(WorkerConfig(), one_per_cpu=True, at_most=1).num_workers == 1, "no more than rows in a batch"
 
 
-@given(st.integers(1, 64), st.integers(1, 40), st.integers(1, 8))
-def test_an_elastic_group_takes_only_sizes_that_divide_the_batch(batch, there, fewest):
-    from ray.train import ScalingConfig
-
-    workers = Workers(32, 2, 0.0, 0, divides=batch)
-    policy = _trainer_class("proxy", workers, None).policy(
-        ScalingConfig(num_workers=(fewest, 32), resources_per_worker={"CPU": 2})
-    )
-    taken = policy._count_possible_workers({"one": {"CPU": 2.0 * there}, "another": {"CPU": 1.0}})
-    assert batch % taken == 0
-    assert all(batch % more for more in range(taken + 1, min(there, 32) + 1))
-
-
-def test_bounds_are_drawn_in_to_sizes_that_divide_the_batch(ray_session):
-    bounds = TrainingWorkerConfig(num_workers=[3, 7], cpus_per_worker=1, gpus_per_worker=0)
-    workers = Workers.resolve(bounds, one_per_cpu=False, divides=128)
-    assert (workers.min_workers, workers.num_workers) == (4, 4), "three would be waited for for ever, seven paid for in vain"
+def test_room_is_counted_by_what_the_nodes_have_free_now(ray_session):
+    free(2)
+    with held(1):
+        assert [room.free_room({"CPU": cpus}, most) for cpus, most in ((1, 4), (2, 4))] == [1, 0]
+    free(2)
+    assert [room.free_room({"CPU": cpus}, most) for cpus, most in ((1, 4), (1, 1), (2, 4), (3, 4))] == [2, 1, 1, 0]
+    free(2)
 
 
 def elastic(low: int, high: int, batch: int) -> RunConfig:
@@ -151,10 +140,12 @@ def elastic(low: int, high: int, batch: int) -> RunConfig:
     )
 
 
-def test_bounds_without_a_size_that_divides_the_batch_are_refused():
-    elastic(1, 3, 64)
-    with pytest.raises(ValueError, match=r"machines\.proxy\.num_workers=\[5, 7\] does not divide proxy\.global_batch_size=64"):
-        elastic(5, 7, 64)
+def test_any_number_of_workers_is_taken_up_to_one_per_row_of_a_batch():
+    assert elastic(5, 7, 64).machines.proxy.num_workers == [5, 7]
+    with pytest.raises(
+        ValueError, match=r"machines\.proxy\.num_workers=\[1, 65\]: more workers than the 64 examples of a batch"
+    ):
+        elastic(1, 65, 64)
     with pytest.raises(ValueError, match="min above max"):
         elastic(3, 1, 64)
 
@@ -226,7 +217,7 @@ def test_a_cluster_with_another_version_of_ray_is_one_clear_error(ray_session):
 def test_prometheus_finds_what_a_stage_counts(ray_session):
     import ray
 
-    count("trajectories", units_left=7, examples=64, tokens=4096, share=0.5, restarts=1)
+    count("trajectories", units_left=7, examples=64, tokens=4096, flops_utilization=0.5, restarts=1)
     port = ray.nodes()[0]["MetricsExportPort"]
     page, end = "", time.monotonic() + 45
     while "s2l_ray_units_left" not in page and time.monotonic() < end:

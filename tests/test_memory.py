@@ -352,6 +352,14 @@ def test_the_number_of_accelerators_is_the_configs_or_a_full_node(tmp_path):
     assert "Target on 64 x H100 (80 GB each, 4 per node), bfloat16, 2 x 512" in text, "128 examples, two each"
 
 
+def test_the_plan_takes_any_number_of_accelerators_up_to_one_per_example_of_a_batch(tmp_path):
+    options = {"accelerator": "H100", "accelerators_per_node": 1}
+    text = planned(tmp_path, "machines.target.device_batch_size=auto", num_accelerators=3, **options)
+    assert "22 x 512 tokens at a time" in text, "a share of 43 examples in two micro-batches, as the training cuts it"
+    with pytest.raises(ConfigError, match="129 workers, but a batch has global_batch_size=128 examples"):
+        planned(tmp_path, num_accelerators=129, **options)
+
+
 def test_the_plan_says_so_where_nothing_fits(tmp_path):
     text = planned(tmp_path, "target.max_tokens=131072", accelerator="T4", num_accelerators=1)
     assert "None fits" in text

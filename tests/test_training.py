@@ -15,7 +15,8 @@ from s2l_ray.config import ProxyConfig, RunConfig
 from s2l_ray.errors import ConfigError, DataError, cause_of
 from s2l_ray.evaluation import pattern_score, rouge_l, scorers, summarize
 from s2l_ray.proxy import checkpoint_steps, split_revision, steps_of
-from s2l_ray.training.fine_tuning import BatchPlan, Collator, data_order, deal, num_steps, token_mean_loss
+from s2l_ray.training.batches import data_order, num_steps
+from s2l_ray.training.fine_tuning import Collator, token_mean_loss
 from s2l_ray.training.losses import example_losses
 from s2l_ray.training.models import load_model, make_model, save_model
 from s2l_ray.trajectories.stage import check_finite, models_together
@@ -29,7 +30,7 @@ def proxy(**values: object) -> ProxyConfig:
     return ProxyConfig.model_validate({"model": "small", **values})
 
 
-# --- order and batches ---------------------------------------------------------------------------------------------
+# --- order ---------------------------------------------------------------------------------------------------------
 
 
 def test_every_epoch_sees_every_example_once_in_another_order():
@@ -48,42 +49,6 @@ def test_the_order_depends_on_seed_and_ids_and_not_on_positions():
 
 def test_the_papers_run_has_6141_steps():
     assert num_steps(262_040, 3, 128) == 6141
-
-
-@given(
-    st.integers(1, 4), st.integers(1, 4), st.integers(1, 6), st.integers(1, 5), st.randoms(use_true_random=False)
-)  # workers, device batch, micro-batches, steps
-def test_dealing_keeps_the_rows_of_every_step(workers, device_batch, accumulate, steps, random):
-    plan = BatchPlan(workers, device_batch, accumulate)
-    size = workers * device_batch * accumulate
-    lengths = np.array([random.randint(1, 99) for _ in range(200)])
-    order = np.array([random.randrange(200) for _ in range(steps * size)])
-    dealt = deal(order, lengths, plan)
-    for step in range(steps):
-        span = slice(step * size, (step + 1) * size)
-        assert sorted(dealt[span]) == sorted(order[span])
-
-
-def test_dealing_gives_workers_micro_batches_of_similar_length():
-    lengths = np.arange(64)
-    batches = lengths[deal(np.arange(64)[::-1].copy(), lengths, BatchPlan(2, 8, 4))].reshape(4, 2, 8)
-    assert np.abs(batches[:, 0].sum(-1) - batches[:, 1].sum(-1)).max() <= 8
-    assert (np.ptp(batches, axis=-1) <= 15).all()
-
-
-@pytest.mark.parametrize(
-    ("workers", "wish", "expected"),
-    [(1, "auto", (32, 4)), (4, 16, (16, 2)), (2, 48, (32, 2)), (128, 8, (1, 1)), (8, 5, (4, 4))],
-)
-def test_a_global_batch_is_spread_exactly(workers, wish, expected):
-    plan = BatchPlan.of(128, workers, wish)
-    assert (plan.device_batch, plan.accumulate) == expected
-    assert plan.num_workers * plan.device_batch * plan.accumulate == 128
-
-
-def test_workers_that_do_not_divide_the_batch_are_refused():
-    with pytest.raises(ConfigError, match="global_batch_size=128 cannot be spread over 3 workers"):
-        BatchPlan.of(128, 3, "auto")
 
 
 @pytest.mark.parametrize("architecture", ["gpt_neox", "llama"])

@@ -23,7 +23,7 @@ class WorkerConfig(Section):
     """GPUs per worker; auto: 1 where the cluster has any."""
 
     device_batch_size: Positive | Literal["auto"] = "auto"
-    """Examples per forward pass in training; auto: the largest that divides the worker's share, at most 32."""
+    """The most examples per forward pass in training (auto: 32); a worker's share of a batch is cut as evenly as it goes."""
 
     wait_minutes: Annotated[float, Field(gt=0)] = 15.0
     """How long to wait for a cluster that has no room for the fewest workers yet (of a pool: for one)."""
@@ -38,7 +38,7 @@ class WorkerConfig(Section):
 
 class TrainingWorkerConfig(WorkerConfig):
     """Workers that train. With `num_workers: [min, max]` the group shrinks when it loses a worker and grows when there is
-    room again, to sizes that divide the global batch."""
+    room again. Any number trains alike, up to one worker per example of a batch."""
 
     checkpoint_every_minutes: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """How often a resume point (weights, optimizer) is kept, two at a time; auto: every half minute, and at most fifty."""

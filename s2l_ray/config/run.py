@@ -55,9 +55,12 @@ class RunConfig(Section):
     def _sections_fit_together(self) -> RunConfig:
         for name in ("proxy", "target"):
             batch, workers = getattr(self, name).global_batch_size, getattr(self.machines, name).num_workers
-            low, high = workers if isinstance(workers, list) else [workers, workers] if isinstance(workers, int) else [1, 1]
-            if all(batch % number for number in range(low, high + 1)):
-                raise ValueError(f"machines.{name}.num_workers={workers} does not divide {name}.global_batch_size={batch}")
+            most = max(workers) if isinstance(workers, list) else workers if isinstance(workers, int) else 1
+            if most > batch:
+                raise ValueError(
+                    f"machines.{name}.num_workers={workers}: more workers than the {batch} examples of a batch "
+                    f"({name}.global_batch_size)"
+                )
         offload, zero_stage = self.machines.target.offload, self.target.zero_stage
         if zero_stage < {"none": 0, "optimizer": 1, "parameters": 3}[offload]:
             needed = "3" if offload == "parameters" else "1, 2 or 3"

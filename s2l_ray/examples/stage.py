@@ -49,7 +49,7 @@ from s2l_ray.examples.index import (
 from s2l_ray.examples.rows import Records, join_columns
 from s2l_ray.progress import get_log, track
 from s2l_ray.runtime.data import quiet_ray_data
-from s2l_ray.runtime.session import await_room
+from s2l_ray.runtime.room import await_room
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.drafts import Draft, table_bytes
 from s2l_ray.storage.layout import part_name

@@ -71,7 +71,7 @@ def make_plan(
 ) -> Plan:
     """What `run` would do with every stage, its cost, and the target's memory on so many accelerators.
 
-    Raises ConfigError for an unknown accelerator.
+    Raises ConfigError for an unknown accelerator, and for more accelerators than examples in the target's batch.
     """
     place, other = run_places(config.name, run_dir, reuse)
     accelerator = accelerator or config.plan.accelerator
@@ -94,10 +94,6 @@ def make_plan(
     is_built = any(decision.stage.name == "target" and decision.action in ("build", "resume") for decision in decisions)
     if accelerator is not None and sizes.target_parameters and is_built:
         number = num_accelerators or num_accelerators_of(config)
-        if config.target.global_batch_size % number:
-            raise ConfigError(
-                f"--num-accelerators {number} does not divide target.global_batch_size={config.target.global_batch_size}."
-            )
         memory = [*memory_lines(config, sizes.target_parameters, accelerator, number, accelerators_per_node), ""]
     if accelerator is not None:
         notes.append(

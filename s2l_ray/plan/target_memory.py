@@ -6,6 +6,7 @@ from s2l_ray.config import RunConfig, ScratchModel
 from s2l_ray.plan.accelerators import ACCELERATORS, ACCELERATORS_PER_NODE, size
 from s2l_ray.plan.costs import Sizes, vocabulary_of
 from s2l_ray.plan.memory import Setting, Shape, Training, need, recommended, resume_point_bytes, settings
+from s2l_ray.training.batches import BatchPlan
 
 
 def num_accelerators_of(config: RunConfig) -> int:
@@ -17,7 +18,8 @@ def num_accelerators_of(config: RunConfig) -> int:
 def memory_lines(config: RunConfig, parameters: float, accelerator: str, number: int, per_node: int) -> list[str]:
     """What every setting needs, the fastest that fits marked, and whether the configured one fits."""
     target, memory_bytes = config.target, ACCELERATORS[accelerator][2]
-    per_node, batch = min(number, per_node), _device_batch(config, number)
+    per_node = min(number, per_node)
+    batch = BatchPlan.of(target.global_batch_size, number, config.machines.target.device_batch_size).device_batch
     training = Training(
         _shape(config, parameters),
         target.precision,
@@ -57,13 +59,6 @@ def memory_lines(config: RunConfig, parameters: float, accelerator: str, number:
     if best is not None:
         lines.append("Whether the machines have that much memory of their own is not known here.")
     return lines
-
-
-def _device_batch(config: RunConfig, num_workers: int) -> int:
-    """Examples at a time, as `training.fine_tuning.BatchPlan` takes them (which needs torch)."""
-    share, wish = max(1, config.target.global_batch_size // num_workers), config.machines.target.device_batch_size
-    most = min(share, 32 if wish == "auto" else wish)
-    return next(size for size in range(most, 0, -1) if share % size == 0)
 
 
 def _shape(config: RunConfig, parameters: float) -> Shape:

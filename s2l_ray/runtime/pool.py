@@ -17,10 +17,10 @@ from typing import Any
 from s2l_ray import errors
 from s2l_ray.progress import get_log, track
 from s2l_ray.runtime.data import quiet_ray_data
-from s2l_ray.runtime.fit import Workers
 from s2l_ray.runtime.metrics import count
 from s2l_ray.runtime.process import keep_freed_memory, quiet_libraries
-from s2l_ray.runtime.session import await_room
+from s2l_ray.runtime.room import await_room
+from s2l_ray.runtime.workers import Workers
 from s2l_ray.storage.places import Storage
 
 PAUSES = (2.0, 10.0, 30.0)

@@ -12,19 +12,19 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from s2l_ray.config import RunConfig
 from s2l_ray.errors import ArtifactError, ConfigError
 from s2l_ray.progress import duration, get_log
+from s2l_ray.runtime import room
 from s2l_ray.storage.layout import RUN, SCHEMA
 from s2l_ray.storage.lock import submitted_job, user
 from s2l_ray.storage.ownership import read_run
 from s2l_ray.storage.places import Storage
 from s2l_ray.storage.provenance import provenance
 
-WAIT_LINE_SECONDS = 30.0
 AUTHENTICATION = (
     "Where the cluster asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH (a file with it) on this side too."
 )
@@ -51,8 +51,6 @@ DEFAULTS_HERE = {
 # The path of a socket has 107 bytes at most (macOS: 103), and Ray appends up to 70:
 # /ray/session_2026-01-31_23-59-59_123456_1234567/sockets/plasma_store.1
 MAX_TMPDIR_BYTES = 33
-# Whether Ray was started by this process, for this machine alone.
-_started_here = False
 
 
 def connect_ray() -> None:
@@ -74,8 +72,7 @@ def connect_ray() -> None:
     if ray.is_initialized():
         return
     begun = time.monotonic()
-    global _started_here  # noqa: PLW0603 - Ray is one per process, too
-    _started_here = is_ours
+    room.is_one_machine = is_ours
     address = os.environ.get("RAY_ADDRESS") or "a new one on this machine"
     _check_address(address)
     try:
@@ -86,8 +83,8 @@ def connect_ray() -> None:
         raise ConfigError(f"Ray ({address}): {str(error).partition('. ')[0]}. {AUTHENTICATION}") from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise _unusable(address, error) from error
-    found = _amounts(ray.cluster_resources())
-    get_log("run").info("Ray: %s on %s (%s)", found, _nodes(), duration(time.monotonic() - begun))
+    found = room.amounts(ray.cluster_resources())
+    get_log("run").info("Ray: %s on %s (%s)", found, room.nodes(), duration(time.monotonic() - begun))
 
 
 def _unusable(address: str, error: Exception) -> ConfigError:
@@ -150,75 +147,6 @@ def _check_address(address: str) -> None:
                 f"Ray ({address}): nobody answers there ({error.strerror or error}). Check RAY_ADDRESS and that the head node "
                 "is up, or unset RAY_ADDRESS to work on this machine alone."
             ) from error
-
-
-def await_room(stage: str, worker: Mapping[str, float], count: int, minutes: float) -> None:
-    """Wait until the connected Ray has room for `count` workers with such resources; what it lacks an autoscaler is asked for.
-
-    Raises ConfigError that says what is missing: after `minutes`, and at once on this machine alone, which never grows.
-    """
-    import ray
-    from ray.util import placement_group, remove_placement_group
-
-    begun = told = time.monotonic()
-    room = placement_group([dict(worker)] * count, strategy="PACK")
-    try:
-        while not room.wait(2):
-            there = ray.cluster_resources()
-            grows = not _started_here or all(there.get(name, 0) >= amount * count for name, amount in worker.items())
-            waited = time.monotonic() - begun
-            if waited > 60 * minutes or not grows:
-                raise no_room(stage, worker, count, waited if grows else None)
-            if told == begun or time.monotonic() - told > WAIT_LINE_SECONDS:
-                told = time.monotonic()
-                get_log(stage).info(waiting(worker, count))
-    finally:
-        remove_placement_group(room)
-
-
-def waiting(worker: Mapping[str, float], count: int) -> str:
-    """What is waited for, and what the connected Ray has free, in words."""
-    import ray
-
-    return f"waiting for {_asked(worker, count)}; free: {_amounts(ray.available_resources())} on {_nodes()}"
-
-
-def no_room(stage: str, worker: Mapping[str, float], count: int, waited: float | None) -> ConfigError:
-    """The error of a stage for which there was no room in so many seconds, or can be none."""
-    import ray
-
-    there = _amounts(ray.cluster_resources())
-    return ConfigError(
-        f"machines.{stage} asks for {_asked(worker, count)}; Ray has {there} on {_nodes()}"
-        + ("" if waited is None else f" after {duration(waited)}")
-        + f". Ask for less, add machines, or raise machines.{stage}.wait_minutes; the same command goes on."
-    )
-
-
-def _asked(worker: Mapping[str, float], count: int) -> str:
-    return f"{count} worker{'s' * (count > 1)} of {_amounts(worker)}"
-
-
-def free_room(worker: Mapping[str, float]) -> int:
-    """How many workers with such resources the nodes of the connected Ray have room for now."""
-    from ray._private.state import available_resources_per_node
-
-    asked = {name: amount for name, amount in worker.items() if amount}
-    free = available_resources_per_node().values()
-    return sum(int(min(node.get(name, 0) // amount for name, amount in asked.items())) for node in free)
-
-
-def _nodes() -> str:
-    import ray
-
-    number = sum(node["Alive"] for node in ray.nodes())
-    return f"{number} node{'s' * (number != 1)}"
-
-
-def _amounts(resources: Mapping[str, float]) -> str:
-    """CPUs and GPUs in words."""
-    named = {name: resources.get(name, 0) for name in ("CPU", "GPU")}
-    return " and ".join(f"{amount:g} {name}" for name, amount in named.items() if amount) or "nothing"
 
 
 def run_places(name: str, run_dir: str | None, reuse: str | None) -> tuple[Storage, Storage | None]:

@@ -8,7 +8,6 @@ logits (soft-capping, scaling, a bias) stays as it is; whether it comes apart so
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 from typing import Any
@@ -16,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+
+from s2l_ray.runtime.private import with_children
 
 
 class Head:
@@ -26,8 +27,7 @@ class Head:
         name = next(name for name, module in model.named_children() if module is output)
         self._given, self._rows = _Given(), _Rows(output)
         # Shares every weight with the model; only the two children are others.
-        self._forward = copy.copy(model)
-        self._forward._modules = model._modules | {model.base_model_prefix: self._given, name: self._rows}
+        self._forward = with_children(model, {model.base_model_prefix: self._given, name: self._rows})
         self.vocab_size = int(output.weight.shape[0])
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The Trainer's callback: keeps the recipe's checkpoints and resume points, and tells the driver how far the training is.
+"""The Trainer's callback: keeps the recipe's checkpoints and resume points, and reports to the driver how far the training is.
 
 A kept checkpoint is a result and stands at the steps of the recipe. A resume point (weights, optimizer, random state) is
 kept by the clock, registered with Ray Train, and never read as a result. It serves any number of workers: what ZeRO sharded
@@ -7,74 +7,70 @@ over another number becomes a universal checkpoint of DeepSpeed's first, with ev
 
 from __future__ import annotations
 
-import argparse
-import io
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import ray.train
 import torch.distributed
 from transformers import TrainerCallback
 
-if TYPE_CHECKING:
-    from s2l_ray.training.fine_tuning import Phase
+from s2l_ray.training.training_run import TrainingRun
+from s2l_ray.training.zero import convert, restore_settings
 
-# Names the phase that a resume point belongs to, and how many workers it has the shards of.
-PHASE = "phase.txt"
+# Names the model that a resume point belongs to, and how many workers it has the shards of.
+OWNER = "owner.txt"
 # A resume point may be kept where so large a share of the steps is done, if the last one is older than this.
 RESUME_FRACTION = 1 / 50
 RESUME_SECONDS = 30.0
-# DeepSpeed's file in a folder with a universal checkpoint.
-UNIVERSAL = "latest_universal"
-# What its converter raises at states that it does not know.
-UNKNOWN = (AssertionError, AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
 class Recorder(TrainerCallback):  # type: ignore[misc]
-    """Callback of one phase; `folder` is where the Trainer writes its own checkpoints on this node."""
+    """Callback of one model's training; `folder` is where the Trainer writes its own checkpoints on this node."""
 
     def __init__(
         self,
-        phase: Phase,
+        run: TrainingRun,
         folder: Path,
         events: Any,
         on_keep: Callable[[int, Any], None] | None,
         every_minutes: float | str = "auto",
     ) -> None:
-        self._phase, self._folder, self._events = phase, folder, events
+        self._run, self._folder, self._events = run, folder, events
         context = ray.train.get_context()
         self._is_first, self._is_first_of_node = context.get_world_rank() == 0, context.get_local_rank() == 0
         self._on_keep = on_keep if self._is_first else None
-        self._told = self._resumable = self._begun = time.monotonic()
+        self._reported = self._resumable = self._begun = time.monotonic()
         self._begun_at = self._look_at = 0
         self._is_auto, self._resume_seconds = every_minutes == "auto", RESUME_SECONDS
         if not isinstance(every_minutes, str):
             self._resume_seconds = 60 * every_minutes
-        self._tokens_seen = np.concatenate([[0], np.cumsum(phase.tokens.lengths[phase.order])])
+        self._tokens_seen = np.concatenate([[0], np.cumsum(run.tokens.lengths[run.order])])
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:  # noqa: ARG002
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any) -> None:  # noqa: ARG002
+        if args.deepspeed and state.global_step:
+            restore_settings(optimizer, args.weight_decay)
         self._begun, self._begun_at = time.monotonic(), state.global_step
         torch.distributed.barrier()  # all have loaded: the copy of the states need not stay on the disk for the whole training
         for states in (self._folder / "universal").glob("global_step*") if self._is_first_of_node else ():
             shutil.rmtree(states)
         if self._is_first and state.global_step:
-            self._events.put(f"goes on from step {self._phase.steps_before + state.global_step}")
-        if self._on_keep and state.global_step == 0 and 0 in self._phase.keep_at:
+            self._events.put(f"goes on from step {self._run.steps_before + state.global_step}")
+        if self._on_keep and state.global_step == 0 and 0 in self._run.keep_at:
             self._on_keep(0, model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:  # noqa: ARG002
         step = state.global_step
-        if self._on_keep and step in self._phase.keep_at:
+        if self._on_keep and step in self._run.keep_at:
             self._on_keep(step, model)
         control.should_save = self._is_due(step, state.max_steps)
-        if self._is_first and (time.monotonic() - self._told > 1 or step == state.max_steps):
-            self._told = time.monotonic()
-            self._events.put((self._phase.steps_before + step, self._phase.fit_steps, self._note(state)))
+        if self._is_first and (time.monotonic() - self._reported > 1 or step == state.max_steps):
+            self._reported = time.monotonic()
+            self._events.put((self._run.steps_before + step, self._run.fit_steps, self._note(state)))
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         # The workers of a node share a folder: one of them reports it, once all have written.
@@ -82,7 +78,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         checkpoint = None
         if self._is_first_of_node:
             saved = self._folder / f"checkpoint-{state.global_step}"
-            (saved / PHASE).write_text(f"{self._phase.name} {ray.train.get_context().get_world_size()}")
+            (saved / OWNER).write_text(f"{self._run.name} {ray.train.get_context().get_world_size()}")
             checkpoint = ray.train.Checkpoint.from_directory(saved)
         # The Trainer removes old ones on the first worker's node only.
         ray.train.report({"step": state.global_step}, checkpoint=checkpoint, delete_local_checkpoint_after_upload=True)
@@ -102,7 +98,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
     def _note(self, state: Any) -> str:
         """The last loss, and this attempt's tokens per second."""
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        first, last = (step * self._phase.config.global_batch_size for step in (self._begun_at, state.global_step))
+        first, last = (step * self._run.config.global_batch_size for step in (self._begun_at, state.global_step))
         rate = (self._tokens_seen[last] - self._tokens_seen[first]) / (time.monotonic() - self._begun)
         return (f"loss {losses[-1]:.4f}  " if losses else "") + f"{rate / 1000:.1f}k tok/s"
 
@@ -117,8 +113,8 @@ def steps_to_wait(seconds_left: float, seconds_per_step: float) -> int:
 
 
 @contextmanager
-def resume_point(phase: str, shards: int | None, folder: Path, events: Any) -> Iterator[str | None]:
-    """The folder of the last registered checkpoint of this phase, None to start from the beginning.
+def resume_point(name: str, shards: int | None, folder: Path, events: Any) -> Iterator[str | None]:
+    """The folder of the last registered checkpoint of this model, None to start from the beginning.
 
     Where ZeRO shards the optimizer over `shards` workers and the checkpoint has another number, a folder below `folder` (which
     the workers of a node share) with a universal checkpoint of it. All workers come here.
@@ -128,45 +124,18 @@ def resume_point(phase: str, shards: int | None, folder: Path, events: Any) -> I
         yield None
         return
     with checkpoint.as_directory() as saved:
-        name, _, workers = (Path(saved) / PHASE).read_text().partition(" ")
-        if name != phase:
+        owner, _, workers = (Path(saved) / OWNER).read_text().partition(" ")
+        if owner != name:
             yield None
         elif shards is None or int(workers) == shards:
             yield saved
         else:
             context = ray.train.get_context()
-            problem = _convert(Path(saved), folder / "universal") if context.get_local_rank() == 0 else None
+            problem = convert(Path(saved), folder / "universal") if context.get_local_rank() == 0 else None
             problems: list[str | None] = [None] * context.get_world_size()
             torch.distributed.all_gather_object(problems, problem)  # all nodes have theirs, or all do without
             problem = next(filter(None, problems), None)
             if context.get_world_rank() == 0:
-                said = f"its resume point is of {workers} workers, now {shards}"
-                events.put(f"{phase}: {said}" if problem is None else f"{phase} starts again: {said}, and {problem}")
+                why = f"its resume point is of {workers} workers, now {shards}"
+                events.put(f"{name}: {why}" if problem is None else f"{name} starts again: {why}, and {problem}")
             yield None if problem else str(folder / "universal")
-
-
-def _convert(saved: Path, universal: Path) -> str | None:
-    """Make a universal checkpoint of a resume point with ZeRO's shards; what is wrong where DeepSpeed cannot.
-
-    The files are pickles, and our own: this training wrote them.
-    """
-    from deepspeed.checkpoint.ds_to_universal import main
-
-    tag = (saved / "latest").read_text().strip()
-    universal.mkdir()
-    for path in saved.iterdir():
-        if path.name != tag:
-            (universal / path.name).symlink_to(path.absolute())
-    options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
-    try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            # Without tensor parallelism the resume point says nothing of its layout, and need not.
-            main(
-                argparse.Namespace(
-                    input_folder=str(saved / tag), output_folder=str(universal / tag), inject_missing_state=True, **options
-                )
-            )
-    except UNKNOWN as error:
-        return f"DeepSpeed cannot convert it ({type(error).__name__}: {str(error)[:200]})"
-    (universal / UNIVERSAL).write_text(tag)
-    return None

@@ -19,7 +19,7 @@ from s2l_ray.config import RunConfig, TargetConfig
 from s2l_ray.errors import cause_of
 from s2l_ray.examples.stage import read_pool
 from s2l_ray.runtime.data import quiet_ray_data
-from s2l_ray.runtime.session import await_room
+from s2l_ray.runtime.room import await_room
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.drafts import table_bytes
 from s2l_ray.storage.layout import TOKENIZER, TOKENS

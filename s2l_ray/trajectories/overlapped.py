@@ -9,9 +9,9 @@ from dataclasses import replace
 from s2l_ray.config import RunConfig
 from s2l_ray.progress import get_log
 from s2l_ray.proxy import finished_steps
-from s2l_ray.runtime.fit import Workers
 from s2l_ray.runtime.pool import Unit, do_units, tasks
-from s2l_ray.runtime.session import free_room
+from s2l_ray.runtime.room import free_room
+from s2l_ray.runtime.workers import Workers
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.places import Storage
 from s2l_ray.trajectories.stage import Scorer, ScoringJob
@@ -86,5 +86,5 @@ class OverlappedScoring:
 
 def spare_workers(workers: Workers) -> Workers | None:
     """As many of the scoring workers as the nodes of the connected Ray have room for now, None if for none."""
-    number = min(workers.num_workers, free_room(workers.resources))
+    number = free_room(workers.resources, workers.num_workers)
     return replace(workers, num_workers=number, min_workers=number) if number else None

@@ -26,8 +26,8 @@ from s2l_ray.config import RunConfig
 from s2l_ray.errors import DataError
 from s2l_ray.progress import get_log
 from s2l_ray.proxy import checkpoint_folder, checkpoint_records
-from s2l_ray.runtime.fit import Workers
 from s2l_ray.runtime.pool import Throughput, Unit, UnitWorker, do_units
+from s2l_ray.runtime.workers import Workers
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.drafts import Draft, table_bytes
 from s2l_ray.storage.layout import CHECKPOINT, LOSSES, TOKENIZER, TOKENS, step_folder

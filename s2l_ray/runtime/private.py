@@ -1,0 +1,23 @@
+"""The names that other libraries do not promise, and that we need all the same: all of them, with the reason for each.
+
+`NAMES` says since which version each is there; a test fails when one is gone from the installed version. Everything else
+in this package uses public interfaces, which another test reads from the source.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+NAMES = {
+    # A module's children by name. torch (all versions) has no public way to share all weights and all children but a few:
+    # `setattr` on a copy would change the original's children, and a deep copy would copy the weights.
+    "torch.nn.Module._modules": "torch 0.1",
+}
+
+
+def with_children(model: Any, children: dict[str, Any]) -> Any:
+    """A shallow copy of a torch module, sharing every weight, in which the named children are others."""
+    copied = copy.copy(model)
+    copied._modules = model._modules | children
+    return copied
