@@ -100,6 +100,19 @@ def test_a_claim_is_given_back_whether_or_not_there_was_room(ray_session):
     assert ray.available_resources()["CPU"] == 2
 
 
+def test_workers_that_have_their_room_and_only_start_slowly_are_not_waited_for(ray_session):
+    from ray.util import placement_group, remove_placement_group
+
+    free(2)
+    room_of_one, room_of_too_many = placement_group([{"CPU": 1}]), placement_group([{"CPU": 2}])
+    assert room_of_one.wait(20)
+    assert [room.holds_room({"CPU": cpus}) for cpus in (1, 2)] == [True, False]
+    for group in (room_of_one, room_of_too_many):
+        remove_placement_group(group)
+    free(2)
+    assert not room.holds_room({"CPU": 1})
+
+
 # --- numbers -------------------------------------------------------------------------------------------------------
 
 

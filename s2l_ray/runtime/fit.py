@@ -20,7 +20,7 @@ from s2l_ray.errors import ConfigError, cause_of
 from s2l_ray.progress import get_log, track
 from s2l_ray.runtime.attempts import ALIVE, ATTEMPTS, MAX_OUTAGES, OUTAGE_SECONDS, RESTARTED, guarded
 from s2l_ray.runtime.metrics import count
-from s2l_ray.runtime.room import WAIT_LINE_SECONDS, free_room, no_room, waiting
+from s2l_ray.runtime.room import WAIT_LINE_SECONDS, free_room, holds_room, no_room, waiting
 from s2l_ray.runtime.workers import Workers
 from s2l_ray.storage.places import Storage
 
@@ -235,6 +235,9 @@ class _Watch:
         """What is due after a silence: nothing, a line, an end, or an end and a beginning with what there is room for."""
         now, workers, patience = time.monotonic(), self._workers, self._patience
         is_over, is_due = patience.is_over(now), patience.is_line_due(now)
+        if (is_over or is_due) and holds_room(workers.resources):
+            patience.on_alive(now)
+            return
         if workers.is_elastic and (is_over or (is_due and patience.seconds(now) > CROWDED_SECONDS)):
             there = free_room(workers.resources, workers.num_workers)
             if there >= workers.min_workers and there != self.room:

@@ -66,6 +66,16 @@ def free_room(worker: Mapping[str, float], most: int) -> int:
     return 0
 
 
+def holds_room(worker: Mapping[str, float]) -> bool:
+    """Whether this job has its room for workers with such resources: these may be starting, but wait for no machine."""
+    import ray
+    from ray.util import placement_group_table
+
+    job = ray.get_runtime_context().get_job_id()  # the end of the ids of what belongs to it
+    groups = [group for name, group in placement_group_table().items() if name.endswith(job) and group["state"] == "CREATED"]
+    return any(dict(bundle) == dict(worker) for group in groups for bundle in group["bundles"].values())
+
+
 def waiting(worker: Mapping[str, float], count: int) -> str:
     """What is waited for, and what the connected Ray has free, in words."""
     import ray
