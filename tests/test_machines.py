@@ -106,11 +106,12 @@ def test_workers_that_have_their_room_and_only_start_slowly_are_not_waited_for(r
     free(2)
     room_of_one, room_of_too_many = placement_group([{"CPU": 1}]), placement_group([{"CPU": 2}])
     assert room_of_one.wait(20)
-    assert [room.holds_room({"CPU": cpus}) for cpus in (1, 2)] == [True, False]
-    for group in (room_of_one, room_of_too_many):
-        remove_placement_group(group)
+    assert [list(room.claims({"CPU": cpus}).values()) for cpus in (1, 2, 3)] == [[True], [False], []]
+    remove_placement_group(room_of_one)
+    room.give_up(room.claims({"CPU": 2}))
     free(2)
-    assert not room.holds_room({"CPU": 1})
+    assert not room.claims({"CPU": 1}) | room.claims({"CPU": 2})
+    assert room_of_too_many is not None
 
 
 # --- numbers -------------------------------------------------------------------------------------------------------
