@@ -123,8 +123,8 @@ def is_silent(seconds: float, _events: Any) -> dict[str, Any]:
 
 
 def test_a_training_that_works_in_silence_is_not_taken_for_one_without_machines(ray_session, tmp_path):
-    patient = replace(ONE, wait_minutes=0.2)
-    assert fit("proxy", is_silent, 20.0, patient, Storage(str(tmp_path)))["rows"] == 1
+    patient = replace(ONE, wait_minutes=0.3)
+    assert fit("proxy", is_silent, 25.0, patient, Storage(str(tmp_path)))["rows"] == 1
 
 
 def test_time_without_machines_counts_anew_after_each_group():

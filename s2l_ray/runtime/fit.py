@@ -105,6 +105,7 @@ def _train(workers: Workers, storage: Storage, config: dict[str, Any], resume_mi
         # The others wait while the first merges, converts and uploads a large model.
         torch_config=TorchConfig(backend="nccl" if workers.gpus_per_worker else "gloo", timeout_s=COLLECTIVE_SECONDS),
     )
+    config["events"].put(ALIVE)  # what it took to come here was no wait for machines
     trainer.fit()
 
 
@@ -114,12 +115,10 @@ def _await(training: Any, watch: _Watch) -> int | None:
 
     try:
         ray.get(training)
-    except ray.exceptions.RayTaskError as error:
-        raise cause_of(error) or error.cause from None
-    except ray.exceptions.RayError:
+    except ray.exceptions.RayError as error:
         with watch.lock:
             if watch.ended is not training:
-                raise
+                raise cause_of(error) or getattr(error, "cause", error) from None
     except BaseException:
         # Ray Train gives back its machines on an interrupt, unless it is waiting for some.
         ray.cancel(training, recursive=False)
@@ -137,7 +136,7 @@ def _kill(training: Any, worker: Mapping[str, float]) -> None:
     """End a training that waits for machines, and its claim on them."""
     import ray
 
-    ray.cancel(training, force=True)
+    ray.cancel(training, force=True, recursive=False)
     ray.wait([training], timeout=STOP_SECONDS)
     time.sleep(ORPHAN_SECONDS)
     give_up(claims(worker))
