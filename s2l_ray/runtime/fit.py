@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -106,7 +107,13 @@ def _train(workers: Workers, storage: Storage, config: dict[str, Any], resume_mi
         torch_config=TorchConfig(backend="nccl" if workers.gpus_per_worker else "gloo", timeout_s=COLLECTIVE_SECONDS),
     )
     config["events"].put(ALIVE)  # what it took to come here was no wait for machines
-    trainer.fit()
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.fit()
+    except SystemExit:  # how Ray Train ends on an interrupt; the driver knows of it
+        pass
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Ray Train keeps its own, and Ray this process
 
 
 def _await(training: Any, watch: _Watch) -> int | None:
