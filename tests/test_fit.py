@@ -94,7 +94,7 @@ def test_a_training_that_lost_its_machines_says_what_it_waits_for_and_ends_with_
     with held(2), pytest.raises(ConfigError) as ended:
         fit("proxy", waits_for_ever, tmp_path / "marker", replace(ONE, wait_minutes=0.2), Storage(str(tmp_path / "work")))
     assert re.match(
-        r"machines.proxy asks for 1 worker of 1 CPU; Ray has 2 CPU on 1 node after 1\ds.*wait_minut", str(ended.value)
+        r"machines.proxy asks for 1 worker of 1 CPU; Ray has 2 CPU on 1 node after 1\d.*wait_minut", str(ended.value)
     )
     assert "waiting for 1 worker of 1 CPU; free: nothing on 1 node" in lines
     assert not (tmp_path / "marker").exists()
@@ -123,8 +123,8 @@ def is_silent(seconds: float, _events: Any) -> dict[str, Any]:
 
 
 def test_a_training_that_works_in_silence_is_not_taken_for_one_without_machines(ray_session, tmp_path):
-    patient = replace(ONE, wait_minutes=0.2)
-    assert fit("proxy", is_silent, 20.0, patient, Storage(str(tmp_path)))["rows"] == 1
+    patient = replace(ONE, wait_minutes=0.3)
+    assert fit("proxy", is_silent, 25.0, patient, Storage(str(tmp_path)))["rows"] == 1
 
 
 def test_time_without_machines_counts_anew_after_each_group():

@@ -11,16 +11,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from s2l_ray.errors import ConfigError, cause_of
 from s2l_ray.progress import get_log, track
 from s2l_ray.runtime.attempts import ALIVE, MAX_OUTAGES, OUTAGE_SECONDS, RESTARTED, guarded
 from s2l_ray.runtime.metrics import count
-from s2l_ray.runtime.room import WAIT_LINE_SECONDS, free_room, no_room, waiting
+from s2l_ray.runtime.room import WAIT_LINE_SECONDS, claims, free_room, give_up, no_room, waiting
 from s2l_ray.runtime.workers import Workers
 from s2l_ray.storage.layout import ATTEMPTS, TRAINING_RUN
 from s2l_ray.storage.places import Storage
@@ -35,6 +36,8 @@ LOOK_SECONDS = 1.0
 RAY_TRAIN_SETTINGS = ("RAY_TRAIN_", "RAY_CHDIR_TO_TRIAL_DIR")
 # How long an interrupted training has to give its machines back.
 STOP_SECONDS = 10.0
+# How long what a killed process has started lives on.
+ORPHAN_SECONDS = 2.0
 # After such a silence an elastic group takes what others leave. Ray Train (2.60) honours the claim of a driver that was
 # killed for up to 180 s, which is not worth giving up elasticity for.
 CROWDED_SECONDS = 240.0
@@ -104,7 +107,14 @@ def _train(workers: Workers, storage: Storage, config: dict[str, Any], resume_mi
         # The others wait while the first merges, converts and uploads a large model.
         torch_config=TorchConfig(backend="nccl" if workers.gpus_per_worker else "gloo", timeout_s=COLLECTIVE_SECONDS),
     )
-    trainer.fit()
+    config["events"].put(ALIVE)  # what it took to come here was no wait for machines
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.fit()
+    except SystemExit:  # how Ray Train ends on an interrupt; the driver knows of it
+        pass
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Ray Train keeps its own, and Ray this process
 
 
 def _await(training: Any, watch: _Watch) -> int | None:
@@ -113,22 +123,31 @@ def _await(training: Any, watch: _Watch) -> int | None:
 
     try:
         ray.get(training)
-    except ray.exceptions.RayTaskError as error:
-        raise cause_of(error) or error.cause from None
-    except ray.exceptions.RayError:
-        if watch.ended is not training:
-            raise
+    except ray.exceptions.RayError as error:
+        with watch.lock:
+            if watch.ended is not training:
+                raise cause_of(error) or getattr(error, "cause", error) from None
     except BaseException:
         # Ray Train gives back its machines on an interrupt, unless it is waiting for some.
         ray.cancel(training, recursive=False)
         if not ray.wait([training], timeout=STOP_SECONDS)[0]:
-            ray.cancel(training, force=True)
+            _kill(training, watch.workers.resources)
         raise
     else:
         return None
     if watch.problem is not None:
         raise watch.problem from None
     return watch.room
+
+
+def _kill(training: Any, worker: Mapping[str, float]) -> None:
+    """End a training that waits for machines, and its claim on them."""
+    import ray
+
+    ray.cancel(training, force=True, recursive=False)
+    ray.wait([training], timeout=STOP_SECONDS)
+    time.sleep(ORPHAN_SECONDS)
+    give_up(claims(worker))
 
 
 def _here() -> Any:
@@ -189,7 +208,9 @@ class _Watch:
         """With how many workers, none more or less, it is to begin again instead."""
         self.ended: Any = None
         """The training that was."""
-        self._stage, self._workers, self._events, self._on_event = stage, workers, events, on_event
+        self._stage, self.workers, self._events, self._on_event = stage, workers, events, on_event
+        self.lock = threading.Lock()
+        """Held while a training is being ended."""
         self._training: Any = None
         self._patience = Patience(workers.wait_minutes, time.monotonic())
         self._thread = threading.Thread(target=self._show, daemon=True)
@@ -200,7 +221,7 @@ class _Watch:
 
     def begin(self, training: Any) -> None:
         """A training begins, which may be ended."""
-        self._patience, self._training = Patience(self._workers.wait_minutes, time.monotonic()), training
+        self._patience, self._training = Patience(self.workers.wait_minutes, time.monotonic()), training
 
     def __exit__(self, *_: object) -> None:
         import ray
@@ -234,8 +255,11 @@ class _Watch:
 
     def _look(self) -> None:
         """What is due after a silence: nothing, a line, an end, or an end and a beginning with what there is room for."""
-        now, workers, patience = time.monotonic(), self._workers, self._patience
+        now, workers, patience = time.monotonic(), self.workers, self._patience
         is_over, is_due = patience.is_over(now), patience.is_line_due(now)
+        if (is_over or is_due) and any(claims(workers.resources).values()):  # it only starts slowly
+            patience.on_alive(now)
+            return
         if workers.is_elastic and (is_over or (is_due and patience.seconds(now) > CROWDED_SECONDS)):
             there = free_room(workers.resources, workers.num_workers)
             if there >= workers.min_workers and there != self.room:
@@ -248,9 +272,8 @@ class _Watch:
             get_log(self._stage).info(waiting(workers.resources, workers.min_workers))
 
     def _end(self, problem: ConfigError | None = None, room: int | None = None) -> None:
-        import ray
-
-        if self._training is not None:
-            self.ended, self._training = self._training, None
-            self.problem, self.room = problem, room or self.room
-            ray.cancel(self.ended, force=True)
+        with self.lock:
+            if self._training is not None:
+                self.ended, self._training = self._training, None
+                self.problem, self.room = problem, room or self.room
+                _kill(self.ended, self.workers.resources)

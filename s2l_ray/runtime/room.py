@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from s2l_ray.errors import ConfigError
@@ -64,6 +64,30 @@ def free_room(worker: Mapping[str, float], most: int) -> int:
                 return number
         number -= 1
     return 0
+
+
+def claims(worker: Mapping[str, float]) -> dict[str, bool]:
+    """This job's placement groups of workers with such resources by their ids, and whether they have their room."""
+    import ray
+    from ray.util import placement_group_table
+
+    job = ray.get_runtime_context().get_job_id()  # the end of the ids of what belongs to it
+    groups = {name: group for name, group in placement_group_table().items() if name.endswith(job)}
+    return {
+        name: group["state"] == "CREATED"
+        for name, group in groups.items()
+        if group["state"] != "REMOVED" and all(dict(bundle) == dict(worker) for bundle in group["bundles"].values())
+    }
+
+
+def give_up(names: Iterable[str]) -> None:
+    """Remove placement groups by their ids: those of a killed actor live as long as the job does."""
+    import ray
+    from ray.util import remove_placement_group
+    from ray.util.placement_group import PlacementGroup
+
+    for name in names:
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(name)))
 
 
 def waiting(worker: Mapping[str, float], count: int) -> str:
