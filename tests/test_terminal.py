@@ -11,6 +11,7 @@ import json
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import pytest
 import yaml
 
 from s2l_ray.pipeline import STAGES
+from s2l_ray.runtime.process import own_interrupts
 from s2l_ray.runtime.session import _without_core_notice
 
 ROWS, COLUMNS = 200, 160
@@ -224,3 +226,17 @@ def test_what_is_written_while_ray_starts_is_kept_but_for_the_notice_of_its_core
         sys.stderr.write("kept\n")
     sys.stderr.write("after\n")
     assert capfd.readouterr().err == "kept\nafter\n"
+
+
+@pytest.mark.parametrize("leave", [lambda *_: None, lambda *_: sys.exit(0)], ids=["swallows", "exits"])
+def test_an_interrupt_is_not_lost_on_a_library_that_takes_it_for_itself(leave):
+    def library() -> None:
+        signal.signal(signal.SIGINT, leave)
+        signal.raise_signal(signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), own_interrupts():
+        library()
+    assert signal.getsignal(signal.SIGINT) == handler
+    with own_interrupts():
+        pass
