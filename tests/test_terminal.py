@@ -228,6 +228,18 @@ def test_what_is_written_while_ray_starts_is_kept_but_for_the_notice_of_its_core
     assert capfd.readouterr().err == "kept\nafter\n"
 
 
+def test_the_message_of_an_interrupt_has_a_line_of_its_own_where_there_is_no_bar(tmp_path):
+    wait = (
+        "import sys, time, s2l_ray.pipeline as p; p.run = lambda *_, **k: (sys.stderr.write('run begun\\n'), time.sleep(60))"
+    )
+    terminal = Terminal("run", write_config(tmp_path), command=[*S2L[:2], f"{wait}; {S2L[2]}"])
+    terminal.read_until(re.compile("run begun").match)
+    terminal.press_control_c()
+    assert terminal.finish() == 1
+    terminal.check()
+    assert terminal.text.splitlines() == ["run begun", "s2l: interrupted. The same command goes on where this one stopped."]
+
+
 @pytest.mark.parametrize("leave", [lambda *_: None, lambda *_: sys.exit(0)], ids=["swallows", "exits"])
 def test_an_interrupt_is_not_lost_on_a_library_that_takes_it_for_itself(leave):
     def library() -> None:
