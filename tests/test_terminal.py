@@ -229,9 +229,7 @@ def test_what_is_written_while_ray_starts_is_kept_but_for_the_notice_of_its_core
 
 
 def test_the_message_of_an_interrupt_has_a_line_of_its_own_where_there_is_no_bar(tmp_path):
-    wait = (
-        "import sys, time, s2l_ray.pipeline as p; p.run = lambda *_, **k: (sys.stderr.write('run begun\\n'), time.sleep(60))"
-    )
+    wait = "import sys, time, s2l_ray.pipeline as p; p.run = lambda *_, **k: (sys.stderr.write('run begun\\n'), time.sleep(60))"
     terminal = Terminal("run", write_config(tmp_path), command=[*S2L[:2], f"{wait}; {S2L[2]}"])
     terminal.read_until(re.compile("run begun").match)
     terminal.press_control_c()
