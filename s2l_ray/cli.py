@@ -179,6 +179,7 @@ def main() -> None:
     except SystemExit as end:
         if end.code == 130:  # Typer takes the KeyboardInterrupt and ends with this, without a word
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would only break what Ray does at the end
-            print("s2l: interrupted. The same command goes on where this one stopped.", file=sys.stderr)
+            start = "\r" if sys.stderr.isatty() else ""  # over the ^C that the terminal has echoed
+            print(f"{start}s2l: interrupted. The same command goes on where this one stopped.", file=sys.stderr)
             sys.exit(1)
         raise

@@ -91,8 +91,8 @@ class Progress:
         begun, done_before = self._first or (now, self.done)
         fresh = self.done - done_before
         eta = (self.total - self.done) * (now - begun) / fresh if fresh > 0 else None
-        share = self.done / self.total if self.total else 1.0
-        parts = [f"{self.unit} {self.done:,.0f}/{self.total:,.0f} ({share:.1%})", note]
+        fraction = self.done / self.total if self.total else 1.0
+        parts = [f"{self.unit} {self.done:,.0f}/{self.total:,.0f} ({fraction:.1%})", note]
         return "  ".join([p for p in parts if p] + ([f"eta {duration(eta)}"] if eta is not None else []))
 
 

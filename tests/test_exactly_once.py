@@ -30,7 +30,7 @@ TWO_ACTORS = ["--set", "machines.trajectories.num_workers=2"]
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, int]]:
     """Config and run of which the driver was killed while it scored during the training, then trained to the end."""
-    folder = tmp_path_factory.mktemp("beside")
+    folder = tmp_path_factory.mktemp("during")
     config, run = write_config(folder), folder / "run"
     started = Started(folder / "1.log", "run", config, "--run-dir", run, "--until", "proxy")
     started.wait_until(lambda: len(units(run)) >= 2, "units during the training")
@@ -67,7 +67,7 @@ def parts_of(run: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((run / "trajectories").glob("part-*.parquet"))}
 
 
-def test_units_scored_beside_the_training_outlive_the_driver_and_are_not_made_again(begun, undisturbed):
+def test_units_scored_during_the_training_outlive_the_driver_and_are_not_made_again(begun, undisturbed):
     config, run, seen = begun
     assert len(seen) >= 2
     assert {path: Path(path).stat().st_mtime_ns for path in seen} == seen
