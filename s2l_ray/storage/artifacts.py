@@ -1,4 +1,4 @@
-"""Stages meet through artifacts: a directory with a manifest that says what it holds and from what it was made.
+"""Stages meet through artifacts: a directory with a manifest of what it holds and what it was made from.
 
 A directory is *finished* when it has `manifest.json`, written last and atomically; until then it is a *draft* whose
 `building.json` names the recipe it is being built for, so that only parts of the same recipe are ever continued. A
@@ -12,7 +12,6 @@ another number of workers gives other weights.
 
 from __future__ import annotations
 
-import hashlib
 import io
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -149,7 +148,7 @@ class Artifact:
             data = self.root.read(path)
         except FileNotFoundError as error:
             raise ArtifactError(f"{self.root.uri}/{path}: missing. {self._remedy}") from error
-        if len(data) != record["bytes"] or hashlib.sha256(data).hexdigest() != record["sha256"]:
+        if FileRecord.of(path, data) != FileRecord(path, record["bytes"], record["sha256"]):
             raise ArtifactError(f"{self.root.uri}/{path}: damaged (its hash is not the manifest's). {self._remedy}")
         return data
 

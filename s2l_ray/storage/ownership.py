@@ -64,7 +64,7 @@ def check_stages(run: Storage, stages: Iterable[str]) -> None:
 
 
 def _is_missing(run: Storage) -> bool:
-    """Whether there is no such directory on the disk; taking the lock says where that cannot be made."""
+    """Whether there is no such directory on the disk; taking the lock makes it, or reports why not."""
     return run.is_local and not Path(run.path()).is_dir()
 
 
@@ -94,7 +94,7 @@ def _check_empty(storage: Storage, stage: str) -> None:
 
 
 def read_run(run: Storage) -> dict[str, Any]:
-    """What `run.json` says, empty where there is none. Raises ArtifactError where it is somebody else's, or damaged."""
+    """The content of `run.json`, empty where there is none. Raises ArtifactError where it is somebody else's, or damaged."""
     return _ours(run, RUN) or {}
 
 

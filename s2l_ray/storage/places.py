@@ -46,7 +46,7 @@ def _filesystem(uri: str) -> tuple[fs.FileSystem, str]:
 def _check_bucket(uri: str) -> None:
     """Raises StorageError where a bucket does not exist: what lies in it looks only missing. Asked once a process."""
     filesystem, bucket = _filesystem(uri)
-    # Who may use a bucket need not be allowed to ask for it; what it then answers says nothing.
+    # One may be allowed to use a bucket and not to ask about it; such an answer proves nothing.
     with contextlib.suppress(OSError):
         if filesystem.get_file_info(bucket).type == fs.FileType.NotFound:
             raise StorageError(str(storage_problem(OSError(f"Bucket '{bucket}' not found"), uri)))
