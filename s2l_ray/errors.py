@@ -135,7 +135,8 @@ def storage_problem(error: BaseException, place: str = "", host: str = "") -> st
     # Without a place the path is not the user's, and the mistake may be ours.
     is_ours = not place and error.errno in (errno.EEXIST, errno.EISDIR, errno.ENOTDIR)
     reason = "" if is_ours else _ON_DISK.get(error.errno or 0, "")
-    return f"{error.filename or place or 'writing'} on {host}: {reason}" if reason else None
+    name = error.filename2 or error.filename or place or "writing"  # of a renaming the name that was wanted
+    return f"{name} on {host}: {reason}" if reason else None
 
 
 def has_credentials(text: str) -> bool:

@@ -101,14 +101,17 @@ class Artifact:
 
     @property
     def stage(self) -> str:
+        """Its word of the flow."""
         return str(self.manifest["stage"])
 
     @property
     def fingerprint(self) -> str:
+        """Identifies what it was built for: recipe and inputs."""
         return str(self.manifest["fingerprint"])
 
     @property
     def summary(self) -> dict[str, Any]:
+        """Its counts and the stage's own numbers."""
         return dict(self.manifest["summary"])
 
     @property

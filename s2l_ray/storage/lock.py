@@ -133,7 +133,6 @@ class _Lease:
     def held(self) -> Iterator[Callable[[], None]]:
         """Hold the lock; a loss of it in between interrupts the block, and is an ArtifactError."""
         creating = _conditional(self.place)
-        scratch_of(self.place)
         stop = threading.Event()
         try:
             self._acquire(creating)
@@ -157,6 +156,7 @@ class _Lease:
     # --- taking it ---
 
     def _acquire(self, creating: Any) -> None:
+        scratch_of(self.place)
         reported = ""
         while True:
             self._beat()  # the store's clock, to judge others by, and a fresh sign of life if the lock is free

@@ -72,6 +72,7 @@ class Storage:
 
     @property
     def filesystem(self) -> fs.FileSystem:
+        """The filesystem that the directory is on. Raises ConfigError for an unknown kind of URI."""
         return _filesystem(self.uri)[0]
 
     def path(self, name: str = "") -> str:
