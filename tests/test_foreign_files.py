@@ -228,6 +228,7 @@ def test_a_scratch_directory_of_the_users_own_is_neither_used_nor_emptied(tmp_pa
         lambda: select_trajectories(str(trajectories), str(tmp_path), CLUSTERING, SELECTION),
         lambda: record_losses(tmp_path, 5, ["a"], [1.0]),
         lambda: forget_steps(tmp_path, [5]),
+        lambda: finish_recording(tmp_path),
     ):
         with pytest.raises(ArtifactError, match=r"\.work/\S+: not written by s2l_ray"):
             use()
