@@ -154,7 +154,7 @@ def test_a_cache_that_another_user_has_put_there_is_refused(tmp_path, monkeypatc
     link.symlink_to(tmp_path / "mine")
     assert cache() == link  # to a larger disk, say
     os.lchown(link, 12345, 12345)
-    with pytest.raises(StorageError, match="belongs to another user. Set TMPDIR"):
+    with pytest.raises(StorageError, match=r"belongs to another user\. Set TMPDIR"):
         cache()
 
 

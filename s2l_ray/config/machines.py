@@ -26,7 +26,7 @@ class WorkerConfig(Section):
     """Examples per forward pass in training; auto: the largest that divides the worker's share, at most 32."""
 
     wait_minutes: Annotated[float, Field(gt=0)] = 15.0
-    """How long to wait for a cluster that has no room for the fewest workers yet (of a pool: for one)."""
+    """How long to wait until the cluster has room for the minimum number of workers (in a pool of actors: for one)."""
 
     @field_validator("num_workers")
     @classmethod

@@ -6,7 +6,7 @@ finished directory is never written again. Everything works on local paths and o
 or not at all.
 
 Terms: a *fingerprint* identifies the result that a stage would have (its recipe and its inputs); an *identity* is what
-later stages count as their input: the fingerprint, or for trained things the hash of the files, since training on
+enters the fingerprints of later stages: the fingerprint, or for a trained stage the hash of its files, since training on
 another number of workers gives other weights.
 """
 
@@ -26,7 +26,7 @@ from s2l_ray.storage.layout import BUILDING, MANIFEST, PARTS, SCHEMA
 from s2l_ray.storage.places import Storage
 from s2l_ray.storage.records import FileRecord, digest
 
-# Stages whose bytes depend on more than their recipe: later stages count the files and not the fingerprint.
+# Stages whose bytes depend on more than their recipe: they enter later fingerprints by their files.
 TRAINED_STAGES = frozenset({"proxy", "trajectories", "target"})
 
 
@@ -116,7 +116,7 @@ class Artifact:
 
     @property
     def identity(self) -> str:
-        """What stages built from this one count as their input."""
+        """What stands for it in the fingerprints of the stages built from it."""
         if self.stage not in TRAINED_STAGES:
             return self.fingerprint
         return digest({path: record["sha256"] for path, record in self.manifest["files"].items()})
@@ -175,7 +175,7 @@ class Artifact:
 
 
 def adopt(run: Storage, other: Artifact) -> Artifact:
-    """Take a finished stage of another run by reference: only the manifest is copied, with where the files are."""
+    """Take a finished stage of another run by reference: only the manifest is copied, with the place of the files in it."""
     manifest = other.manifest | {"reference": other.root.uri}
     artifact = replace(other, storage=run.child(other.stage), manifest=manifest)
     artifact.storage.write_json(MANIFEST, manifest)
