@@ -9,6 +9,8 @@ Read `section` (what all share), `sections` and `training` (a class per stage), 
 `parsing` (from a file), `messages` (what is wrong with it), `recipes` (what of it decides each stage's result).
 """
 
+# ruff: noqa: F401
+# mypy: implicit-reexport
 from s2l_ray.config.machines import GroupingConfig, MachinesConfig, TargetWorkerConfig, TrainingWorkerConfig, WorkerConfig
 from s2l_ray.config.parsing import checked, load_config, parse_config
 from s2l_ray.config.run import RunConfig
@@ -24,32 +26,3 @@ from s2l_ray.config.sections import (
     template_fields,
 )
 from s2l_ray.config.training import Lora, ProxyConfig, Scratch, ScratchModel, TargetConfig, TrainedTokenizer, TrainingConfig
-
-__all__ = [
-    "ClusteringConfig",
-    "EvaluationConfig",
-    "ExamplesConfig",
-    "GroupingConfig",
-    "Lora",
-    "MachinesConfig",
-    "ProxyConfig",
-    "ReasoningGym",
-    "ReasoningGymDataset",
-    "RunConfig",
-    "Schedule",
-    "Scratch",
-    "ScratchModel",
-    "Section",
-    "SelectionConfig",
-    "TargetConfig",
-    "TargetWorkerConfig",
-    "TrainedTokenizer",
-    "TrainingConfig",
-    "TrainingWorkerConfig",
-    "TrajectoriesConfig",
-    "WorkerConfig",
-    "checked",
-    "load_config",
-    "parse_config",
-    "template_fields",
-]
