@@ -73,7 +73,7 @@ def folder_step(name: str) -> int | None:
 _MODEL_FILE = (
     r"(config|generation_config|adapter_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab"
     r"|model\.safetensors\.index)\.json|(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors|(vocab|merges)\.txt"
-    r"|(tokenizer|spiece)\.model|chat_template\.jinja|README\.md"
+    r"|(tokenizer|spiece|sentencepiece\.bpe)\.model|chat_template\.jinja|README\.md"
 )
 _PART = r"\d{5,}\.parquet"
 _STAGE_FILES = {
