@@ -1,4 +1,4 @@
-"""What a user can mend, as exceptions. Anything else that goes wrong is our fault and stays a traceback.
+"""What a user can fix, as exceptions. Anything else that goes wrong is our fault and stays a traceback.
 
     S2LError
     ├── ConfigError      a key or value in a config, or an argument, cannot be used
@@ -6,7 +6,7 @@
     ├── ArtifactError    a stage is missing, stale (another recipe), unfinished or damaged
     └── StorageError     a disk, a shared filesystem or object storage does not let us read or write
 
-Every message says what, where, what was found, and what to do. The command line prints it and exits with 2.
+Every message states what is wrong, where, what was found, and what to do. The command line prints it and exits with 2.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import socket
 
 
 class S2LError(Exception):
-    """Something that the user can mend.
+    """Something that the user can fix.
 
     The message is the only argument and goes to ``super().__init__``, so that it survives the trip from a worker
     process to the driver.
@@ -41,12 +41,12 @@ class StorageError(S2LError):
 
     @property
     def is_transient(self) -> bool:
-        """Whether it may be over in a minute, without anything that the user does."""
+        """Whether it may be over in a minute, without any action by the user."""
         return _UNREACHABLE in str(self) or _OVERLOADED in str(self)
 
 
 def cause_of(error: BaseException | None) -> S2LError | None:
-    """What the user must mend behind an error that Ray wrapped on its way from a worker, None if it is something else."""
+    """What the user must fix behind an error that Ray wrapped on its way from a worker, None if it is something else."""
     found, host = [error], socket.gethostname()
     while found:
         error = found.pop(0)
@@ -68,7 +68,7 @@ def cause_of(error: BaseException | None) -> S2LError | None:
     return None
 
 
-_UNREACHABLE, _OVERLOADED = "cannot be reached", "the store does not do its work"
+_UNREACHABLE, _OVERLOADED = "cannot be reached", "the store is overloaded or down"
 _GOES_ON = "the same command goes on."
 _ON_DISK = {
     errno.ENOSPC: f"the disk is full. Free some space; {_GOES_ON}",
@@ -79,7 +79,7 @@ _ON_DISK = {
     errno.ENOTDIR: "has a file where a directory is needed. Give another directory.",
     errno.EEXIST: "is a file where a directory is needed. Give another directory.",
 }
-# What the stores' libraries say, since they give no numbers: the first that is found counts.
+# What the stores' libraries report, in words instead of error numbers: the first pattern that matches counts.
 _IN_OBJECT_STORAGE = (
     (
         r"NO_SUCH_BUCKET|specified bucket does not exist|Bucket '.*' not found",
@@ -104,16 +104,16 @@ _IN_OBJECT_STORAGE = (
     (r"NETWORK_CONNECTION|curlCode", f"{_UNREACHABLE}. Check AWS_ENDPOINT_URL and the network; {_GOES_ON}"),
     (
         r"SLOW_DOWN|THROTTL|UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT|status 5\d\d|Retry policy exhausted",
-        f"{_OVERLOADED}, asked again and again. Wait; {_GOES_ON}",
+        f"{_OVERLOADED}, also after several attempts. Wait; {_GOES_ON}",
     ),
 )
 
 
 def storage_problem(error: BaseException, place: str = "", host: str = "") -> str | None:
-    """What the user must mend where reading or writing failed, None for anything else.
+    """What the user must fix where reading or writing failed, None for anything else.
 
-    `place` is what was read or written, where the error does not say it; `host` where that was, if not here: any node's disk
-    may be full.
+    `place` is what was read or written, for errors that do not name it; `host` is the machine, if not this one: any node's
+    disk may be full.
     """
     host, text = host or socket.gethostname(), str(error).strip()
     if type(error).__name__ == "OutOfDiskError":  # Ray's, which is not imported here: its objects no longer fit
@@ -124,18 +124,19 @@ def storage_problem(error: BaseException, place: str = "", host: str = "") -> st
         return None
     if isinstance(error, FileNotFoundError) and "specified bucket" not in text:
         return None
-    said = re.search(r"AWS Error (.*)|google::cloud::Status\((.*?)(?: error_info|$)|(Bucket '.*' not found.*)", text)
-    if said is not None:
-        detail = " ".join(next(filter(None, said.groups())).split())
+    reported = re.search(r"AWS Error (.*)|google::cloud::Status\((.*?)(?: error_info|$)|(Bucket '.*' not found.*)", text)
+    if reported is not None:
+        detail = " ".join(next(filter(None, reported.groups())).split())
         named = re.search(r"key '(.*?)' in bucket '(.*?)'", text)
         place = place or (f"{named[2]}/{named[1]}" if named else "object storage")
         reasons = (reason for pattern, reason in _IN_OBJECT_STORAGE if re.search(pattern, detail))
         reason = next(reasons, "refused. Check the bucket, its region and the credentials.")
         return f"{place}: {reason} (Seen from {host}: {detail[:300].rstrip('.')}.)"
-    # Without a place it is none that the user gave, and its kind may be our mistake.
+    # Without a place the path is not the user's, and the mistake may be ours.
     is_ours = not place and error.errno in (errno.EEXIST, errno.EISDIR, errno.ENOTDIR)
     reason = "" if is_ours else _ON_DISK.get(error.errno or 0, "")
-    return f"{error.filename or place or 'writing'} on {host}: {reason}" if reason else None
+    name = error.filename2 or error.filename or place or "writing"  # of a renaming the name that was wanted
+    return f"{name} on {host}: {reason}" if reason else None
 
 
 def has_credentials(text: str) -> bool:

@@ -118,7 +118,7 @@ def _decide_stage(
     if other is not None and other.fingerprint == key.fingerprint:
         other.check_sizes()
         return Decision(stage, "reuse", f"from {other.storage.uri} (fingerprint {key.fingerprint})", key, other)
-    if begun is not None and begun["fingerprint"] == key.fingerprint:
+    if begun is not None and begun.get("fingerprint") == key.fingerprint:
         return Decision(stage, "resume", "begun by an earlier run", key)
     changes = "; ".join(key.differences(other.manifest)) if other is not None else ""
     return Decision(stage, "build", f"not reused: {changes}" if changes else "nothing there yet", key)

@@ -81,7 +81,7 @@ def build(context: Context) -> Artifact:
                 job,
                 workers,
                 draft.work,
-                on_event=lambda: overlap.hear(draft.storage),
+                on_event=lambda: overlap.on_event(draft.storage),
                 resume_minutes=machines.resume_minutes,
             )
         finally:

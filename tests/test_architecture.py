@@ -226,8 +226,7 @@ def test_only_the_command_line_prints(module):
     assert not lines or module == "cli"
 
 
-# The Hub's client raises whatever its HTTP library does; this says so in a warning and goes on with an unpinned model.
-SWALLOWS = {("storage.hub", "_hub_commit"), ("trajectories.overlapped", "_run")}
+SWALLOWS = {("trajectories.overlapped", "_run")}
 
 
 def test_no_error_is_swallowed_by_a_broad_except():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,7 +14,7 @@ from s2l_ray.errors import ArtifactError, ConfigError, StorageError
 from s2l_ray.storage.artifacts import Artifact, Key, adopt
 from s2l_ray.storage.drafts import Draft
 from s2l_ray.storage.layout import BUILDING, MANIFEST
-from s2l_ray.storage.places import Storage
+from s2l_ray.storage.places import Storage, cache
 from s2l_ray.storage.provenance import provenance
 from s2l_ray.storage.records import digest
 
@@ -142,6 +143,19 @@ def test_a_manifest_that_is_not_ours_is_refused(tmp_path):
     (tmp_path / MANIFEST).write_text("{")
     with pytest.raises(ArtifactError, match="not JSON"):
         Artifact.find(Storage(str(tmp_path)))
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may give a file to another user")
+def test_a_cache_that_another_user_has_put_there_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert cache().is_dir()
+    cache().rename(tmp_path / "mine")
+    link = tmp_path / f"s2l_ray-{os.getuid()}"
+    link.symlink_to(tmp_path / "mine")
+    assert cache() == link  # to a larger disk, say
+    os.lchown(link, 12345, 12345)
+    with pytest.raises(StorageError, match=r"belongs to another user\. Set TMPDIR"):
+        cache()
 
 
 def test_an_unknown_kind_of_uri_is_refused():

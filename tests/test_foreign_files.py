@@ -181,6 +181,18 @@ def test_a_page_of_the_users_own_is_not_replaced_by_the_report(tmp_path):
     assert GENERATOR in (Path(cli.__file__).parent / "report" / "page.html").read_text()
 
 
+def test_an_export_replaces_the_file_that_it_names_and_refuses_a_directory_by_name(tmp_path, trajectories, s2l, capsys):
+    out = tmp_path / "out"
+    select_trajectories(str(trajectories), str(out), CLUSTERING, SELECTION)
+    put(tmp_path, {"subset.jsonl": b"of yesterday", "folder/notes.py": b"mine"})
+    assert s2l("export", out, "--format", "jsonl", "--output", tmp_path / "folder") == 2
+    assert f"{tmp_path}/folder on" in (refusal := capsys.readouterr().err)
+    assert "is a directory where a file is needed" in refusal
+    assert (tmp_path / "folder" / "notes.py").read_bytes() == b"mine"
+    assert s2l("export", out, "--format", "jsonl", "--output", tmp_path / "subset.jsonl") == 0
+    assert len((tmp_path / "subset.jsonl").read_bytes().splitlines()) == 4
+
+
 # --- what an earlier run left --------------------------------------------------------------------------------------
 
 
@@ -216,6 +228,7 @@ def test_a_scratch_directory_of_the_users_own_is_neither_used_nor_emptied(tmp_pa
         lambda: select_trajectories(str(trajectories), str(tmp_path), CLUSTERING, SELECTION),
         lambda: record_losses(tmp_path, 5, ["a"], [1.0]),
         lambda: forget_steps(tmp_path, [5]),
+        lambda: finish_recording(tmp_path),
     ):
         with pytest.raises(ArtifactError, match=r"\.work/\S+: not written by s2l_ray"):
             use()

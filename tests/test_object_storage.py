@@ -235,7 +235,7 @@ def test_a_store_that_cannot_be_reached_or_does_not_work_is_one_clear_error(buck
         else:
             endpoint = stack.enter_context(store_that_answers(503, "SlowDown"))
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-        message = {"refused": "cannot be reached. Check AWS_ENDPOINT_URL", "overloaded": "the store does not do its work"}
+        message = {"refused": "cannot be reached. Check AWS_ENDPOINT_URL", "overloaded": "the store is overloaded or down"}
         with pytest.raises(StorageError, match=message[trouble]):
             Storage(f"s3://{trouble}/run").write("file", b"data")
 

@@ -26,7 +26,7 @@ class WorkerConfig(Section):
     """The most examples per forward pass in training (auto: 32); a worker's share of a batch is cut as evenly as it goes."""
 
     wait_minutes: Annotated[float, Field(gt=0)] = 15.0
-    """How long to wait for a cluster that has no room for the fewest workers yet (of a pool: for one)."""
+    """How long to wait until the cluster has room for the minimum number of workers (in a pool of actors: for one)."""
 
     @field_validator("num_workers")
     @classmethod

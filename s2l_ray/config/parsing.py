@@ -115,6 +115,7 @@ class _Loader(yaml.SafeLoader):
     """Keeps how scalars are written, and refuses a key that occurs twice: YAML's own readers drop the first in silence."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """A mapping with its keys as they are written. Raises yaml.YAMLError for one that occurs twice."""
         node = super().compose_mapping_node(anchor)
         keys = [key.value for key, _ in node.value]
         for place, (key, _) in enumerate(node.value):
@@ -123,9 +124,10 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_written(self, node: yaml.ScalarNode) -> Any:
+        """A scalar with its text, the text alone where it only looks like a date."""
         try:
             return _Scalar(yaml.SafeLoader.yaml_constructors[node.tag](self, node), node.value)
-        except ValueError:  # looks like a date and is none
+        except ValueError:
             return node.value
 
 

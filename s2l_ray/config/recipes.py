@@ -1,7 +1,7 @@
-"""What decides each stage's result: its recipe, as the manifests have it and fingerprints count it.
+"""What decides each stage's result: its recipe, as it stands in the manifest and enters the fingerprint.
 
 A section of the config is the recipe of the stage of the same name; here is what else belongs to it. The corpus of `examples`
-counts by its content, which is read where the corpus is known (`examples.corpus`).
+enters by its content, which is read where the corpus is known (`examples.corpus`).
 """
 
 from __future__ import annotations

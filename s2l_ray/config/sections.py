@@ -50,7 +50,7 @@ class ExamplesConfig(Section):
     """Commit, tag or branch of a Hub dataset. Give a commit: a branch moves."""
 
     subset: str | None = None
-    """Configuration name of a Hub dataset (GSM8K's `main`, say)."""
+    """Configuration name of a Hub dataset (such as GSM8K's `main`)."""
 
     split: str = "train"
     """Split of a Hub dataset."""
@@ -94,7 +94,7 @@ class ExamplesConfig(Section):
             if template is not None:
                 template_fields(template)
         if self.prompt_template_if_empty is not None and self.prompt_template is None:
-            raise ValueError("prompt_template_if_empty needs prompt_template beside it")
+            raise ValueError("prompt_template_if_empty needs prompt_template, too")
         return self
 
 
@@ -127,7 +127,7 @@ class ClusteringConfig(Section):
     """How the trajectories are grouped."""
 
     num_clusters: Positive = 100
-    """K, in each stratum if there are strata (paper: 100). Capped by the rows of a stratum, and said."""
+    """K, in each stratum if there are strata (paper: 100). Capped by the rows of a stratum, with a log line."""
 
     features: Literal["raw", "reduction", "shape", "whitened"] = "raw"
     """What k-means sees: the losses (raw, the paper), their drop since the first point (reduction), what is left without
@@ -147,7 +147,7 @@ class ClusteringConfig(Section):
     """Initialisations tried; the one with the lowest inertia on the sample is kept."""
 
     stratify_by: str | None = None
-    """Column (`source`, say) within whose values the groups are made (the reference code: source)."""
+    """Column, such as `source`, within whose values the groups are made (the reference code: source)."""
 
     seed: int = 0
     """Seed of the initialisation."""
@@ -160,7 +160,7 @@ class ClusteringConfig(Section):
 
 
 class SelectionConfig(Section):
-    """How many examples, and how they are drawn from the groups."""
+    """How many examples, and how they are sampled from the groups."""
 
     method: Literal["s2l"] = "s2l"
     """Equal shares of every group, small groups first (METHOD: water-filling)."""

@@ -54,7 +54,7 @@ class TrainedTokenizer(Section):
 
 
 class TrainingConfig(Section):
-    """How a model is fine-tuned: the same words for the proxy and for the target."""
+    """How a model is fine-tuned: the same fields for the proxy and for the target."""
 
     model: str | ScratchModel
     """Hub id, path or URI of a model; or `{scratch: {...}}`."""
@@ -91,7 +91,7 @@ class TrainingConfig(Section):
     """Longest example in tokens; the rest is cut off on the right (paper: 512)."""
 
     precision: Precision = "float32"
-    """Arithmetic of the training. The optimizer works in float32; DeepSpeed keeps and saves bfloat16 weights beside it."""
+    """Arithmetic of the training. The optimizer works in float32; DeepSpeed also keeps, and saves, bfloat16 weights."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
@@ -121,7 +121,7 @@ class ProxyConfig(TrainingConfig):
 
 
 class Lora(Section):
-    """Low-rank adapters (peft): the model's own weights stay as they are, small matrices beside them are trained."""
+    """Low-rank adapters (peft): the model's own weights stay as they are, small matrices added to them are trained."""
 
     rank: Positive = 16
     """Rank of the matrices."""

@@ -36,7 +36,7 @@ from s2l_ray.examples.pieces import (
     load_hub,
 )
 from s2l_ray.progress import get_log
-from s2l_ray.storage.hub import dataset_commit, hub_id
+from s2l_ray.storage.hub import hub_commit, hub_id
 from s2l_ray.storage.layout import CORPUS_HASHES
 from s2l_ray.storage.ownership import scratch_of
 from s2l_ray.storage.places import Storage, absolute_uri
@@ -164,7 +164,7 @@ def corpus_identity(config: ExamplesConfig, run: Storage | None = None) -> str:
         return f"reasoning_gym:{digest([recipe, metadata.version('reasoning-gym')])}"
     hub = hub_id(config.dataset)
     if hub:
-        return f"hub:{hub}@{dataset_commit(hub, config.revision)}"
+        return f"hub:{hub}@{hub_commit('dataset', hub, config.revision)}"
     files = find_files(config.dataset)
     hashes = _hashes(files, run)
     # A file's name counts only where it becomes a source.

@@ -1,4 +1,4 @@
-"""Stages meet through artifacts: a directory with a manifest that says what it holds and from what it was made.
+"""Stages meet through artifacts: a directory with a manifest of what it holds and what it was made from.
 
 A directory is *finished* when it has `manifest.json`, written last and atomically; until then it is a *draft* whose
 `building.json` names the recipe it is being built for, so that only parts of the same recipe are ever continued. A
@@ -6,13 +6,12 @@ finished directory is never written again. Everything works on local paths and o
 or not at all.
 
 Terms: a *fingerprint* identifies the result that a stage would have (its recipe and its inputs); an *identity* is what
-later stages count as their input: the fingerprint, or for trained things the hash of the files, since training on
+enters the fingerprints of later stages: the fingerprint, or for a trained stage the hash of its files, since training on
 another number of workers gives other weights.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from s2l_ray.storage.layout import BUILDING, MANIFEST, PARTS, SCHEMA
 from s2l_ray.storage.places import Storage
 from s2l_ray.storage.records import FileRecord, digest
 
-# Stages whose bytes depend on more than their recipe: later stages count the files and not the fingerprint.
+# Stages whose bytes depend on more than their recipe: they enter later fingerprints by their files.
 TRAINED_STAGES = frozenset({"proxy", "trajectories", "target"})
 
 
@@ -102,19 +101,22 @@ class Artifact:
 
     @property
     def stage(self) -> str:
+        """Its word of the flow."""
         return str(self.manifest["stage"])
 
     @property
     def fingerprint(self) -> str:
+        """Identifies what it was built for: recipe and inputs."""
         return str(self.manifest["fingerprint"])
 
     @property
     def summary(self) -> dict[str, Any]:
+        """Its counts and the stage's own numbers."""
         return dict(self.manifest["summary"])
 
     @property
     def identity(self) -> str:
-        """What stages built from this one count as their input."""
+        """What stands for it in the fingerprints of the stages built from it."""
         if self.stage not in TRAINED_STAGES:
             return self.fingerprint
         return digest({path: record["sha256"] for path, record in self.manifest["files"].items()})
@@ -149,7 +151,7 @@ class Artifact:
             data = self.root.read(path)
         except FileNotFoundError as error:
             raise ArtifactError(f"{self.root.uri}/{path}: missing. {self._remedy}") from error
-        if len(data) != record["bytes"] or hashlib.sha256(data).hexdigest() != record["sha256"]:
+        if FileRecord.of(path, data) != FileRecord(path, record["bytes"], record["sha256"]):
             raise ArtifactError(f"{self.root.uri}/{path}: damaged (its hash is not the manifest's). {self._remedy}")
         return data
 
@@ -173,7 +175,7 @@ class Artifact:
 
 
 def adopt(run: Storage, other: Artifact) -> Artifact:
-    """Take a finished stage of another run by reference: only the manifest is copied, with where the files are."""
+    """Take a finished stage of another run by reference: only the manifest is copied, with the place of the files in it."""
     manifest = other.manifest | {"reference": other.root.uri}
     artifact = replace(other, storage=run.child(other.stage), manifest=manifest)
     artifact.storage.write_json(MANIFEST, manifest)

@@ -47,12 +47,13 @@ class Draft:
         """
         storage = run.child(key.stage)
         check_stage(storage, key.stage)
-        work, building = scratch_of(run).child(key.stage), read_building(storage)
         if Artifact.find(storage) is not None:
             raise ArtifactError(f"{storage.uri}: finished; a finished stage is never written again. Give another directory.")
+        building = read_building(storage)
         if building is not None and building.get("recipe") != key.recipe:
             raise ArtifactError(refusal(storage, key, building, "Give another directory"))
-        if building is None or building["fingerprint"] != key.fingerprint:
+        work = scratch_of(run).child(key.stage)
+        if building is None or building.get("fingerprint") != key.fingerprint:
             clear_stage(storage, key.stage)
             work.delete()
             write_building(storage, key)

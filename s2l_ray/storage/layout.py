@@ -33,6 +33,8 @@ WORK, TAG = ".work", "CACHEDIR.TAG"
 TOKENS, LOSSES = "tokens", "losses"
 LOCK, LOCKS = f"{WORK}/lock", f"{WORK}/locks"
 RECORDING = f"{WORK}/recording"
+DROPPED = f"{RECORDING}/dropped.json"
+"""Counts of the examples that were never recorded, by reason."""
 CORPUS_HASHES = f"{WORK}/corpus_hashes.json"
 SPILLED = "scratch"
 """What does not fit into memory."""
@@ -71,7 +73,7 @@ def folder_step(name: str) -> int | None:
 _MODEL_FILE = (
     r"(config|generation_config|adapter_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab"
     r"|model\.safetensors\.index)\.json|(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors|(vocab|merges)\.txt"
-    r"|(tokenizer|spiece)\.model|chat_template\.jinja|README\.md"
+    r"|(tokenizer|spiece|sentencepiece\.bpe)\.model|chat_template\.jinja|README\.md"
 )
 _PART = r"\d{5,}\.parquet"
 _STAGE_FILES = {

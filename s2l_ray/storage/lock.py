@@ -3,13 +3,12 @@
 On a disk, NFS included, the lock is the kernel's, on an open file: it ends with its process.
 
 Object storage has no such thing. There the lock is an object that only a conditional PUT creates, `.work/locks/lock-000001`,
-and that nobody writes again; beside it the holder rewrites `beat-<owner>` every `BEAT` seconds. A run that finds a lock
-watches: a beat that advances is a live holder, and the run is refused; one that has not for `MISSED` beats is a dead one,
-whose lock is taken over by creating the next number. The highest number holds. Times are compared by the store's clock
-alone, or on the clock of one process. A holder that was only asleep finds at its next beat that it holds no more, and stops:
-until then (a beat, or as long as the store does not answer it) both may be at work. Every file appears whole, and a stage asks
-before its manifest is written whether the lock is still its run's: what two runs made together the one that lost does not
-publish.
+and that is never written again; next to it the holder rewrites `beat-<owner>` every `BEAT` seconds. A run that finds a lock
+watches it: if the beat advances, the holder is alive and the run is refused; if it does not for `MISSED` beats, the holder is
+dead, and the run takes the lock over by creating the next number. The highest number holds. Times are compared by the store's
+clock alone, or on the clock of one process. A holder that was only asleep finds at its next beat that it has lost the lock, and
+stops: until then (a beat, or as long as the store does not answer) both may be at work. Every file appears whole, and a stage
+checks that its run still holds the lock before it writes the manifest: the run that lost the lock publishes nothing.
 """
 
 from __future__ import annotations
@@ -134,7 +133,6 @@ class _Lease:
     def held(self) -> Iterator[Callable[[], None]]:
         """Hold the lock; a loss of it in between interrupts the block, and is an ArtifactError."""
         creating = _conditional(self.place)
-        scratch_of(self.place)
         stop = threading.Event()
         try:
             self._acquire(creating)
@@ -158,7 +156,8 @@ class _Lease:
     # --- taking it ---
 
     def _acquire(self, creating: Any) -> None:
-        told = ""
+        scratch_of(self.place)
+        reported = ""
         while True:
             self._beat()  # the store's clock, to judge others by, and a fresh sign of life if the lock is free
             seen = self._look()
@@ -166,8 +165,8 @@ class _Lease:
                 return
             if seen.number:
                 left = MISSED * BEAT - seen.silent
-                if left > 0 and told != seen.owner:
-                    told = seen.owner
+                if left > 0 and reported != seen.owner:
+                    reported = seen.owner
                     log.info("%s is held by %s; waiting up to %.0f s to see whether it lives", self.place.uri, seen.who, left)
                 if not self._stays(seen, left):
                     continue
@@ -199,7 +198,7 @@ class _Lease:
         try:
             creating.pipe_file(self.locks.path(self.name), json.dumps(value).encode(), mode="create")
         except Exception as error:
-            # Stores say in many ways that it exists; and where an answer was lost, the library asked again and met its own.
+            # Stores report in many ways that it exists. Where an answer was lost, the library tried again and met its own lock.
             if not isinstance(error, FileExistsError) and not self.locks.exists(self.name):
                 raise StorageError(
                     f"{self.locks.uri}/{self.name}: cannot be created ({error}). The credentials must allow to write there, "

@@ -10,6 +10,7 @@ import contextlib
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from s2l_ray.storage.places import Storage
 GENERATOR = '<meta name="generator" content="s2l_ray">'
 """Stands at the head of the report's page."""
 _HEAD_BYTES = 2000
+_AT_ONCE = 16
 # The standard of bford.info/cachedir: backups leave a directory with this file out.
 _TAG_TEXT = b"""Signature: 8a477f597d28d172789f06886806bc55
 # Scratch of s2l_ray: all in this directory may be removed while no run is at work, and is removed by runs.
@@ -64,7 +66,7 @@ def check_stages(run: Storage, stages: Iterable[str]) -> None:
 
 
 def _is_missing(run: Storage) -> bool:
-    """Whether there is no such directory on the disk; taking the lock says where that cannot be made."""
+    """Whether there is no such directory on the disk; taking the lock makes it, or reports why not."""
     return run.is_local and not Path(run.path()).is_dir()
 
 
@@ -94,7 +96,7 @@ def _check_empty(storage: Storage, stage: str) -> None:
 
 
 def read_run(run: Storage) -> dict[str, Any]:
-    """What `run.json` says, empty where there is none. Raises ArtifactError where it is somebody else's, or damaged."""
+    """The content of `run.json`, empty where there is none. Raises ArtifactError where it is somebody else's, or damaged."""
     return _ours(run, RUN) or {}
 
 
@@ -169,6 +171,5 @@ def clear_stage(storage: Storage, stage: str) -> None:
     for name in names:
         if not is_stage_file(stage, name):
             raise foreign(storage, name)
-    for name in names:
-        if name != BUILDING:
-            storage.delete(name)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:  # in object storage each is a request
+        list(pool.map(storage.delete, (name for name in names if name != BUILDING)))

@@ -46,7 +46,7 @@ def _filesystem(uri: str) -> tuple[fs.FileSystem, str]:
 def _check_bucket(uri: str) -> None:
     """Raises StorageError where a bucket does not exist: what lies in it looks only missing. Asked once a process."""
     filesystem, bucket = _filesystem(uri)
-    # Who may use a bucket need not be allowed to ask for it; what it then answers says nothing.
+    # One may be allowed to use a bucket and not to ask about it; such an answer proves nothing.
     with contextlib.suppress(OSError):
         if filesystem.get_file_info(bucket).type == fs.FileType.NotFound:
             raise StorageError(str(storage_problem(OSError(f"Bucket '{bucket}' not found"), uri)))
@@ -72,6 +72,7 @@ class Storage:
 
     @property
     def filesystem(self) -> fs.FileSystem:
+        """The filesystem that the directory is on. Raises ConfigError for an unknown kind of URI."""
         return _filesystem(self.uri)[0]
 
     def path(self, name: str = "") -> str:
@@ -85,10 +86,9 @@ class Storage:
 
     @contextlib.contextmanager
     def explained(self, name: str = "") -> Iterator[None]:
-        """Turns what the user can fix of a disk or of object storage into a StorageError; other errors stay.
+        """Turns errors of a disk or of object storage that the user can fix into a StorageError; other errors stay.
 
-        FileNotFoundError stays too, unless there is not even the bucket. What is transient the stores' libraries have tried
-        again before.
+        FileNotFoundError stays, too, unless the bucket is missing. The stores' libraries have already retried transient errors.
         """
         try:
             yield
@@ -103,7 +103,7 @@ class Storage:
             raise StorageError(problem) from error
 
     def _with_reason(self, error: OSError) -> OSError:
-        """The store's reason for an error: S3 answers a question for one file (HEAD) with a number alone."""
+        """The error with the store's reason: S3 answers a request for one file's state (HEAD) with a status code alone."""
         if "No response body" in str(error) and "status 5" not in str(error):
             try:
                 self.filesystem.get_file_info(fs.FileSelector(self.path(), allow_not_found=True))
@@ -149,7 +149,7 @@ class Storage:
         return sorted(self.infos(directory, recursive))
 
     def open(self, name: str = "") -> pa.NativeFile:
-        """A file, to be read at any place. Raises FileNotFoundError; what reading it raises needs `explained` again."""
+        """A file, to be read at any place. Raises FileNotFoundError; reading from it needs `explained` again."""
         with self.explained(name):
             return self.filesystem.open_input_file(self.path(name))
 
@@ -235,14 +235,14 @@ class Storage:
         return records
 
     def local_folder(self, name: str) -> Path:
-        """A local path of a directory; what lies in object storage is fetched once per machine, and again if it changed."""
+        """A local path of a directory; one in object storage is downloaded once per machine, and again after a change."""
         if self.is_local:
             return Path(self.path(name))
         state = [[info.path, info.size, str(info.mtime)] for info in self.infos(name, recursive=True).values()]
         with self.explained(name):
             target = cache() / digest([self.uri, name, state])
             with target.with_suffix(".lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # the other processes of this machine wait for the one that fetches
+                fcntl.flock(lock, fcntl.LOCK_EX)  # other processes of this machine wait for the download
                 if not target.exists():
                     partial = target.with_suffix(".tmp")
                     shutil.rmtree(partial, ignore_errors=True)  # one that was killed left it

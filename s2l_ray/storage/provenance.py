@@ -11,7 +11,7 @@ from typing import Any
 
 import s2l_ray
 
-# Libraries that decide a result or its bytes.
+# Libraries that influence a result or its bytes.
 RECORDED_LIBRARIES = ("ray", "torch", "transformers", "deepspeed", "faiss-cpu", "faiss-gpu", "numpy", "pyarrow")
 
 

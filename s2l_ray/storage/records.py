@@ -10,9 +10,14 @@ from typing import Any
 
 
 def digest(value: Any, num_bytes: int = 8) -> str:
-    """Hash of a JSON value, the same for the same value whatever the order of its keys."""
+    """Hash of a JSON value as `2 * num_bytes` hexadecimal digits, the same whatever the order of its keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.blake2b(text.encode(), digest_size=num_bytes).hexdigest()
+    return content_digest(text.encode(), num_bytes)
+
+
+def content_digest(data: bytes, num_bytes: int = 8) -> str:
+    """Hash of bytes, as `2 * num_bytes` hexadecimal digits."""
+    return hashlib.blake2b(data, digest_size=num_bytes).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from s2l_ray.storage.places import Storage
 
 
 class Overlap(Protocol):
-    """What is done with the proxy's finished checkpoints while its training goes on."""
+    """Work on the proxy's finished checkpoints while its training goes on."""
 
-    def hear(self, proxy: Storage) -> None:
-        """To be called whenever the training says something: it holds its workers."""
+    def on_event(self, proxy: Storage) -> None:
+        """To be called at every event of the training: it holds its workers then."""
 
     def stop(self) -> None:
-        """Begin nothing more; return when what is in work is done, or has not been for long."""
+        """Start nothing more; return when the work in progress is done, or has taken too long."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Context:
     """What a stage is built from: `build(context) -> Artifact` is the interface of all of them."""
 
     config: RunConfig
-    """The whole run's: some stages need a value of another section (a tokenizer, a limit of tokens)."""
+    """The whole run's: some stages need a value of another section (a tokenizer, the longest example)."""
 
     inputs: Mapping[str, Artifact]
     """The finished stages that this one reads, by name."""
@@ -36,7 +36,7 @@ class Context:
     """The directory that the stage is built in."""
 
     overlap: Callable[[Context], Overlap]
-    """Makes what `proxy` lets run beside its training."""
+    """Makes what `proxy` runs while it trains: the overlapped scoring."""
 
     @property
     def section(self) -> Any:

@@ -7,7 +7,6 @@ rows' numbers in the files, so that no table of ids has to be held.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import re
 import tempfile
@@ -30,7 +29,7 @@ from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.layout import BUILDING, CHECKPOINT, LOSSES, MANIFEST, RECORDING, RUN, WORK, folder_step
 from s2l_ray.storage.ownership import scratch_folder
 from s2l_ray.storage.places import Storage
-from s2l_ray.storage.records import digest
+from s2l_ray.storage.records import content_digest, digest
 from s2l_ray.trajectories.sorting import sort_by_id
 from s2l_ray.trajectories.store import (
     BLOCK_ROWS,
@@ -103,7 +102,7 @@ def files_identity(uri: str) -> str:
         with storage.explained(name), storage.open(name) as file:
             size = file.size()
             file.seek(max(0, size - 65_536))
-            return [name, size, hashlib.blake2b(file.read(), digest_size=8).hexdigest()]
+            return [name, size, content_digest(file.read())]
 
     return digest([identity(name) for name in names])
 

@@ -36,12 +36,12 @@ class OverlappedScoring:
         self._config, self._examples, self._scratch = config, examples, scratch
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
-        self._heard = time.monotonic()
+        self._last_event = time.monotonic()
         self.num_units = 0
 
-    def hear(self, proxy: Storage) -> None:
+    def on_event(self, proxy: Storage) -> None:
         """To be called whenever the training says something: it holds its workers."""
-        self._heard = time.monotonic()
+        self._last_event = time.monotonic()
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, args=(proxy,), daemon=True)
             self._thread.start()
@@ -55,7 +55,7 @@ class OverlappedScoring:
             get_log("trajectories").info("%d units were scored during the training", self.num_units)
 
     def _must_stop(self) -> bool:
-        return self._stopped.is_set() or time.monotonic() - self._heard > SILENT_SECONDS
+        return self._stopped.is_set() or time.monotonic() - self._last_event > SILENT_SECONDS
 
     def _run(self, proxy: Storage) -> None:
         complained = False

@@ -30,7 +30,7 @@ from s2l_ray.examples.ids import id_column, name_examples, one_array
 from s2l_ray.progress import get_log
 from s2l_ray.storage.artifacts import Artifact, Key
 from s2l_ray.storage.drafts import Draft, table_bytes
-from s2l_ray.storage.layout import BUILDING, MANIFEST, RECORDING, is_stage_file, part_name, step_folder
+from s2l_ray.storage.layout import BUILDING, DROPPED, MANIFEST, RECORDING, is_stage_file, part_name, step_folder
 from s2l_ray.storage.ownership import read_building, scratch_of, write_building
 from s2l_ray.storage.places import Storage
 from s2l_ray.storage.records import digest
@@ -41,8 +41,6 @@ from s2l_ray.trajectories.store import BLOCK_ROWS, check_losses, losses_of, traj
 STAGE = "trajectories"
 # Nothing about a training is known here: what the losses are worth as an input, their files say.
 KEY = Key(STAGE, 1, {"recorded": True}, {})
-# Counts of the examples that were never recorded, by reason.
-DROPPED = f"{RECORDING}/dropped.json"
 OPTIONAL = ("source", "num_response_tokens")
 _log = get_log(STAGE)
 
@@ -219,6 +217,7 @@ def finish_recording(directory: str | os.PathLike[str]) -> Artifact:
     files = recorded_files(storage)
     if not files:
         raise ArtifactError(f"{storage.uri}: no step is recorded there. Call s2l_ray.record_losses first.")
+    scratch_of(storage)
     ids, losses_NT, columns = _joined(storage, files)
     draft = Draft(storage, KEY, storage.child(RECORDING))
     write_building(storage, KEY)
