@@ -29,7 +29,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from s2l_ray.clustering.stage import Clustering as Clustering
+    from s2l_ray.clustering.groups import Clustering as Clustering
     from s2l_ray.clustering.stage import cluster as cluster
     from s2l_ray.config.parsing import load_config as load_config
     from s2l_ray.config.run import RunConfig as RunConfig
@@ -53,7 +53,7 @@ __version__ = "0.1.0"
 _MODULE_OF = {
     "Artifact": "storage.artifacts",
     "ArtifactError": "errors",
-    "Clustering": "clustering.stage",
+    "Clustering": "clustering.groups",
     "ConfigError": "errors",
     "DataError": "errors",
     "RecordTrajectories": "trajectories.callback",

@@ -18,13 +18,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from s2l_ray.clustering.columns import Floats
 from s2l_ray.errors import ConfigError
 
 GRID = np.float32(2**20)
 # Components with less of the variance than this are rounding errors, and whitening would blow them up.
 MIN_SHARE = 1e-6
 
-Floats = NDArray[np.float32]
 Kind = Literal["raw", "reduction", "shape", "whitened"]
 
 

@@ -345,7 +345,7 @@ def sources(examples: Summary | None, selection: Summary | None) -> list[Source]
 
 def quality(clustering: Summary, selection: Summary) -> list[tuple[str, str]]:
     """How good the groups are, in plain words: (what, value). What the manifests do not know is left out."""
-    known = {**clustering, **(clustering.get("readout") or {}), "stability": selection.get("stability")}
+    known = {**clustering, **(clustering.get("diagnostics") or {}), "stability": selection.get("stability")}
     pool, ends = known.get("rows"), [ENDS.get(end, end) for end in known.get("ended_by", [])]
     until = f", until {' or '.join(ends)}" if ends else ""
     sample = f" on {known['sampled_rows']:,} examples" if known.get("sampled_rows", pool) != pool else ""
@@ -432,8 +432,8 @@ def read_facts(run: Storage) -> Facts:
         cost_sentence=price(spent, bool((target.get("training_loss") or {}).get("random"))),
         groups=groups,
         quality=quality(clustering, selection or {}),
-        warning=_at(clustering, ("readout", "warning")),
-        principal_components=_at(clustering, ("readout", "principal_components")) or [],
+        warning=_at(clustering, ("diagnostics", "warning")),
+        principal_components=_at(clustering, ("diagnostics", "principal_components")) or [],
         budgets=budgets(selection or {}),
         capped=_capped(clustering.get("capped") or {}),
         sources=sources(summaries.get("examples"), selection),

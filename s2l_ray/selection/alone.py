@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from s2l_ray.clustering.stage import publish_clustering
+from s2l_ray.clustering.stage import has_untrained, publish_clustering
 from s2l_ray.config import ClusteringConfig, GroupingConfig, SelectionConfig
 from s2l_ray.config.recipes import SCHEMAS
 from s2l_ray.errors import ArtifactError
@@ -47,7 +47,8 @@ def select_trajectories(
             key = Key("clustering", SCHEMAS["clustering"], clustering.model_dump(mode="json"), {"trajectories": identity})
 
             def group(draft: Draft) -> Artifact:
-                return publish_clustering(clustering, machines, store, scratch, draft)
+                starts_at_zero = None if own is None else has_untrained(own)
+                return publish_clustering(clustering, machines, store, scratch, draft, starts_at_zero)
 
             groups = _select_stage(place, key, group, still_held)
             inputs = {"trajectories": identity, "clustering": groups.identity}

@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from s2l_ray.clustering import diagnostics as quality
-from s2l_ray.clustering.grouping import Groups
+from s2l_ray.clustering import diagnostics
+from s2l_ray.clustering.groups import Groups
 from s2l_ray.clustering.stage import cluster_store, read_groups
 from s2l_ray.config import ClusteringConfig, SelectionConfig, checked
 from s2l_ray.config.recipes import counts_target_tokens
@@ -372,7 +372,7 @@ def _choose(
         shape = (groups.num_clusters, len(store.names_of("source")))
         cells_KS = np.zeros(shape, np.int64)
         for block in rows():
-            cells_KS += quality.contingency(block["cluster_id"].to_numpy(), block["source"].to_numpy(), shape)
+            cells_KS += diagnostics.contingency(block["cluster_id"].to_numpy(), block["source"].to_numpy(), shape)
     chosen = []
     for budget, table in zip(budgets, tables, strict=True):
         cluster_ids_M = table["cluster_id"].to_numpy()
@@ -401,7 +401,7 @@ def _pool(
 def _weights_by_source(cluster_ids_M: NDArray[Any], sources_M: NDArray[Any], cells_KS: Integers) -> NDArray[np.float64]:
     """Weights where some sources were preferred: an example stands for its source's rows in its group, and all chosen of a
     group together for the whole group, those of sources without a chosen example included."""
-    chosen_KS = quality.contingency(cluster_ids_M, sources_M, (cells_KS.shape[0], cells_KS.shape[1]))
+    chosen_KS = diagnostics.contingency(cluster_ids_M, sources_M, (cells_KS.shape[0], cells_KS.shape[1]))
     reached_K = np.where(chosen_KS > 0, cells_KS, 0).sum(axis=1)
     scale_K = cells_KS.sum(axis=1) / np.maximum(reached_K, 1)
     return np.asarray(cells_KS[cluster_ids_M, sources_M] / chosen_KS[cluster_ids_M, sources_M] * scale_K[cluster_ids_M])
@@ -601,8 +601,8 @@ def _stability(clustering: Artifact, groups: Groups, config: SelectionConfig, se
     return {
         "rows": len(table),
         "chosen": count,
-        "common": round(quality.mean_overlap(subsets), 4),
-        "without_groups": round(float(np.mean([quality.mean_overlap([drawn, subset]) for subset in subsets])), 4),
+        "common": round(diagnostics.mean_overlap(subsets), 4),
+        "without_groups": round(float(np.mean([diagnostics.mean_overlap([drawn, subset]) for subset in subsets])), 4),
     }
 
 
