@@ -167,11 +167,14 @@ def _clustering(draft: Draft, corpus: Corpus) -> dict[str, Any]:
     sizes = np.bincount(corpus.clusters, minlength=corpus.num_clusters).tolist()
     capped = {"gsm8k": {"num_clusters": 2, "because": "it has 2 rows"}}
     common = {"inertia": 1.5, "explained_variance": 0.973, "num_iterations": 9, "capped": capped, "strata": {}}
-    common |= {"ended_by": ["converged", "num_iterations"], "readout": READOUT | {"training_rows": corpus.num_rows - 50}}
+    common |= {
+        "ended_by": ["converged", "num_iterations"],
+        "diagnostics": DIAGNOSTICS | {"training_rows": corpus.num_rows - 50},
+    }
     return common | {"rows": corpus.num_rows, "num_clusters": corpus.num_clusters, "sizes": sizes}
 
 
-READOUT = {
+DIAGNOSTICS = {
     "features": "raw",
     "tiny_groups": 2,
     "tiny_rows": 10,
@@ -353,22 +356,24 @@ def test_the_quality_of_the_groups_is_told_and_the_warning_stays_a_text(run: Sto
         "engine in memory, 2 threads; seconds grouping 3.1, writing 0.2",
     ):
         assert value in page.text, value
-    assert page.figures()["principal_components"]["data"][0]["y"] == READOUT["principal_components"]
+    assert page.figures()["principal_components"]["data"][0]["y"] == DIAGNOSTICS["principal_components"]
 
 
 def test_what_the_manifests_do_not_know_is_left_out() -> None:
     old = {"rows": 250, "num_clusters": 5, "num_iterations": 9, "explained_variance": 0.973}
     assert quality(old, {}) == [("iterations", "9"), ("variance explained by the groups", "97.3%")]
     keys = {"variance_explained_by_source": None, "agreement_of_restarts": None, "agreement_with_source": None}
-    one_restart = old | {"readout": READOUT | keys | {"sampled_rows": 250, "training_rows": 250}}
+    one_restart = old | {"diagnostics": DIAGNOSTICS | keys | {"sampled_rows": 250, "training_rows": 250}}
     told = [what for what, _ in quality(one_restart, {"stability": None})]
     always = ["what k-means saw", "iterations", "variance explained by the groups", "effective dimension"]
     assert told == [*always, "groups of at most 10 examples"]
     assert budgets({"budgets": [{"budget": 10, "rows": 10, "file": "selected.parquet"}]}) == budgets({}) == []
 
 
-def test_a_run_from_before_the_readout_makes_a_report(run: Storage, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    new = {"ended_by", "readout", "stability", "budgets"}
+def test_a_run_from_before_the_diagnostics_makes_a_report(
+    run: Storage, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = {"ended_by", "diagnostics", "stability", "budgets"}
     for writer in (_clustering, _selection):
 
         def of_old(draft: Draft, corpus: Corpus, writer: Any = writer) -> dict[str, Any]:

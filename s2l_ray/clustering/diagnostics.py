@@ -82,4 +82,4 @@ def warning(spectrum: Spectrum, features: str, has_untrained: bool | None = None
     )
     if has_untrained is None:
         return f"{text}, or record the untrained model too (step 0) if these trajectories lack it"
-    return text if has_untrained else f"{text}, or record the untrained model too (include_untrained)"
+    return text if has_untrained else f"{text}, or record the untrained model too (step 0; proxy.include_untrained in a run)"

@@ -50,7 +50,8 @@ def group(store: TrajectoryStore, config: ClusteringConfig, engine: Engine) -> G
     names = [ALL_ROWS] if by is None else store.names_of(by)
     counts = [len(store)] if by is None else store.counts_of(by).tolist()
     features, spectrum = _features_of(store, config, engine.pool)
-    sources = [StratumRows(name, count, features.num_features, config, engine) for name, count in zip(names, counts, strict=True)]
+    width = features.num_features
+    sources = [StratumRows(name, count, width, config, engine) for name, count in zip(names, counts, strict=True)]
     totals = _fill(store, sources, features, config, engine.pool)
     strata = [StratumKMeans(source, config, engine).fit() for source in sources]
     return Grouping(store, config, strata, features, spectrum, totals)

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from s2l_ray.errors import S2LError
 
 try:
-    import faiss as faiss
+    import faiss as faiss  # noqa: PLC0414 - the other files take it from here
 except ModuleNotFoundError as error:
     raise S2LError("faiss is not installed: pip install 's2l_ray[cpu]', or 's2l_ray[gpu]' for CUDA; not both.") from error
 
