@@ -215,7 +215,7 @@ def fit(name: str, data: str, rows: int, points: int, seed: int, iterations: int
 def choose(num_rows: int, num_clusters: int = NUM_CLUSTERS, fraction: float = 0.1, seed: int = 0) -> Row:
     """Choosing from finished groups of skewed sizes, and apart from it the hashing of ids to priorities."""
     from s2l_ray.examples.ids import priorities
-    from s2l_ray.selection.stage import select_rows
+    from s2l_ray.selection.choosing import select_rows
 
     shares = 1 / np.arange(1, num_clusters + 1)
     bounds, draws = np.cumsum(shares / shares.sum())[:-1], np.random.default_rng(seed).random(num_rows)

@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from s2l_ray.errors import S2LError as S2LError
     from s2l_ray.errors import StorageError as StorageError
     from s2l_ray.pipeline import run as run
-    from s2l_ray.selection.stage import Selection as Selection
+    from s2l_ray.selection.quotas import water_fill as water_fill
     from s2l_ray.selection.stage import select as select
-    from s2l_ray.selection.stage import water_fill as water_fill
+    from s2l_ray.selection.subsets import Selection as Selection
     from s2l_ray.storage.artifacts import Artifact as Artifact
     from s2l_ray.training.schedule import recorded_steps as recorded_steps
     from s2l_ray.trajectories.callback import RecordTrajectories as RecordTrajectories
@@ -59,7 +59,7 @@ _MODULE_OF = {
     "RecordTrajectories": "trajectories.callback",
     "RunConfig": "config.run",
     "S2LError": "errors",
-    "Selection": "selection.stage",
+    "Selection": "selection.subsets",
     "StorageError": "errors",
     "cluster": "clustering.stage",
     "finish_recording": "trajectories.recording",
@@ -68,7 +68,7 @@ _MODULE_OF = {
     "recorded_steps": "training.schedule",
     "run": "pipeline",
     "select": "selection.stage",
-    "water_fill": "selection.stage",
+    "water_fill": "selection.quotas",
 }
 __all__ = sorted(_MODULE_OF)  # noqa: PLE0605
 

@@ -13,7 +13,8 @@ from s2l_ray.config.recipes import SCHEMAS
 from s2l_ray.errors import ArtifactError
 from s2l_ray.progress import duration, get_log
 from s2l_ray.runtime.session import connect_ray
-from s2l_ray.selection.stage import check_columns, publish_selection
+from s2l_ray.selection.stage import publish_selection
+from s2l_ray.selection.subsets import check_columns
 from s2l_ray.storage.artifacts import Artifact, Key, refusal
 from s2l_ray.storage.drafts import Draft
 from s2l_ray.storage.layout import SELECTED
