@@ -560,9 +560,7 @@ def test_an_export_that_cannot_be_made_is_refused(s2l, selected, tmp_path):
     check_refused(s2l("export", selected, *options, tmp_path / "a.jsonl", "--subset", "random"), r"evaluation\.random_control")
     check_refused(s2l("export", selected, *options, tmp_path / "t.parquet" / "a.jsonl"), r"t\.parquet.*Give another directory")
     check_refused(s2l("export", selected, *options, tmp_path), r"--output .*: is a directory\. Give the file to write")
-    check_refused(
-        s2l("export", selected, *options, f"{tmp_path}/new/"), r"--output .*: is a directory\. Give the file to write"
-    )
+    check_refused(s2l("export", selected, *options, f"{tmp_path}/new/"), r"new/: is a directory\. Give the file to write")
     check_refused(s2l("export", selected, *options, tmp_path / "none" / "a.jsonl"), r"there is no directory .*none\. Make it")
     assert not (tmp_path / "none").exists()
     inside = selected / "selection" / "selected.parquet"

@@ -53,10 +53,9 @@ def _place_of(output: str) -> tuple[Storage, str]:
     """The directory and the name of the file to write."""
     parent, _, name = absolute_uri(output).rpartition("/")
     folder = Storage(parent or "/")
-    if not name or folder.info(name).type == fs.FileType.Directory:
-        raise ConfigError(
-            f"--output {output}: is a directory. Give the file to write, such as {output.rstrip('/')}/subset.jsonl."
-        )
+    if output.endswith("/") or folder.info(name).type == fs.FileType.Directory:
+        inside = f"{output.rstrip('/')}/subset.jsonl"
+        raise ConfigError(f"--output {output}: is a directory. Give the file to write, such as {inside}.")
     if folder.is_local:
         if not Path(folder.path()).exists():
             raise ConfigError(f"--output {output}: there is no directory {parent}. Make it first, or give another place.")
@@ -93,9 +92,7 @@ def _json_lines(artifact: Artifact, path: str) -> Iterator[bytes]:
                     line = json.dumps(_without_nan(row), ensure_ascii=False, allow_nan=False, default=str)
                 yield f"{line}\n".encode()
     if num_changed:
-        _log.warning(
-            "%s rows have numbers that are NaN or infinite, which JSON does not know: written as null", f"{num_changed:,}"
-        )
+        _log.warning("%s rows have numbers that are NaN or infinite, which JSON lacks: written as null", f"{num_changed:,}")
 
 
 def _without_nan(value: Any) -> Any:
