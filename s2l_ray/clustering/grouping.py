@@ -31,7 +31,7 @@ from s2l_ray.trajectories.sorting import in_order
 from s2l_ray.trajectories.store import TrajectoryStore, losses_matrix
 
 # Principal components, whitening and the stability of the subset are measured on so many rows of lowest priority.
-DIAGNOSED_ROWS = 65_536
+DIAGNOSTIC_ROWS = 65_536
 # Groups times sources up to which their agreement is counted: 8 MB.
 MAX_CELLS = 1_000_000
 
@@ -57,13 +57,13 @@ def group(store: TrajectoryStore, config: ClusteringConfig, engine: Engine) -> G
     return Grouping(store, config, strata, features, spectrum, totals)
 
 
-def _diagnosed_cut(store: TrajectoryStore) -> np.uint64:
-    return np.uint64(priority_cut(DIAGNOSED_ROWS, len(store)))
+def _diagnostic_cut(store: TrajectoryStore) -> np.uint64:
+    return np.uint64(priority_cut(DIAGNOSTIC_ROWS, len(store)))
 
 
 def _features_of(store: TrajectoryStore, config: ClusteringConfig, pool: SearchThreads) -> tuple[Features, Spectrum]:
     """What k-means will see of the losses, and the trajectories' principal components: one pass over the rows."""
-    cut, is_sampled = _diagnosed_cut(store), len(store) > DIAGNOSED_ROWS
+    cut, is_sampled = _diagnostic_cut(store), len(store) > DIAGNOSTIC_ROWS
 
     def one_block(block: pa.Table) -> tuple[Floats, NDArray[np.uint64]]:
         order_M = store.priorities(block, config.seed) if is_sampled else np.zeros(len(block), np.uint64)
@@ -71,7 +71,7 @@ def _features_of(store: TrajectoryStore, config: ClusteringConfig, pool: SearchT
         return on_grid(losses_matrix(block)[sampled]), order_M[sampled]
 
     losses, order = zip(*in_order(pool, one_block, store.blocks("example_id", "losses", "priority")), strict=True)
-    sample_ST = np.concatenate(losses)[lowest(np.concatenate(order), DIAGNOSED_ROWS)]
+    sample_ST = np.concatenate(losses)[lowest(np.concatenate(order), DIAGNOSTIC_ROWS)]
     spectrum = Spectrum.of(sample_ST)
     return Features.of(config.features, sample_ST, spectrum), spectrum
 
@@ -115,10 +115,10 @@ def _fill(
 ) -> _Totals:
     """Give every stratum the features of its rows: a second pass."""
     by = config.stratify_by
-    needs_priorities = any(stratum.needs_priorities for stratum in strata) or len(store) > DIAGNOSED_ROWS
+    needs_priorities = any(stratum.needs_priorities for stratum in strata) or len(store) > DIAGNOSTIC_ROWS
     has_sources = "source" in store.names
     num_sources = len(store.names_of("source")) if has_sources else 0
-    cut = _diagnosed_cut(store)
+    cut = _diagnostic_cut(store)
 
     def one_block(block: pa.Table) -> tuple[Floats, NDArray[np.uint64], Ints | None, pa.Array, _Totals]:
         features_MF = features(losses_matrix(block))
@@ -237,7 +237,7 @@ class Grouping:
         for number, stratum in enumerate(self._strata):
             if len(stratum.restarts_RS) < 2:
                 continue
-            rows, ids = (list(found) for found in zip(*stratum.source.diagnosed, strict=True))
+            rows, ids = (list(found) for found in zip(*stratum.source.diagnostic_rows, strict=True))
             numbers = np.concatenate(rows)
             places = np.searchsorted(stratum.sampled, numbers)
             known = np.flatnonzero(np.append(stratum.sampled, -1)[places] == numbers)

@@ -96,17 +96,17 @@ def lloyd(rows: KMeansRows, centroids_KF: Floats, num_iterations: int, tolerance
     Every row of the result is with its nearest centroid (of two equally near, to the rounding of |x|^2 in float32, with
     either). Centroids that lose their last row are seeded again.
     """
-    groups = _MovingGroups(rows, centroids_KF)
-    is_settled, is_small, iteration = groups.assign(), False, 0
+    state = _LloydState(rows, centroids_KF)
+    is_settled, is_small, iteration = state.assign(), False, 0
     while not is_settled and not is_small and iteration < num_iterations:
-        is_small = groups.update() <= tolerance
-        is_settled = groups.assign()
+        is_small = state.update() <= tolerance
+        is_settled = state.assign()
         iteration += 1
     ended_by = "converged" if is_settled else "tolerance" if is_small else "num_iterations"
-    return Fit(groups.centroids_KF, groups.sizes_K, rows.finish(groups.centroids_KF), iteration, ended_by)
+    return Fit(state.centroids_KF, state.sizes_K, rows.finish(state.centroids_KF), iteration, ended_by)
 
 
-class _MovingGroups:
+class _LloydState:
     """Centroids, sums and sizes of the groups between the passes over the rows, and how the next pass will search."""
 
     def __init__(self, rows: KMeansRows, centroids_KF: Floats) -> None:

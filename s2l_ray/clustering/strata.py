@@ -54,18 +54,18 @@ class StratumRows:
         self._num_filled = 0
         self._low: list[tuple[NDArray[np.int64], NDArray[np.uint64]]] = []
         """Numbers and priorities of the rows below the cut."""
-        self.diagnosed: list[tuple[NDArray[np.int64], pa.Array]] = []
+        self.diagnostic_rows: list[tuple[NDArray[np.int64], pa.Array]] = []
         """Numbers and ids of the rows on which the stability of the subset is measured."""
 
-    def add(self, features_MF: Floats, priorities_M: NDArray[np.uint64], ids: pa.Array, diagnosed_cut: np.uint64) -> None:
-        """Take the next rows in order of ids; stability is measured on those of a priority up to `diagnosed_cut`."""
+    def add(self, features_MF: Floats, priorities_M: NDArray[np.uint64], ids: pa.Array, diagnostic_cut: np.uint64) -> None:
+        """Take the next rows in order of ids; stability is measured on those of a priority up to `diagnostic_cut`."""
         start = self._num_filled
         self.features.write(start, features_MF)
         if self.needs_priorities:
             low = np.flatnonzero(priorities_M <= self._cut)
             self._low.append((low + start, priorities_M[low]))
-        diagnosed = np.flatnonzero(priorities_M <= diagnosed_cut)
-        self.diagnosed.append((diagnosed + start, ids.take(pa.array(diagnosed))))
+        rows = np.flatnonzero(priorities_M <= diagnostic_cut)
+        self.diagnostic_rows.append((rows + start, ids.take(pa.array(rows))))
         self._num_filled += len(features_MF)
 
     def sample(self) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:

@@ -54,7 +54,7 @@ SCHEMAS = {
     "examples": 2,
     "proxy": 2,
     "trajectories": 3,
-    "clustering": 3,
+    "clustering": 4,
     "selection": 3,
     "target": 2,
     "evaluation": 2,

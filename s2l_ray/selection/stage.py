@@ -15,6 +15,7 @@ from s2l_ray.clustering.stage import cluster_store, read_groups
 from s2l_ray.config import ClusteringConfig, SelectionConfig, checked
 from s2l_ray.config.recipes import counts_target_tokens
 from s2l_ray.errors import DataError
+from s2l_ray.examples.ids import id_column, one_array
 from s2l_ray.examples.stage import fetch_rows
 from s2l_ray.progress import get_log
 from s2l_ray.runtime.session import connect_ray
@@ -234,9 +235,9 @@ def read_selection(artifact: Artifact) -> Selection:
     summary = artifact.summary
     names = summary["columns"]
     table = artifact.read_table(SELECTED, columns=list(names.values())).combine_chunks()
-    ids = table[names["example_id"]].combine_chunks()
+    ids = id_column(one_array(table[names["example_id"]]), f"{artifact.root.uri}/{SELECTED}")
     return Selection(
-        example_ids=ids.cast(pa.int64() if pa.types.is_integer(ids.type) else pa.string()),
+        example_ids=ids,
         cluster_ids_M=table[names["cluster_id"]].to_numpy(),
         weights_M=table[names["weight"]].to_numpy(),
         quotas_K=np.asarray(summary["quotas"]),
