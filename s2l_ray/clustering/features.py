@@ -76,8 +76,8 @@ class Features:
 
     @classmethod
     def of(cls, kind: Kind, sample_ST: Floats, spectrum: Spectrum) -> Features:
-        """The map for a corpus from a sample of it, shape (S, T) and on the grid: the center is the median, which one outlier does not move away from
-        all others. Raises ConfigError where the trajectories are too short for the features."""
+        """The map for a corpus from a sample of it, shape (S, T) and on the grid: the center is the median, which one outlier
+        does not move away from all others. Raises ConfigError where the trajectories are too short for the features."""
         center_T = on_grid(np.median(sample_ST, axis=0))
         if kind != "raw" and len(center_T) < 2:
             raise ConfigError(
