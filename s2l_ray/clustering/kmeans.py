@@ -119,13 +119,13 @@ class _LloydState:
     def assign(self) -> bool:
         """Each row to its nearest centroid, again after each seeding of empty groups. Whether the rows are settled: none
         changed its group and no group was filled again."""
-        num_changed, num_empty, before = self._pass(), self._num_empty, len(self.sizes_K) + 1
-        is_repaired = False
+        num_changed, is_repaired, num_empty_before = self._pass(), False, len(self.sizes_K) + 1
         # A round fills all empty groups unless rows differ by less than float32 can tell.
-        while 0 < num_empty < before and self._repairs_left:
+        while 0 < self._num_empty < num_empty_before and self._repairs_left:
+            num_empty_before, is_repaired = self._num_empty, True
             self._reseed()
-            num_changed, before, num_empty, is_repaired = num_changed + self._pass(), num_empty, self._num_empty, True
-        return not num_changed and (not is_repaired or num_empty > 0)
+            num_changed += self._pass()
+        return not num_changed and (not is_repaired or self._num_empty > 0)
 
     def update(self) -> float:
         """Centroids to the means of their rows; the sum of their squared moves."""

@@ -144,20 +144,21 @@ class StratumKMeans:
         """Each distinct trajectory a group if they are few; else the best of some restarts on a sample goes on over all
         rows."""
         low_SF = self._centered(self._source.take(self._sampled))
-        fitted = self._fit_distinct(low_SF)
-        if fitted is None:
-            far_SF = self._far_rows(low_SF)
-            sample_SF = np.concatenate([low_SF, far_SF])
-            tolerance = self._config.tolerance * float(sample_SF.var(axis=0, dtype=np.float64).mean())
-            best, labels_RS = self._best_restart(sample_SF, self._seeding_rows(low_SF, far_SF), tolerance)
-            begun = time.monotonic()
-            rows, fit = self._fit_all_rows(best, tolerance)
-            seconds = time.monotonic() - begun
-            num_empty = int((fit.sizes_K == 0).sum())
-            capped_by = f"{num_empty} groups stayed empty, the trajectories differ too little" if num_empty else None
-            fitted = self._fitted(rows, fit, capped_by, restarts_RS=labels_RS[:, : len(low_SF)], lloyd_seconds=seconds)
+        fitted = self._fit_distinct(low_SF) or self._fit_restarts(low_SF)
         self._log(fitted)
         return fitted
+
+    def _fit_restarts(self, low_SF: Floats) -> FittedStratum:
+        far_SF = self._far_rows(low_SF)
+        sample_SF = np.concatenate([low_SF, far_SF])
+        tolerance = self._config.tolerance * float(sample_SF.var(axis=0, dtype=np.float64).mean())
+        best, labels_RS = self._best_restart(sample_SF, self._seeding_rows(low_SF, far_SF), tolerance)
+        begun = time.monotonic()
+        rows, fit = self._fit_all_rows(best, tolerance)
+        seconds = time.monotonic() - begun
+        num_empty = int((fit.sizes_K == 0).sum())
+        capped_by = f"{num_empty} groups stayed empty, the trajectories differ too little" if num_empty else None
+        return self._fitted(rows, fit, capped_by, restarts_RS=labels_RS[:, : len(low_SF)], lloyd_seconds=seconds)
 
     def _centered(self, low_SF: Floats) -> Floats:
         """A stratum of several around its own median: the corpus's may be far from it, and distances would lose digits."""
