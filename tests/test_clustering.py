@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from s2l_ray.clustering import local_rows, seeding, strata
+from s2l_ray.clustering import kmeans, local_rows, strata
 from s2l_ray.clustering import stage as module
 from s2l_ray.clustering.columns import MemoryColumn
 from s2l_ray.clustering.features import on_grid
@@ -123,7 +123,7 @@ def test_large_losses_do_not_blur_small_differences() -> None:
 
 @pytest.mark.parametrize("stratified", [False, True])
 def test_any_order_of_rows_and_any_number_of_threads_give_the_same_bits(stratified: bool, monkeypatch: Any) -> None:
-    for module_of_blocks in (local_rows, seeding, strata):
+    for module_of_blocks in (kmeans, local_rows, strata):
         monkeypatch.setattr(module_of_blocks, "BLOCK_ROWS", 1_000)
     monkeypatch.setattr(strata, "SAMPLE_ROWS_PER_CLUSTER", 50)
     rng = np.random.default_rng(5)

@@ -22,10 +22,9 @@ from s2l_ray.clustering.columns import FileColumn, MemoryColumn
 from s2l_ray.clustering.engines import Engine
 from s2l_ray.clustering.features import on_grid
 from s2l_ray.clustering.gpu_rows import GpuRows
-from s2l_ray.clustering.kmeans import Fit, KMeansRows, lloyd
+from s2l_ray.clustering.kmeans import Fit, KMeansRows, lloyd, plus_plus
 from s2l_ray.clustering.local_rows import LocalRows
 from s2l_ray.clustering.ray_rows import RayRows
-from s2l_ray.clustering.seeding import plus_plus
 from s2l_ray.clustering.threads import SearchThreads
 from s2l_ray.config import GroupingConfig
 from s2l_ray.errors import ConfigError

@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 from s2l_ray.clustering.columns import Column, Floats, Ints, MemoryColumn
 from s2l_ray.clustering.engines import Engine
 from s2l_ray.clustering.features import on_grid
-from s2l_ray.clustering.kmeans import Fit, KMeansRows, lloyd
+from s2l_ray.clustering.kmeans import Fit, KMeansRows, far_rows, lloyd, plus_plus
 from s2l_ray.clustering.local_rows import LocalRows
-from s2l_ray.clustering.seeding import far_rows, plus_plus
 from s2l_ray.config import ClusteringConfig
 from s2l_ray.examples.ids import priorities, priority_cut
 from s2l_ray.progress import get_log

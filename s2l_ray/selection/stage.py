@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,8 @@ from s2l_ray.examples.stage import fetch_rows
 from s2l_ray.progress import get_log
 from s2l_ray.runtime.session import connect_ray
 from s2l_ray.selection.choosing import Budget
-from s2l_ray.selection.stability import stability
 from s2l_ray.selection.subset_rows import FetchRows, SubsetRows
-from s2l_ray.selection.subsets import LabelBlocks, Selection, Subset, choose_subsets, random_rows
+from s2l_ray.selection.subsets import Selection, Subset, choose_subsets, random_rows, stability
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.drafts import Draft
 from s2l_ray.storage.layout import RANDOM, SELECTED
@@ -122,14 +121,18 @@ def publish_selection(
         return _labels(clustering, store)
 
     subsets = choose_subsets(store, labels, groups, config)
+    largest = max(subsets, key=lambda one: len(one.selection))
     files = [SELECTED, *(f"selected-{_file_name(one.selection.budget)}.parquet" for one in subsets[1:])]
     control = None
     with ThreadPoolExecutor(2) as pool:
-        names = _write_subsets(subsets, files, fetch_rows, scratch / "selected", draft, pool)
+        rows = SubsetRows.fetch(largest.rows, fetch_rows, scratch / "selected", pool)
+        for path, one in zip(files, subsets, strict=True):
+            draft.write_tables(path, rows.with_ours(one.rows, one.selection.weights_M))
         if random_control:
-            count = len(subsets[0].selection)
-            control = _write_control(store, labels, count, config.seed, fetch_rows, scratch / "random", draft, pool)
-    summary = _summary(store, subsets[0], control) | {"columns": names}
+            control = random_rows(store, labels, len(subsets[0].selection), config.seed)
+            control_rows = SubsetRows.fetch(control, fetch_rows, scratch / "random", pool)
+            draft.write_tables(RANDOM, control_rows.with_ours(control, np.full(len(control), len(store) / len(control))))
+    summary = _summary(store, subsets[0], control) | {"columns": rows.names}
     summary["stability"] = stability(clustering, groups, config, len(subsets[0].selection))
     summary["budgets"] = [
         {"budget": one.selection.budget, "rows": len(one.selection), "file": path}
@@ -142,36 +145,6 @@ def publish_selection(
             *(f"{one.selection.quotas_K.min():,}", f"{one.selection.quotas_K.max():,}"),
         )
     return draft.publish(summary)
-
-
-def _write_subsets(
-    subsets: list[Subset], files: list[str], fetch_rows: FetchRows, scratch: Path, draft: Draft, pool: Executor
-) -> dict[str, str]:
-    """Write a file for each budget, all from the rows of the largest; what our columns are called there."""
-    largest = max(subsets, key=lambda one: len(one.selection))
-    rows = SubsetRows.fetch(largest.rows, fetch_rows, scratch, pool)
-    for path, one in zip(files, subsets, strict=True):
-        weights = pa.array(one.selection.weights_M)
-        draft.write_tables(path, rows.with_ours(one.rows["example_id"], one.rows["cluster_id"], weights))
-    return rows.names
-
-
-def _write_control(
-    store: TrajectoryStore,
-    labels: LabelBlocks,
-    count: int,
-    seed: int,
-    fetch_rows: FetchRows,
-    scratch: Path,
-    draft: Draft,
-    pool: Executor,
-) -> pa.Table:
-    """Write the random control, each example with the same weight; what is known of its rows."""
-    control = random_rows(store, labels, count, seed)
-    rows = SubsetRows.fetch(control, fetch_rows, scratch, pool)
-    weights = pa.array(np.full(len(control), len(store) / len(control)))
-    draft.write_tables(RANDOM, rows.with_ours(control["example_id"], control["cluster_id"], weights))
-    return control
 
 
 def _file_name(budget: Budget) -> str:

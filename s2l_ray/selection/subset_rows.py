@@ -56,9 +56,10 @@ class SubsetRows:
             return False
         return all(_are_the_ids(_flat(block["row"]), block["example_id"].combine_chunks()) for block in _blocks(table))
 
-    def with_ours(self, ids: pa.ChunkedArray, cluster_ids: pa.ChunkedArray, weights: pa.Array) -> Iterator[pa.Table]:
-        """Those rows that have these ids (ascending), in blocks, with our columns behind the corpus's."""
-        ours = {"example_id": ids, "cluster_id": cluster_ids, "weight": weights}
+    def with_ours(self, chosen: pa.Table, weights_M: NDArray[np.float64]) -> Iterator[pa.Table]:
+        """The rows of a table of `example_id` (ascending) and `cluster_id`, in blocks, with our columns behind the corpus's."""
+        ids = chosen["example_id"]
+        ours = {"example_id": ids, "cluster_id": chosen["cluster_id"], "weight": pa.array(weights_M)}
         is_whole = len(ids) == len(self.ids)
         is_chosen_N = None if is_whole else pc.is_in(self.ids, value_set=ids.combine_chunks()).to_numpy(zero_copy_only=False)
         start = done = 0
