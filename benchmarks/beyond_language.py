@@ -251,7 +251,7 @@ def select(directory: Path, output: Path, seed: int) -> tuple[dict[float, list[s
     found = Artifact.read(Storage(str(output)).child("clustering")).summary
     return ids, {
         "explained_variance": found["explained_variance"],
-        "effective_dimension": found["readout"]["effective_dimension"],
+        "effective_dimension": found["diagnostics"]["effective_dimension"],
     }
 
 

@@ -29,7 +29,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from s2l_ray.clustering.stage import Clustering as Clustering
+    from s2l_ray.clustering.groups import Clustering as Clustering
     from s2l_ray.clustering.stage import cluster as cluster
     from s2l_ray.config.parsing import load_config as load_config
     from s2l_ray.config.run import RunConfig as RunConfig
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from s2l_ray.errors import S2LError as S2LError
     from s2l_ray.errors import StorageError as StorageError
     from s2l_ray.pipeline import run as run
-    from s2l_ray.selection.stage import Selection as Selection
+    from s2l_ray.selection.quotas import water_fill as water_fill
     from s2l_ray.selection.stage import select as select
-    from s2l_ray.selection.stage import water_fill as water_fill
+    from s2l_ray.selection.subsets import Selection as Selection
     from s2l_ray.storage.artifacts import Artifact as Artifact
     from s2l_ray.training.schedule import recorded_steps as recorded_steps
     from s2l_ray.trajectories.callback import RecordTrajectories as RecordTrajectories
@@ -53,13 +53,13 @@ __version__ = "0.1.0"
 _MODULE_OF = {
     "Artifact": "storage.artifacts",
     "ArtifactError": "errors",
-    "Clustering": "clustering.stage",
+    "Clustering": "clustering.groups",
     "ConfigError": "errors",
     "DataError": "errors",
     "RecordTrajectories": "trajectories.callback",
     "RunConfig": "config.run",
     "S2LError": "errors",
-    "Selection": "selection.stage",
+    "Selection": "selection.subsets",
     "StorageError": "errors",
     "cluster": "clustering.stage",
     "finish_recording": "trajectories.recording",
@@ -68,7 +68,7 @@ _MODULE_OF = {
     "recorded_steps": "training.schedule",
     "run": "pipeline",
     "select": "selection.stage",
-    "water_fill": "selection.stage",
+    "water_fill": "selection.quotas",
 }
 __all__ = sorted(_MODULE_OF)  # noqa: PLE0605
 

@@ -19,8 +19,9 @@ from typer.testing import CliRunner
 from s2l_ray import cli
 from s2l_ray.errors import ConfigError
 from s2l_ray.examples.ids import priorities
-from s2l_ray.selection import stage as selection
-from s2l_ray.selection.stage import choose, read_selection, select, select_rows
+from s2l_ray.selection import choosing
+from s2l_ray.selection.choosing import choose, select_rows
+from s2l_ray.selection.stage import read_selection, select
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.places import Storage
 
@@ -309,7 +310,7 @@ def test_one_hundredth_of_two_million_rows_is_chosen_with_less_than_three_hundre
     count, kept = 2_000_000, []
     groups = (rng.random(count) ** 3 * 100).astype(np.int32)  # some groups are ten times as large as others
     ranks = rng.integers(0, 2**64, count, np.uint64)
-    below = selection._below
+    below = choosing._below
 
     def counted(*arguments: Any) -> pa.Table:
         table = below(*arguments)
@@ -321,7 +322,7 @@ def test_one_hundredth_of_two_million_rows_is_chosen_with_less_than_three_hundre
             stop = start + 65_536
             yield pa.table({"cluster_id": groups[start:stop], "priority": ranks[start:stop]})
 
-    monkeypatch.setattr(selection, "_below", counted)
+    monkeypatch.setattr(choosing, "_below", counted)
     sizes_K = np.bincount(groups, minlength=100)
     begun = time.monotonic()
     [found] = choose(blocks, sizes_K, [0.01])

@@ -512,10 +512,62 @@ def test_the_subset_is_exported_with_its_columns(s2l, selected, tmp_path):
     assert pq.read_table(tmp_path / "subset.parquet").to_pylist() == expected
 
 
+def test_each_of_several_budgets_is_exported_with_its_own_number_of_rows(s2l, tmp_path):
+    path = write_trajectories(tmp_path / "t.parquet", falling_losses(30))
+    options = ["--budget", 6, "--budget", 20, "--num-clusters", 3, "--output", tmp_path / "out"]
+    assert s2l("select", path, *options).code == 0
+    for subset, count in (("selected", 6), ("selected-20", 20)):
+        for kind in ("jsonl", "parquet"):
+            file = tmp_path / f"{subset}.{kind}"
+            result = s2l("export", tmp_path / "out", "--format", kind, "--output", file, "--subset", subset)
+            assert (result.code, result.out) == (0, f"{file}: {count} examples\n")
+            written = len(file.read_text().splitlines()) if kind == "jsonl" else pq.read_table(file).num_rows
+            assert written == count
+
+
+def test_an_export_to_json_lines_is_strict_json(s2l, tmp_path):
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    scores = [[float("nan"), 1.5], [float("inf")], [0.5], *[[1.0]] * 27]
+    path = write_trajectories(tmp_path / "t.parquet", falling_losses(30), scores=scores)
+    assert s2l("select", path, "--budget", 30, "--num-clusters", 3, "--output", tmp_path / "out").code == 0
+    result = s2l("export", tmp_path / "out", "--format", "jsonl", "--output", tmp_path / "a.jsonl")
+    assert "2 rows have numbers that are NaN or infinite" in result.err
+    rows = [json.loads(line, parse_constant=refuse) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    found = {row["example_id"]: row["scores"] for row in rows}
+    assert [found[f"id-{number}"] for number in range(3)] == [[None, 1.5], [None], [0.5]]
+
+
+def test_an_export_needs_as_much_memory_for_a_large_subset_as_for_a_small_one(tmp_path):
+    peaks = {}
+    for num_blocks in (3, 60):
+        draft = Draft.open(Storage(str(tmp_path / str(num_blocks))), Key("selection", 1, {}, {}))
+        rng = np.random.default_rng(0)
+        blocks = (pa.table({"text": [rng.bytes(4_000).hex() for _ in range(500)]}) for _ in range(num_blocks))
+        draft.write_tables("selected.parquet", blocks)  # 4 MB of text in each row group
+        draft.publish({"rows": 500 * num_blocks})
+        code = (
+            "import resource, sys; from s2l_ray.selection.export import export_subset\n"
+            "for kind in ('jsonl', 'parquet'): export_subset(sys.argv[1], kind, f'{sys.argv[1]}/out.{kind}')\n"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        )
+        command = [sys.executable, "-c", code, str(tmp_path / str(num_blocks))]
+        peaks[num_blocks] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) / 1024
+    assert (tmp_path / "60" / "out.jsonl").stat().st_size > 200 * 2**20
+    assert peaks[60] < peaks[3] + 40, f"MiB: {peaks}"
+
+
 def test_an_export_that_cannot_be_made_is_refused(s2l, selected, tmp_path):
     options = ["--format", "jsonl", "--output"]
     check_refused(s2l("export", selected, *options, tmp_path / "a.jsonl", "--subset", "random"), r"evaluation\.random_control")
     check_refused(s2l("export", selected, *options, tmp_path / "t.parquet" / "a.jsonl"), r"t\.parquet.*Give another directory")
+    check_refused(s2l("export", selected, *options, tmp_path), r"--output .*: is a directory\. Give the file to write")
+    check_refused(s2l("export", selected, *options, f"{tmp_path}/new/"), r"new/: is a directory\. Give the file to write")
+    check_refused(s2l("export", selected, *options, tmp_path / "none" / "a.jsonl"), r"there is no directory .*none\. Make it")
+    assert not (tmp_path / "none").exists()
+    inside = selected / "selection" / "selected.parquet"
+    check_refused(s2l("export", selected, *options, inside), r"lies in .*selection, which is finished\. Give another place")
     data = selected / "selection" / "selected.parquet"
     data.write_bytes(data.read_bytes()[:-1] + b"?")
     check_refused(s2l("export", selected, *options, tmp_path / "a.jsonl"), r"selection/selected\.parquet: damaged")

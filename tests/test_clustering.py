@@ -12,11 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from s2l_ray.clustering import grouping, kmeans
+from s2l_ray.clustering import kmeans, local_rows, strata
 from s2l_ray.clustering import stage as module
+from s2l_ray.clustering.columns import MemoryColumn
 from s2l_ray.clustering.features import on_grid
-from s2l_ray.clustering.kmeans import LocalRows, MemoryColumn, lloyd, single_threads
-from s2l_ray.clustering.stage import Clustering, cluster, publish_clustering, read_clustering
+from s2l_ray.clustering.groups import Clustering
+from s2l_ray.clustering.kmeans import lloyd
+from s2l_ray.clustering.local_rows import LocalRows
+from s2l_ray.clustering.stage import cluster, publish_clustering, read_clustering
+from s2l_ray.clustering.threads import SearchThreads
 from s2l_ray.config import ClusteringConfig, GroupingConfig
 from s2l_ray.errors import ArtifactError, ConfigError, DataError
 from s2l_ray.storage.artifacts import Artifact, Key
@@ -119,17 +123,17 @@ def test_large_losses_do_not_blur_small_differences() -> None:
 
 @pytest.mark.parametrize("stratified", [False, True])
 def test_any_order_of_rows_and_any_number_of_threads_give_the_same_bits(stratified: bool, monkeypatch: Any) -> None:
-    monkeypatch.setattr(kmeans, "BLOCK_ROWS", 1_000)
-    monkeypatch.setattr(grouping, "BLOCK_ROWS", 1_000)
-    monkeypatch.setattr(grouping, "SAMPLE_ROWS_PER_CLUSTER", 50)
+    for module_of_blocks in (kmeans, local_rows, strata):
+        monkeypatch.setattr(module_of_blocks, "BLOCK_ROWS", 1_000)
+    monkeypatch.setattr(strata, "SAMPLE_ROWS_PER_CLUSTER", 50)
     rng = np.random.default_rng(5)
     losses = rng.gamma(2, 1, (30_011, 5)).astype(np.float32)
     ids = np.array([f"row-{row}" for row in range(len(losses))])
-    strata = np.array(["web", "books", "code"])[rng.integers(0, 3, len(losses))]
+    names = np.array(["web", "books", "code"])[rng.integers(0, 3, len(losses))]
     order = rng.permutation(len(losses))
     found = []
     for rows, num_threads in ((np.arange(len(losses)), 1), (order, 2), (order[::-1], 3)):
-        groups = strata[rows] if stratified else None
+        groups = names[rows] if stratified else None
         options: dict[str, Any] = {"num_clusters": 30, "num_iterations": 6, "num_threads": num_threads}
         found.append(content(cluster(losses[rows], example_ids=ids[rows], strata=groups, **options)))
     assert found[0] == found[1] == found[2]
@@ -159,7 +163,7 @@ def test_restarts_keep_the_best() -> None:
 
 
 def test_the_sample_is_by_priority_and_the_winner_sees_every_row(monkeypatch: Any) -> None:
-    monkeypatch.setattr(grouping, "SAMPLE_ROWS_PER_CLUSTER", 25)
+    monkeypatch.setattr(strata, "SAMPLE_ROWS_PER_CLUSTER", 25)
     losses, kinds = planted(np.random.default_rng(9), num_rows=10_000)
     found = cluster(losses, num_clusters=4, num_iterations=50)
     assert len(set(zip(kinds.tolist(), found.cluster_ids_N.tolist(), strict=True))) == 4
@@ -231,7 +235,7 @@ def test_empty_groups_are_seeded_again_from_the_farthest_rows() -> None:
     losses, kinds = planted(np.random.default_rng(12))
     start = np.tile(np.float32(100), (4, 4)) + np.arange(4, dtype=np.float32)[:, None]
     start[0] = CURVES[0]
-    with single_threads(2) as pool:
+    with SearchThreads(2) as pool:
         rows = LocalRows(MemoryColumn(losses), 4, pool)
         lloyd(rows, start, 20)
         [(labels, _)] = rows.results()
@@ -240,7 +244,7 @@ def test_empty_groups_are_seeded_again_from_the_farthest_rows() -> None:
 
 def test_many_empty_groups_are_filled_at_once() -> None:
     losses = np.random.default_rng(17).random((2_000, 3), dtype=np.float32)
-    with single_threads(1) as pool:
+    with SearchThreads(1) as pool:
         fit = lloyd(LocalRows(MemoryColumn(losses), 3, pool), np.full((60, 3), 9, np.float32), 1)
     assert fit.sizes_K.min() > 0
 

@@ -6,7 +6,6 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,10 +16,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2l_ray.clustering import engines, kmeans
-from s2l_ray.clustering.engines import Engine, GpuRows
+from s2l_ray.clustering import bounds, columns, engines, kmeans, local_rows, ray_rows
+from s2l_ray.clustering import gpu_rows as gpu_module
+from s2l_ray.clustering.columns import FileColumn, MemoryColumn
+from s2l_ray.clustering.engines import Engine
 from s2l_ray.clustering.features import on_grid
-from s2l_ray.clustering.kmeans import FileColumn, Fit, LocalRows, MemoryColumn, Rows, lloyd, plus_plus, single_threads
+from s2l_ray.clustering.gpu_rows import GpuRows
+from s2l_ray.clustering.kmeans import Fit, KMeansRows, lloyd, plus_plus
+from s2l_ray.clustering.local_rows import LocalRows
+from s2l_ray.clustering.ray_rows import RayRows
+from s2l_ray.clustering.threads import SearchThreads
 from s2l_ray.config import GroupingConfig
 from s2l_ray.errors import ConfigError
 
@@ -29,23 +34,23 @@ FOUR = np.array([[0, 0, 0], [8, 0, 0], [0, 8, 1], [-7, -7, 3]], np.float32)
 
 
 @pytest.fixture(scope="module")
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with single_threads(2) as threads:
+def pool() -> Iterator[SearchThreads]:
+    with SearchThreads(2) as threads:
         yield threads
 
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kmeans, "BLOCK_ROWS", SMALL_BLOCK)
-    monkeypatch.setattr(engines, "BLOCK_ROWS", SMALL_BLOCK)
+    for module in (engines, gpu_module, local_rows, ray_rows):
+        monkeypatch.setattr(module, "BLOCK_ROWS", SMALL_BLOCK)
 
 
-def in_memory(features: np.ndarray, pool: ThreadPoolExecutor) -> LocalRows:
+def in_memory(features: np.ndarray, pool: SearchThreads) -> LocalRows:
     return LocalRows(MemoryColumn(features), features.shape[1], pool)
 
 
-def in_file(features: np.ndarray, pool: ThreadPoolExecutor, folder: Path) -> LocalRows:
-    """Rows, labels and margins in files."""
+def in_file(features: np.ndarray, pool: SearchThreads, folder: Path) -> LocalRows:
+    """Rows, labels and gaps in files."""
     names = iter(range(9))
 
     def new_column(num_rows: int, width: int, dtype: Any) -> FileColumn:
@@ -56,13 +61,13 @@ def in_file(features: np.ndarray, pool: ThreadPoolExecutor, folder: Path) -> Loc
     return LocalRows(column, features.shape[1], pool, new_column)
 
 
-def outcome(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+def outcome(rows: KMeansRows) -> tuple[np.ndarray, np.ndarray]:
     """Labels and distances of all rows."""
     labels, distances = zip(*rows.results(), strict=True)
     return np.concatenate(labels), np.concatenate(distances)
 
 
-def bits(rows: Rows, fit: Fit) -> list[Any]:
+def bits(rows: KMeansRows, fit: Fit) -> list[Any]:
     """All of a result, to compare bit by bit."""
     arrays = (*outcome(rows), fit.centroids_KF, fit.sizes_K)
     return [*(array.tobytes() for array in arrays), fit.inertia.hex(), fit.num_iterations, fit.ended_by]
@@ -119,7 +124,7 @@ def data_of(kind: str, num_rows: int, width: int, rng: np.random.Generator) -> n
 )
 @settings(max_examples=150, deadline=None)
 def test_every_row_ends_with_its_nearest_centroid(
-    pool: ThreadPoolExecutor,
+    pool: SearchThreads,
     kind: str,
     num_rows: int,
     width: int,
@@ -148,7 +153,7 @@ def test_every_row_ends_with_its_nearest_centroid(
     exact = np.sqrt(squares(features, fit.centroids_KF)[np.arange(num_rows), labels])
     assert np.allclose(distances, exact, rtol=1e-6, atol=1e-12)
     num_distinct = len(np.unique(features, axis=0))
-    # From centroids far from all rows one round of seeding may empty another: that is mended in the next iteration.
+    # From centroids far from all rows one round of seeding may empty another: that is repaired in the next iteration.
     if kind in {"duplicates", "normal"} and num_distinct >= num_clusters and (num_iterations or start != "anywhere"):
         assert fit.sizes_K.min() > 0
     if fit.ended_by == "converged" and num_iterations:
@@ -158,7 +163,7 @@ def test_every_row_ends_with_its_nearest_centroid(
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_planted_groups_are_found_and_centroids_are_their_means(pool: ThreadPoolExecutor, seed: int) -> None:
+def test_planted_groups_are_found_and_centroids_are_their_means(pool: SearchThreads, seed: int) -> None:
     features, kinds = planted(3_000, seed)
     rows = in_memory(features, pool)
     fit = lloyd(rows, FOUR + 1, 50)
@@ -173,7 +178,7 @@ def test_planted_groups_are_found_and_centroids_are_their_means(pool: ThreadPool
 
 
 def fit_with(
-    share: float, features: np.ndarray, centroids: np.ndarray, num_iterations: int, pool: ThreadPoolExecutor
+    share: float, features: np.ndarray, centroids: np.ndarray, num_iterations: int, pool: SearchThreads
 ) -> tuple[np.ndarray, Fit, int]:
     """Labels, fit, and how many rows were searched for it."""
     searched: list[int] = []
@@ -185,7 +190,7 @@ def fit_with(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kmeans, "MAX_SEARCHED", share)
-        patch.setattr(kmeans.faiss, "knn", counted)
+        patch.setattr(bounds.faiss, "knn", counted)
         rows = in_memory(features, pool)
         fit = lloyd(rows, centroids, num_iterations)
     return outcome(rows)[0], fit, sum(searched)
@@ -193,7 +198,7 @@ def fit_with(
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("seed", range(5))
-def test_bounds_change_nothing_on_planted_groups(pool: ThreadPoolExecutor, seed: int) -> None:
+def test_bounds_change_nothing_on_planted_groups(pool: SearchThreads, seed: int) -> None:
     features, _ = planted(5_000, seed)
     start = FOUR + np.random.default_rng(seed).normal(0, 2, FOUR.shape).astype(np.float32)
     plain, without, all_searched = fit_with(-1, features, start, 100, pool)
@@ -207,7 +212,7 @@ def test_bounds_change_nothing_on_planted_groups(pool: ThreadPoolExecutor, seed:
 
 
 @pytest.mark.parametrize("width", [1, 2, 12])
-def test_bounds_save_searches_where_groups_run_into_each_other(pool: ThreadPoolExecutor, width: int) -> None:
+def test_bounds_save_searches_where_groups_run_into_each_other(pool: SearchThreads, width: int) -> None:
     features = on_grid(np.random.default_rng(width).gamma(2, 1, (20_000, width)))
     start = plus_plus(features[:2_000].copy(), 30, 7)
     # A near tie that float32 cannot decide parts the ways after some iterations, and both go on to as good an end.
@@ -228,7 +233,7 @@ def test_bounds_save_searches_where_groups_run_into_each_other(pool: ThreadPoolE
 )
 @settings(max_examples=100, deadline=None)
 def test_however_centroids_move_a_bounded_search_finds_the_nearest(
-    pool: ThreadPoolExecutor, searches: list[Any], scales: list[float], num_clusters: int, width: int, seed: int
+    pool: SearchThreads, searches: list[Any], scales: list[float], num_clusters: int, width: int, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
     features = on_grid(rng.normal(0, 1, (250, width)))
@@ -240,7 +245,7 @@ def test_however_centroids_move_a_bounded_search_finds_the_nearest(
         # One jumps, as when it is seeded again, the others drift.
         moves = rng.normal(0, scale, centroids.shape) * np.where(np.arange(num_clusters) == 0, 10, 1)[:, None]
         before, centroids = centroids, (centroids + moves).astype(np.float32)
-        rows.unsettled(kmeans._moves(centroids, before))
+        rows.centroids_moved(np.sqrt(((centroids.astype(np.float64) - before) ** 2).sum(axis=1)))
         step = rows.assign(centroids, search)
         sums, sizes = sums + step.sums_KF, sizes + step.sizes_K
         labels = rows._labels.read(0, 250)
@@ -251,7 +256,7 @@ def test_however_centroids_move_a_bounded_search_finds_the_nearest(
         assert np.array_equal(sums, [features[labels == k].sum(axis=0, dtype=np.float64) for k in range(num_clusters)])
 
 
-def test_bounds_hold_after_a_centroid_jumped_to_a_far_row(pool: ThreadPoolExecutor) -> None:
+def test_bounds_hold_after_a_centroid_jumped_to_a_far_row(pool: SearchThreads) -> None:
     """A reseeded centroid moves farther than any mean would: rows settled before are looked at again."""
     rng = np.random.default_rng(3)
     features = on_grid(np.concatenate([rng.normal(0, 1, (3_000, 2)), rng.normal(12, 0.2, (40, 2))]))
@@ -272,7 +277,7 @@ def test_memory_and_file_and_any_number_of_threads_give_the_same_bits(tmp_path: 
     found = []
     for num_threads in (1, 2, 3):
         (tmp_path / str(num_threads)).mkdir()
-        with single_threads(num_threads) as threads:
+        with SearchThreads(num_threads) as threads:
             for rows in (in_memory(features, threads), in_file(features, threads, tmp_path / str(num_threads))):
                 fit = lloyd(rows, start, 12)
                 found.append(bits(rows, fit))
@@ -280,7 +285,7 @@ def test_memory_and_file_and_any_number_of_threads_give_the_same_bits(tmp_path: 
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_ray_actors_give_the_bits_of_one_process(pool: ThreadPoolExecutor, tmp_path: Path) -> None:
+def test_ray_actors_give_the_bits_of_one_process(pool: SearchThreads, tmp_path: Path) -> None:
     # More than one block for each of the actors, whose block size no test can change.
     features = on_grid(np.random.default_rng(2).gamma(2, 1, (150_000, 4)))
     start = np.concatenate([features[:11], np.full((1, 4), 1e3, np.float32)])
@@ -291,7 +296,7 @@ def test_ray_actors_give_the_bits_of_one_process(pool: ThreadPoolExecutor, tmp_p
     column.write(0, features)
     try:
         rows = engine.rows(column, 4)
-        assert isinstance(rows, engines.RayRows)
+        assert isinstance(rows, RayRows)
         assert len(rows._actors) == 2
         assert bits(rows, lloyd(rows, start, 3)) == expected
         again = engine.rows(column, 4)  # another stratum's rows in the same actors
@@ -326,7 +331,7 @@ def gpu_rows(monkeypatch: pytest.MonkeyPatch) -> Callable[[np.ndarray, int], Gpu
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("num_devices", [1, 2, 3])
 def test_the_gpu_engines_sums_and_seeds_are_those_of_a_cpu(
-    pool: ThreadPoolExecutor, gpu_rows: Callable[[np.ndarray, int], GpuRows], num_devices: int
+    pool: SearchThreads, gpu_rows: Callable[[np.ndarray, int], GpuRows], num_devices: int
 ) -> None:
     features, _ = planted(1_250)
     start = np.concatenate([FOUR[:3] + 1, np.full((1, 3), 500, np.float32)])  # the last is seeded again
@@ -342,7 +347,7 @@ def test_the_gpu_engines_sums_and_seeds_are_those_of_a_cpu(
 
 @pytest.mark.usefixtures("small_blocks")
 def test_the_gpu_engine_is_as_good_where_groups_run_into_each_other(
-    pool: ThreadPoolExecutor, gpu_rows: Callable[[np.ndarray, int], GpuRows]
+    pool: SearchThreads, gpu_rows: Callable[[np.ndarray, int], GpuRows]
 ) -> None:
     features = on_grid(np.random.default_rng(4).gamma(2, 1, (3_000, 5)))
     here, there = in_memory(features, pool), gpu_rows(features, 2)
@@ -365,7 +370,7 @@ def farthest_rows(features: np.ndarray, centroids: np.ndarray, count: int) -> np
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("num_empty", [1, 2, 5])
-def test_empty_centroids_go_exactly_to_the_farthest_rows(pool: ThreadPoolExecutor, num_empty: int) -> None:
+def test_empty_centroids_go_exactly_to_the_farthest_rows(pool: SearchThreads, num_empty: int) -> None:
     features = on_grid(np.random.default_rng(5).normal(0, 1, (1_000, 3)))
     filled = on_grid(np.array([[0.5, 0, 0], [-0.5, 0, 0]]))
     start = np.concatenate([filled, np.full((num_empty, 3), 1e4, np.float32)])
@@ -382,13 +387,13 @@ def test_of_equally_far_rows_the_first_is_the_seed(tmp_path: Path) -> None:
     far = [[3, 4], [4, 3], [-5, 0], [0, 5]]
     features[[120, 130, 560, 900]] = far
     start = np.array([[0, 0], [100, 100], [90, 90]], np.float32)
-    with single_threads(3) as threads:
+    with SearchThreads(3) as threads:
         for rows in (in_memory(features, threads), in_file(features, threads, tmp_path)):
             # After the first, the second is no longer far from it.
             assert lloyd(rows, start, 0).centroids_KF.tolist() == [[0, 0], far[0], far[2]]
 
 
-def test_fewer_distinct_rows_than_centroids_end_with_empty_groups_and_not_in_a_loop(pool: ThreadPoolExecutor) -> None:
+def test_fewer_distinct_rows_than_centroids_end_with_empty_groups_and_not_in_a_loop(pool: SearchThreads) -> None:
     features = np.repeat(np.array([[0, 0], [1, 1], [2, 0]], np.float32), 40, axis=0)
     fit = lloyd(in_memory(features, pool), np.full((7, 2), 9, np.float32), 50)
     assert sorted(fit.sizes_K.tolist()) == [0, 0, 0, 0, 40, 40, 40]
@@ -399,7 +404,7 @@ def test_fewer_distinct_rows_than_centroids_end_with_empty_groups_and_not_in_a_l
 # --- the end -------------------------------------------------------------------------------------------------------
 
 
-def test_iterations_end_at_their_number_or_when_nothing_changes_and_say_which(pool: ThreadPoolExecutor) -> None:
+def test_iterations_end_at_their_number_or_when_nothing_changes_and_say_which(pool: SearchThreads) -> None:
     features = on_grid(np.random.default_rng(6).gamma(2, 1, (5_000, 3)))
     fits = {n: lloyd(in_memory(features, pool), features[:12], n) for n in (0, 3, 1_000)}
     assert [(fit.num_iterations, fit.ended_by) for fit in list(fits.values())[:2]] == [
@@ -417,7 +422,7 @@ def test_iterations_end_at_their_number_or_when_nothing_changes_and_say_which(po
     assert (exactly.num_iterations, exactly.ended_by) == (last, "converged")
 
 
-def test_a_tolerance_ends_earlier_at_the_first_small_move_and_says_so(pool: ThreadPoolExecutor) -> None:
+def test_a_tolerance_ends_earlier_at_the_first_small_move_and_says_so(pool: SearchThreads) -> None:
     features = on_grid(np.random.default_rng(7).gamma(2, 1, (5_000, 3)))
     start, tolerance = features[:12], 0.01
     steps = [lloyd(in_memory(features, pool), start, n).centroids_KF.astype(np.float64) for n in range(60)]
@@ -433,7 +438,7 @@ def test_a_tolerance_ends_earlier_at_the_first_small_move_and_says_so(pool: Thre
     assert lloyd(in_memory(features, pool), start, 1_000, 1e9).num_iterations == 1
 
 
-def test_inertia_never_rises(pool: ThreadPoolExecutor) -> None:
+def test_inertia_never_rises(pool: SearchThreads) -> None:
     features = on_grid(np.random.default_rng(8).gamma(2, 1, (4_000, 6)))
     found = [lloyd(in_memory(features, pool), features[:15], n).inertia for n in range(12)]
     assert all(after <= before for before, after in itertools.pairwise(found))
@@ -458,24 +463,24 @@ def test_a_column_in_a_file_reads_like_one_in_memory(
     writes: list[tuple[int, int]],
     one: tuple[int, int],
 ) -> None:
-    columns = [
-        kmeans.in_memory(num_rows, width, dtype),
+    both = [
+        columns.in_memory(num_rows, width, dtype),
         FileColumn(tmp_path_factory.mktemp("column") / "file", num_rows, width, dtype),
     ]
     for number, (start, longest) in enumerate(writes):
         place = start % num_rows
         count = min(longest, num_rows - place)
-        values = np.arange(count * width, dtype=dtype).reshape(columns[0].read(0, count).shape) + number
-        for column in columns:
+        values = np.arange(count * width, dtype=dtype).reshape(both[0].read(0, count).shape) + number
+        for column in both:
             column.write(place, values)
     start = one[0] % num_rows
-    memory, file = (column.read(start, start + one[1]) for column in columns)
+    memory, file = (column.read(start, start + one[1]) for column in both)
     assert memory.tobytes() == file.tobytes()
-    assert (memory.shape, memory.dtype, len(columns[0])) == (file.shape, file.dtype, len(columns[1]))
+    assert (memory.shape, memory.dtype, len(both[0])) == (file.shape, file.dtype, len(both[1]))
 
 
 @pytest.mark.parametrize("kind", ["memory", "disk"])
-def test_a_column_of_one_value_takes_a_matrix_of_one_column(pool: ThreadPoolExecutor, tmp_path: Path, kind: str) -> None:
+def test_a_column_of_one_value_takes_a_matrix_of_one_column(pool: SearchThreads, tmp_path: Path, kind: str) -> None:
     column = Engine(kind, pool, None if kind == "memory" else tmp_path).new_column(70_000, 1, np.float32)
     column.write(5, np.ones((10, 1), np.float32))
     assert column.read(4, 16).reshape(-1).tolist() == [0, *[1] * 10, 0]
@@ -486,7 +491,7 @@ def test_a_column_of_one_value_takes_a_matrix_of_one_column(pool: ThreadPoolExec
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_a_truncated_file_is_an_error_that_names_it_and_not_a_hang(tmp_path: Path, num_threads: int) -> None:
     features, _ = planted(2_000)
-    with single_threads(num_threads) as threads:
+    with SearchThreads(num_threads) as threads:
         rows = in_file(features, threads, tmp_path)
         os.truncate(tmp_path / "column-0", 1_999 * 12)
         with pytest.raises(OSError, match=r"ends early: .*column-0"):
@@ -494,29 +499,29 @@ def test_a_truncated_file_is_an_error_that_names_it_and_not_a_hang(tmp_path: Pat
 
 
 @pytest.mark.timeout(30)
-def test_a_disk_that_fills_up_is_an_error(pool: ThreadPoolExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_up_is_an_error(pool: SearchThreads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     features, _ = planted(200)
     rows = in_file(features, pool, tmp_path)
 
     def full(*_: Any) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(kmeans.os, "pwrite", full)
+    monkeypatch.setattr(columns.os, "pwrite", full)
     with pytest.raises(OSError, match="No space left"):
         lloyd(rows, FOUR, 5)
 
 
 def test_short_writes_and_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write, read = os.pwrite, os.preadv
-    monkeypatch.setattr(kmeans.os, "pwrite", lambda file, data, place: write(file, data[:13], place))
-    monkeypatch.setattr(kmeans.os, "preadv", lambda file, buffers, place: read(file, [buffers[0][:7]], place))
+    monkeypatch.setattr(columns.os, "pwrite", lambda file, data, place: write(file, data[:13], place))
+    monkeypatch.setattr(columns.os, "preadv", lambda file, buffers, place: read(file, [buffers[0][:7]], place))
     column = FileColumn(tmp_path / "column", 50, 3, np.float32)
     values = np.arange(120, dtype=np.float32).reshape(40, 3)
     column.write(10, values)
     assert np.array_equal(column.read(10, 99), values)
 
 
-def test_losses_stay_in_memory_up_to_the_size_that_was_allowed(pool: ThreadPoolExecutor, tmp_path: Path) -> None:
+def test_losses_stay_in_memory_up_to_the_size_that_was_allowed(pool: SearchThreads, tmp_path: Path) -> None:
     for memory_gb, kind in ((0.5, "memory"), (0.4, "disk")):
         engine = Engine.choose(GroupingConfig(memory_gb=memory_gb), pool, tmp_path, 10_000_000, 12)
         assert engine.kind == kind
@@ -527,7 +532,7 @@ def test_losses_stay_in_memory_up_to_the_size_that_was_allowed(pool: ThreadPoolE
     assert not list(tmp_path.iterdir())
 
 
-def test_a_gpu_that_is_not_there_is_refused_with_what_to_do(pool: ThreadPoolExecutor, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_gpu_that_is_not_there_is_refused_with_what_to_do(pool: SearchThreads, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 0, raising=False)
     with pytest.raises(ConfigError, match=r"machines\.clustering\.engine=gpu.*s2l_ray\[gpu\].*auto, memory, disk or ray"):
         Engine.choose(GroupingConfig(engine="gpu"), pool, tmp_path, 100, 4)
@@ -535,5 +540,5 @@ def test_a_gpu_that_is_not_there_is_refused_with_what_to_do(pool: ThreadPoolExec
     assert Engine.choose(GroupingConfig(), pool, tmp_path, 100, 4).describe() == "on 2 GPUs"
 
 
-def test_each_thread_of_the_pool_has_faiss_use_one(pool: ThreadPoolExecutor) -> None:
+def test_each_thread_of_the_pool_has_faiss_use_one(pool: SearchThreads) -> None:
     assert set(pool.map(lambda _: faiss.omp_get_max_threads(), range(20))) == {1}

@@ -1,10 +1,14 @@
-"""Features of trajectories and how good groups are: the formulas by the book, and a readout that tells the truth."""
+"""Features of trajectories and how good groups are: the formulas by the book, and diagnostics that tell the truth."""
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -12,14 +16,18 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score
 
-from s2l_ray.clustering import diagnostics as quality
-from s2l_ray.clustering import grouping as module
+from s2l_ray.clustering import diagnostics, kmeans, strata
 from s2l_ray.clustering.features import Features, Spectrum, on_grid
-from s2l_ray.clustering.stage import Clustering, cluster, cluster_store
-from s2l_ray.config import ClusteringConfig
+from s2l_ray.clustering.groups import Clustering
+from s2l_ray.clustering.stage import cluster, cluster_store
+from s2l_ray.config import ClusteringConfig, SelectionConfig
 from s2l_ray.errors import ConfigError
+from s2l_ray.selection.alone import select_trajectories
 from s2l_ray.selection.stage import select
-from s2l_ray.trajectories.store import Trajectories, TrajectoryStore
+from s2l_ray.storage.artifacts import Artifact, Key
+from s2l_ray.storage.drafts import Draft
+from s2l_ray.storage.places import Storage
+from s2l_ray.trajectories.store import Trajectories, TrajectoryStore, trajectories_table
 
 KINDS = ("raw", "reduction", "shape", "whitened")
 # Features are rounded to multiples of this.
@@ -60,23 +68,23 @@ labelings = st.integers(1, 60).flatmap(
 @settings(max_examples=200, deadline=None)
 def test_agreement_is_scikit_learns_adjusted_rand_index(labels: tuple[list[int], list[int]]) -> None:
     left, right = (np.array(values, np.int32) for values in labels)
-    table = quality.contingency(left, right, (6, 6))
+    table = diagnostics.contingency(left, right, (6, 6))
     assert table.sum() == len(left)
-    assert quality.adjusted_rand_index(table) == pytest.approx(adjusted_rand_score(left, right), abs=1e-12)
+    assert diagnostics.adjusted_rand_index(table) == pytest.approx(adjusted_rand_score(left, right), abs=1e-12)
 
 
 def test_mean_agreement_is_over_all_pairs_of_restarts() -> None:
     labels = np.random.default_rng(0).integers(0, 4, (3, 500))
     labels[1, :400] = labels[0, :400]
     pairs = [adjusted_rand_score(labels[a], labels[b]) for a, b in ((0, 1), (0, 2), (1, 2))]
-    assert quality.mean_agreement(labels) == pytest.approx(np.mean(pairs), abs=1e-12)
-    assert quality.mean_agreement(labels[:1]) is None
-    assert quality.mean_agreement(np.zeros((3, 0), np.int32)) is None
+    assert diagnostics.mean_agreement(labels) == pytest.approx(np.mean(pairs), abs=1e-12)
+    assert diagnostics.mean_agreement(labels[:1]) is None
+    assert diagnostics.mean_agreement(np.zeros((3, 0), np.int32)) is None
 
 
 def test_mean_overlap_is_the_share_of_common_rows() -> None:
     subsets = [np.array([0, 1, 2, 3]), np.array([0, 1, 2, 9]), np.array([0, 7, 8, 9])]
-    assert quality.mean_overlap(subsets) == pytest.approx((3 / 4 + 1 / 4 + 2 / 4) / 3)
+    assert diagnostics.mean_overlap(subsets) == pytest.approx((3 / 4 + 1 / 4 + 2 / 4) / 3)
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.integers(1, 5))
@@ -88,12 +96,12 @@ def test_the_variance_between_groups_is_that_of_their_means(seed: int, num_group
     sizes = np.bincount(labels, minlength=7)
     means = np.stack([rows[labels == one].mean(axis=0) for one in labels])
     between, total = ((means - rows.mean(axis=0)) ** 2).sum(), ((rows - rows.mean(axis=0)) ** 2).sum()
-    assert quality.between(sums, sizes) == pytest.approx(between, rel=1e-9, abs=1e-9)
-    assert quality.explained(((rows - means) ** 2).sum(), total) == pytest.approx(between / total, rel=1e-9, abs=1e-9)
+    assert diagnostics.between(sums, sizes) == pytest.approx(between, rel=1e-9, abs=1e-9)
+    assert diagnostics.explained(((rows - means) ** 2).sum(), total) == pytest.approx(between / total, rel=1e-9, abs=1e-9)
 
 
 def test_groups_of_rows_that_do_not_differ_explain_everything() -> None:
-    assert quality.explained(0.0, 0.0) == 1.0
+    assert diagnostics.explained(0.0, 0.0) == 1.0
 
 
 # --- principal components ------------------------------------------------------------------------------------------
@@ -263,7 +271,7 @@ def test_a_subset_by_shape_has_equal_shares_of_the_ways_of_learning() -> None:
     assert np.bincount(kinds[rare][found.example_ids.to_numpy()]).tolist() == [40, 40, 40]
 
 
-# --- the readout ---------------------------------------------------------------------------------------------------
+# --- the diagnostics ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -281,11 +289,12 @@ def test_explained_variance_and_that_of_sources_are_as_computed_directly(kind: s
     assert found.explained_variance == pytest.approx(1 - found.inertia / total, rel=1e-6)
     # Groups that have not converged are not around their means.
     assert found.explained_variance == pytest.approx(1 - within(found.cluster_ids_N) / total, abs=0.01)
-    by_source = found.readout["variance_explained_by_source"]
+    by_source = found.diagnostics["variance_explained_by_source"]
     assert by_source == pytest.approx(1 - within(sources) / total, rel=1e-6)
     assert 0 < by_source < 1
-    assert found.readout["agreement_with_source"] == pytest.approx(adjusted_rand_score(found.cluster_ids_N, sources), abs=1e-9)
-    assert found.readout["features"] == kind
+    agreement = adjusted_rand_score(found.cluster_ids_N, sources)
+    assert found.diagnostics["agreement_with_source"] == pytest.approx(agreement, abs=1e-9)
+    assert found.diagnostics["features"] == kind
 
 
 def test_groups_that_are_the_sources_agree_with_them_entirely() -> None:
@@ -294,28 +303,28 @@ def test_groups_that_are_the_sources_agree_with_them_entirely() -> None:
     levels = {"books": 1.0, "code": 4.0, "web": 9.0}
     losses = np.array([levels[source] for source in sources])[:, None] + rng.normal(0, 0.1, (600, 3))
     found = grouped(losses, sources, num_clusters=3)
-    assert found.readout["agreement_with_source"] == 1
-    assert found.readout["variance_explained_by_source"] == pytest.approx(found.explained_variance, abs=1e-6)
+    assert found.diagnostics["agreement_with_source"] == 1
+    assert found.diagnostics["variance_explained_by_source"] == pytest.approx(found.explained_variance, abs=1e-6)
     unrelated = grouped(losses, rng.permutation(sources), num_clusters=3)
-    assert abs(unrelated.readout["agreement_with_source"]) < 0.02
-    assert unrelated.readout["variance_explained_by_source"] < 0.02
+    assert abs(unrelated.diagnostics["agreement_with_source"]) < 0.02
+    assert unrelated.diagnostics["variance_explained_by_source"] < 0.02
     strata = cluster(rng.random((600, 3)), num_clusters=1, strata=sources)
-    assert strata.readout["agreement_with_source"] == 1
-    assert strata.readout["variance_explained_by_source"] == pytest.approx(strata.explained_variance, abs=1e-6)
+    assert strata.diagnostics["agreement_with_source"] == 1
+    assert strata.diagnostics["variance_explained_by_source"] == pytest.approx(strata.explained_variance, abs=1e-6)
 
 
 def test_without_sources_nothing_is_said_of_them() -> None:
-    readout = cluster(falling(300, 4), num_clusters=4).readout
-    assert readout["variance_explained_by_source"] is None
-    assert readout["agreement_with_source"] is None
+    found = cluster(falling(300, 4), num_clusters=4).diagnostics
+    assert found["variance_explained_by_source"] is None
+    assert found["agreement_with_source"] is None
 
 
 def test_restarts_agree_on_planted_groups_and_one_restart_says_nothing() -> None:
     losses, _ = shapes_under_levels(2)
-    several, one = (cluster(losses, num_clusters=3, num_restarts=n, features="shape").readout for n in (3, 1))
+    several, one = (cluster(losses, num_clusters=3, num_restarts=n, features="shape").diagnostics for n in (3, 1))
     assert several["agreement_of_restarts"] == 1
     assert one["agreement_of_restarts"] is None
-    blurred = cluster(np.random.default_rng(9).random((2_000, 6)), num_clusters=20).readout["agreement_of_restarts"]
+    blurred = cluster(np.random.default_rng(9).random((2_000, 6)), num_clusters=20).diagnostics["agreement_of_restarts"]
     assert 0.1 < blurred < 0.9
 
 
@@ -323,40 +332,77 @@ def test_tiny_groups_and_sampled_rows_are_counted(monkeypatch: pytest.MonkeyPatc
     rng = np.random.default_rng(10)
     kinds = np.repeat(np.arange(4), [500, 300, 11, 10])
     losses = np.array([1.0, 3.0, 30.0, 90.0])[kinds][:, None] + rng.normal(0, 0.05, (821, 3))
-    readout = cluster(losses, num_clusters=4).readout
-    assert (readout["tiny_groups"], readout["tiny_rows"]) == (1, 10)
-    assert (readout["sampled_rows"], readout["training_rows"]) == (821, 821)
-    monkeypatch.setattr(module, "SAMPLE_ROWS_PER_CLUSTER", 50)
-    readout = cluster(losses, num_clusters=4, training_rows=400).readout
-    assert (readout["sampled_rows"], readout["training_rows"]) == (200, 400)
+    found = cluster(losses, num_clusters=4).diagnostics
+    assert (found["tiny_groups"], found["tiny_rows"]) == (1, 10)
+    assert (found["sampled_rows"], found["training_rows"]) == (821, 821)
+    monkeypatch.setattr(strata, "SAMPLE_ROWS_PER_CLUSTER", 50)
+    found = cluster(losses, num_clusters=4, training_rows=400).diagnostics
+    assert (found["sampled_rows"], found["training_rows"]) == (200, 400)
+
+
+def one_direction(noise: float) -> np.ndarray:
+    """Losses whose level varies more than all else, by far if there is little noise."""
+    rng = np.random.default_rng(11)
+    return rng.gamma(4, 1, (2_000, 1)) + rng.normal(0, noise, (2_000, 5))
 
 
 @pytest.mark.parametrize(("noise", "warned"), [(0.05, True), (1.0, False)])
 def test_a_warning_where_one_component_holds_nearly_everything(noise: float, warned: bool) -> None:
-    rng = np.random.default_rng(11)
-    losses = rng.gamma(4, 1, (2_000, 1)) + rng.normal(0, noise, (2_000, 5))
+    losses = one_direction(noise)
     share = PCA().fit(losses).explained_variance_ratio_[0]
     assert (share > 0.9) == warned
     for kind in KINDS:
-        warning = cluster(losses, num_clusters=5, features=kind).readout["warning"]
+        warning = cluster(losses, num_clusters=5, features=kind).diagnostics["warning"]
         assert (warning is not None) == warned
         if warning is not None:
             assert warning.startswith(f"one direction holds {share:.1%} of the trajectories' variance")
             assert ("reduction, shape or whitened" in warning) == (kind == "raw")
 
 
+@pytest.mark.parametrize(
+    ("steps", "advice"),
+    [
+        ([0, 5, 10], None),
+        ([5, 10, 15], r"record the untrained model too \(step 0; proxy\.include_untrained in a run\)$"),
+        (None, r"record the untrained model too \(step 0\) if these trajectories lack it$"),
+    ],
+    ids=["recorded", "not-recorded", "unknown"],
+)
+def test_a_warning_advises_only_what_is_not_done_yet(tmp_path: Path, steps: list[int] | None, advice: str | None) -> None:
+    """Of a run's trajectories or a recording it is known whether they begin with the untrained model, of others not."""
+    losses = one_direction(0.05).astype(np.float32)
+    ids = [f"row-{row:04d}" for row in range(len(losses))]
+    if steps is None:
+        pq.write_table(pa.table({"example_id": ids, "losses": losses.tolist()}), tmp_path / "t.parquet")
+        source = str(tmp_path / "t.parquet")
+    else:
+        source = str(tmp_path / "trajectories")
+        draft = Draft.open(Storage(str(tmp_path)), Key("trajectories", 1, {}, {}))
+        draft.write_table("part-00000.parquet", trajectories_table(ids, losses, ["web"] * len(ids), [9] * len(ids)))
+        draft.publish({"rows": len(ids), "steps": steps})
+    for kind in ("raw", "shape"):
+        grouping = ClusteringConfig(num_clusters=5, features=kind)  # type: ignore[arg-type]
+        select_trajectories(source, str(tmp_path / kind), grouping, SelectionConfig(budget=50))
+        warning = Artifact.read(Storage(str(tmp_path / kind / "clustering"))).summary["diagnostics"]["warning"]
+        assert ("Compare clustering.features" in warning) == (kind == "raw")
+        if kind == "shape" or advice is None:
+            assert "untrained" not in warning
+        else:
+            assert re.search(advice, warning)
+
+
 def test_one_point_and_equal_rows_have_no_warning() -> None:
-    assert quality.warning(Spectrum.of(falling(200, 1)), "raw") is None
-    assert quality.warning(Spectrum.of(np.ones((200, 3), np.float32)), "raw") is None
+    assert diagnostics.warning(Spectrum.of(falling(200, 1)), "raw") is None
+    assert diagnostics.warning(Spectrum.of(np.ones((200, 3), np.float32)), "raw") is None
 
 
-def test_components_in_the_readout_are_the_corpus_own() -> None:
+def test_components_in_the_diagnostics_are_the_corpus_own() -> None:
     losses = falling(3_000, 4, seed=12)
-    readout = cluster(losses, num_clusters=5, features="shape").readout
+    found = cluster(losses, num_clusters=5, features="shape").diagnostics
     theirs = PCA().fit(losses.astype(np.float64))
-    assert readout["principal_components"] == pytest.approx(theirs.explained_variance_ratio_, abs=2e-6)
+    assert found["principal_components"] == pytest.approx(theirs.explained_variance_ratio_, abs=2e-6)
     variances = theirs.explained_variance_
-    assert readout["effective_dimension"] == pytest.approx(variances.sum() ** 2 / (variances**2).sum(), abs=2e-3)
+    assert found["effective_dimension"] == pytest.approx(variances.sum() ** 2 / (variances**2).sum(), abs=2e-3)
 
 
 # --- how good groups are -------------------------------------------------------------------------------------------
@@ -403,19 +449,19 @@ def test_groups_that_stay_empty_in_one_stratum_leave_the_others_groups_alone(mon
         start[:7] = features[:7]
         return start
 
-    monkeypatch.setattr("s2l_ray.clustering.grouping.plus_plus", partly_far_away)
-    monkeypatch.setattr("s2l_ray.clustering.kmeans.MAX_REPAIRS", 0)
+    monkeypatch.setattr(strata, "plus_plus", partly_far_away)
+    monkeypatch.setattr(kmeans, "MAX_REPAIRS", 0)
     rng = np.random.default_rng(14)
-    strata = np.repeat(["a", "b", "c"], [200, 300, 100])
+    labels = np.repeat(["a", "b", "c"], [200, 300, 100])
     losses = np.array([100, 0, 9])[np.repeat([0, 1, 2], [200, 300, 100])][:, None] + rng.random((600, 2))
     for kind in ("raw", "reduction"):
-        found = cluster(losses, num_clusters=10, strata=strata, features=kind)
+        found = cluster(losses, num_clusters=10, strata=labels, features=kind)
         assert {stratum.num_clusters for stratum in found.strata} == {7}
         assert all("stayed empty" in str(stratum.capped_by) for stratum in found.strata)
         assert np.bincount(found.cluster_ids_N).tolist() == found.sizes_K.tolist()
         assert found.strata_K is not None
         names = np.array([stratum.name for stratum in found.strata])
-        assert np.array_equal(names[found.strata_K[found.cluster_ids_N]], strata)
+        assert np.array_equal(names[found.strata_K[found.cluster_ids_N]], labels)
         assert np.abs(found.centroids_KT[found.cluster_ids_N] - losses).max() < 1
 
 

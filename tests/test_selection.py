@@ -21,7 +21,9 @@ from s2l_ray.clustering.stage import cluster, publish_clustering
 from s2l_ray.config import ClusteringConfig, GroupingConfig, SelectionConfig
 from s2l_ray.errors import ConfigError, DataError
 from s2l_ray.examples.ids import priorities
-from s2l_ray.selection.stage import publish_selection, read_selection, select, select_rows, selection_order, water_fill
+from s2l_ray.selection.choosing import select_rows
+from s2l_ray.selection.quotas import selection_order, water_fill
+from s2l_ray.selection.stage import publish_selection, read_selection, select
 from s2l_ray.storage.artifacts import Artifact, Key
 from s2l_ray.storage.drafts import Draft
 from s2l_ray.storage.places import Storage
@@ -382,7 +384,7 @@ def test_long_texts_are_sorted_in_pieces_and_come_out_as_they_were(tmp_path: Pat
     table = table.set_column(1, "text", pa.array([f"{i} {'long ' * int(n)}" for i, n in enumerate(rng.integers(1, 900, 600))]))
     pq.write_table(table, tmp_path / "t.parquet", row_group_size=50)
     whole = built(tmp_path / "whole", str(tmp_path / "t.parquet"), budget=400).read_table("selected.parquet")
-    for module in ("trajectories.sorting.RUN_BYTES", "selection.stage._BLOCK_BYTES"):
+    for module in ("trajectories.sorting.RUN_BYTES", "selection.subset_rows._BLOCK_BYTES"):
         monkeypatch.setattr(f"s2l_ray.{module}", 50_000)
     cut = built(tmp_path / "cut", str(tmp_path / "t.parquet"), budget=400).read_table("selected.parquet")
     assert cut.equals(whole)

@@ -1,6 +1,8 @@
 """Trajectories -> groups of examples whose losses fell in the same way. Needs neither torch nor Ray.
 
-Takes a trajectory store; gives groups and `clustering/assignments-*.parquet`. Read `stage`, then `grouping` (samples,
-restarts, all rows), `kmeans` (one Lloyd loop), `engines` (where its rows are), `features` (what it sees), `diagnostics` (how
-good the groups are).
+Takes a trajectory store; gives `Groups` and the files of `clustering/`. Read `stage` (what is called and written), `groups`
+(what comes out), `grouping` (two passes over the store, then each stratum), `strata` (sample, restarts, all rows), `kmeans`
+(Lloyd's loop and where it starts), `bounds` (searches saved), `numbering` (canonical cluster ids) and `diagnostics` (how good
+the groups are). Where rows are: `engines` chooses between `local_rows`, `ray_rows` and `gpu_rows`; `columns` are memory or
+files. `features` is what k-means sees of the losses, `threads` is faiss.
 """

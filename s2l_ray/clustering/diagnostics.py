@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,21 +20,21 @@ DOMINANT_SHARE = 0.9
 def contingency(
     left_N: NDArray[np.integer[Any]], right_N: NDArray[np.integer[Any]], shape: tuple[int, int]
 ) -> NDArray[np.int64]:
-    """How many rows are in each pair of groups."""
+    """How many rows are in each pair of groups, an array of this shape."""
     return np.bincount(left_N.astype(np.int64) * shape[1] + right_N, minlength=shape[0] * shape[1]).reshape(shape)
 
 
-def adjusted_rand_index(table: NDArray[np.int64]) -> float:
+def adjusted_rand_index(rows_KL: NDArray[np.int64]) -> float:
     """Agreement of two groupings from their contingency table: 1 for the same groups, about 0 for unrelated ones
     (Hubert and Arabie, 1985)."""
 
     def pairs(counts: NDArray[np.int64]) -> float:
         return float((counts.astype(np.float64) * (counts - 1)).sum()) / 2
 
-    together, total = pairs(table), pairs(np.array([table.sum()]))
-    left, right = pairs(table.sum(axis=1)), pairs(table.sum(axis=0))
-    expected, most = left * right / total if total else 0.0, (left + right) / 2
-    return 1.0 if most == expected else (together - expected) / (most - expected)
+    together, total = pairs(rows_KL), pairs(np.array([rows_KL.sum()]))
+    left, right = pairs(rows_KL.sum(axis=1)), pairs(rows_KL.sum(axis=0))
+    expected, largest = left * right / total if total else 0.0, (left + right) / 2
+    return 1.0 if largest == expected else (together - expected) / (largest - expected)
 
 
 def mean_agreement(labels_RN: NDArray[np.integer[Any]]) -> float | None:
@@ -45,33 +46,40 @@ def mean_agreement(labels_RN: NDArray[np.integer[Any]]) -> float | None:
     return float(np.mean([adjusted_rand_index(contingency(left, right, (size, size))) for left, right in pairs]))
 
 
-def mean_overlap(subsets: list[NDArray[np.int64]]) -> float:
-    """Mean share of common rows over all pairs of subsets of one size."""
+def mean_overlap(subsets: Sequence[NDArray[np.int64]]) -> float:
+    """Mean share of common rows over all pairs of subsets (row numbers, none twice) of one size."""
     pairs = itertools.combinations(subsets, 2)
     return float(np.mean([len(np.intersect1d(left, right, assume_unique=True)) / len(left) for left, right in pairs]))
 
 
 def explained(inertia: float, total: float) -> float:
-    """Share of the variance that groups explain; 1 where rows do not differ."""
+    """Share of the variance that groups explain, of two sums of squares in the same units; 1 where rows do not differ."""
     return 1.0 - inertia / total if total > 0 else 1.0
 
 
 def between(sums_SF: NDArray[np.float64], sizes_S: NDArray[np.int64]) -> float:
-    """Sum of squares between groups, from the sums and sizes of the groups."""
+    """Sum of squares between groups, in squared units of the features, from the groups' sums and sizes."""
     filled = sizes_S > 0
     of_groups = float(((sums_SF[filled] ** 2).sum(axis=1) / sizes_S[filled]).sum())
     return of_groups - float((sums_SF.sum(axis=0) ** 2).sum()) / int(sizes_S.sum())
 
 
-def warning(spectrum: Spectrum, features: str) -> str | None:
-    """What a user should know before trusting groups of trajectories that vary in one direction only."""
+def warning(spectrum: Spectrum, features: str, has_untrained: bool | None = None) -> str | None:
+    """What a user should know before trusting groups of trajectories that vary in one direction only, None for others.
+
+    It advises what is not done yet. `has_untrained`: whether the trajectories begin with the losses of the untrained model;
+    None where nobody knows.
+    """
     share = float(spectrum.shares_T[0])
     if share < DOMINANT_SHARE or len(spectrum.shares_T) < 2:
         return None
     text = f"one direction holds {share:.1%} of the trajectories' variance"
-    if features == "raw":
-        return (
-            f"{text}: raw groups do little more than cut the loss level into bands. Compare clustering.features reduction, "
-            "shape or whitened, or record the untrained model too (proxy.include_untrained)"
-        )
-    return f"{text}, which '{features}' takes away or weakens: what is left may be noise"
+    if features != "raw":
+        return f"{text}, which '{features}' takes away or weakens: what is left may be noise"
+    text = (
+        f"{text}: raw groups do little more than cut the loss level into bands. Compare clustering.features reduction, shape "
+        "or whitened"
+    )
+    if has_untrained is None:
+        return f"{text}, or record the untrained model too (step 0) if these trajectories lack it"
+    return text if has_untrained else f"{text}, or record the untrained model too (step 0; proxy.include_untrained in a run)"

@@ -18,13 +18,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from s2l_ray.clustering.columns import Floats
 from s2l_ray.errors import ConfigError
 
 GRID = np.float32(2**20)
 # Components with less of the variance than this are rounding errors, and whitening would blow them up.
 MIN_SHARE = 1e-6
 
-Floats = NDArray[np.float32]
 Kind = Literal["raw", "reduction", "shape", "whitened"]
 
 
@@ -33,12 +33,14 @@ class Spectrum:
     """The principal components of trajectories, largest first."""
 
     variances_T: NDArray[np.float64]
+    """In squared nats."""
+
     directions_TT: NDArray[np.float64]
     """One per column, unit length, the largest entry positive."""
 
     @classmethod
     def of(cls, losses_NT: Floats) -> Spectrum:
-        """The components of some trajectories.
+        """The components of some trajectories, losses in nats of shape (N, T).
 
         Sums run over columns one pair after the other and not through a matrix product, whose order of additions may
         depend on the number of threads.
@@ -74,8 +76,8 @@ class Features:
 
     @classmethod
     def of(cls, kind: Kind, sample_ST: Floats, spectrum: Spectrum) -> Features:
-        """The map for a corpus from a sample of it: the center is the median, which one outlier does not move away from
-        all others. Raises ConfigError where the trajectories are too short for the features."""
+        """The map for a corpus from a sample of it, shape (S, T) and on the grid: the center is the median, which one outlier
+        does not move away from all others. Raises ConfigError where the trajectories are too short for the features."""
         center_T = on_grid(np.median(sample_ST, axis=0))
         if kind != "raw" and len(center_T) < 2:
             raise ConfigError(
@@ -97,7 +99,7 @@ class Features:
         return len(self.center_T) - (self.kind == "reduction")
 
     def __call__(self, losses_NT: Floats) -> Floats:
-        """Features of some rows, shape (N, F); each row's depend on that row alone."""
+        """Features of some rows of losses in nats: float32, shape (N, F), on the grid; each row's depend on that row alone."""
         values_NT = on_grid(losses_NT)
         values_NT -= self.center_T
         if self.kind == "raw":
@@ -116,7 +118,7 @@ class Features:
 
 
 def on_grid(values: NDArray[np.floating[Any]]) -> Floats:
-    """Values rounded to multiples of 2**-20."""
+    """Values of any shape rounded to multiples of 2**-20, as float32."""
     return np.asarray(np.rint(values * GRID) / GRID, np.float32)
 
 

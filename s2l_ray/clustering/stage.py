@@ -5,16 +5,17 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from s2l_ray.clustering.columns import Floats, Ints
 from s2l_ray.clustering.engines import Engine
-from s2l_ray.clustering.grouping import ALL_ROWS, Floats, Groups, Ints, Stratum, group
-from s2l_ray.clustering.kmeans import single_threads
+from s2l_ray.clustering.grouping import group
+from s2l_ray.clustering.groups import Clustering, Groups
+from s2l_ray.clustering.threads import SearchThreads
 from s2l_ray.config import ClusteringConfig, GroupingConfig, checked
 from s2l_ray.progress import duration, get_log
 from s2l_ray.runtime.session import connect_ray
@@ -28,16 +29,6 @@ from s2l_ray.trajectories.store import Trajectories, TrajectoryStore
 
 ROWS_PER_PART = 1_048_576
 _log = get_log("clustering")
-
-
-@dataclass(frozen=True, eq=False)
-class Clustering(Groups):
-    """K groups and which row is in which; rows in ascending order of ids."""
-
-    example_ids: pa.Array = field(kw_only=True)
-    cluster_ids_N: Ints = field(kw_only=True)
-    distances_N: Floats = field(kw_only=True)
-    """Euclidean distance of each row to its centroid, in the units of the features: nats where they are the losses."""
 
 
 def cluster(
@@ -56,8 +47,8 @@ def cluster(
 ) -> Clustering:
     """Groups of examples whose losses fell in the same way.
 
-    `losses_NT` is anything of shape (N, T); ids are row numbers unless given, and the result is in ascending order of
-    ids: any order of the rows gives the same group for each id. With `strata` (one value per row) there are
+    `losses_NT` is anything of shape (N, T), in nats; ids are row numbers unless given, and the result is in ascending order
+    of ids: any order of the rows gives the same group for each id. With `strata` (one value per row) there are
     `num_clusters` groups in each. `num_threads` (all processors unless given) decides no result. The others are as in
     the section `clustering` of a config.
 
@@ -79,13 +70,12 @@ def cluster(
 
 def cluster_store(store: TrajectoryStore, config: ClusteringConfig, num_threads: int | None = None) -> Clustering:
     """The groups of the rows of a store, in memory, and the group of every row as arrays."""
-    with single_threads(num_threads) as pool:
+    with SearchThreads(num_threads) as pool:
         grouping = group(store, config, Engine("memory", pool))
-    parts = [(block["example_id"].combine_chunks(), labels, far) for block, labels, far in grouping.assignments(store)]
-    ids, labels, distances = zip(*parts, strict=True)
+    blocks, labels, distances = zip(*grouping.assignments(), strict=True)
     return Clustering(
         **vars(grouping.groups()),
-        example_ids=pa.concat_arrays(ids),
+        example_ids=pa.concat_arrays([block["example_id"].combine_chunks() for block in blocks]),
         cluster_ids_N=np.concatenate(labels),
         distances_N=np.concatenate(distances),
     )
@@ -101,23 +91,37 @@ def build(context: Context) -> Artifact:
         connect_ray()
     source = context.inputs["trajectories"]
     with streamed(source, draft.shared, seed=config.seed, stratify_by=config.stratify_by) as (store, scratch):
-        return publish_clustering(config, context.machines, store, scratch, draft)
+        return publish_clustering(config, context.machines, store, scratch, draft, has_untrained(source))
+
+
+def has_untrained(trajectories: Artifact) -> bool:
+    """Whether a run's trajectories, or a recording, begin with the losses of the untrained model."""
+    return bool(trajectories.summary["steps"][0] == 0)
 
 
 def publish_clustering(
-    config: ClusteringConfig, machines: GroupingConfig, store: TrajectoryStore, scratch: Path, draft: Draft
+    config: ClusteringConfig,
+    machines: GroupingConfig,
+    store: TrajectoryStore,
+    scratch: Path,
+    draft: Draft,
+    has_untrained: bool | None = None,
 ) -> Artifact:
     """Group trajectories and publish `assignments-*.parquet` (example_id, cluster_id, distance), `centroids.npy` (K, T),
-    for other features than the losses `feature_centroids.npy` (K, F), and `restarts.parquet`."""
+    for other features than the losses `feature_centroids.npy` (K, F), and `restarts.parquet`.
+
+    `has_untrained`: whether the trajectories begin with the untrained model; None where that is unknown. It decides nothing
+    but what a warning advises. Raises ConfigError for what the config asks of this machine or these trajectories in vain.
+    """
     begun = time.monotonic()
-    with single_threads() as pool, Engine.choose(machines, pool, scratch, len(store), store.num_points) as engine:
+    with SearchThreads() as pool, Engine.choose(machines, pool, scratch, len(store), store.num_points) as engine:
         _log.info("%s trajectories of %d points, %s", f"{len(store):,}", store.num_points, engine.describe())
         grouping = group(store, config, engine)
         grouped = time.monotonic()
-        parts = in_order(pool, lambda table: table_bytes(table, ["cluster_id"]), _parts(grouping.assignments(store)))
+        parts = in_order(pool, lambda table: table_bytes(table, ["cluster_id"]), _parts(grouping.assignments()))
         for part, data in enumerate(parts):
             draft.write(assignments_name(part), data)
-        groups = grouping.groups()
+        groups = grouping.groups(has_untrained)
         described = engine.describe()
     _write_array(draft, CENTROIDS, groups.centroids_KT)
     if grouping.feature_centroids_KF is not None:
@@ -125,20 +129,10 @@ def publish_clustering(
     restarts = grouping.restarts()
     if restarts is not None:
         draft.write_table(RESTARTS, restarts)
-    _log.info(
-        "%d groups of %s to %s rows, %.1f%% of the variance explained%s, %s",
-        *(groups.num_clusters, f"{groups.sizes_K.min():,}", f"{groups.sizes_K.max():,}", 100 * groups.explained_variance),
-        *(_beside_source(groups.readout), duration(time.monotonic() - begun)),
-    )
-    if groups.readout["warning"] is not None:
-        _log.warning("%s", groups.readout["warning"])
-    lloyd_seconds = sum(stratum.lloyd_seconds for stratum in grouping.strata)
-    seconds = {
-        "grouping": round(grouped - begun, 3),
-        "lloyd": round(lloyd_seconds, 3),
-        "writing": round(time.monotonic() - grouped, 3),
-    }
-    return draft.publish(groups.summary(), {"engine": described, "seconds": seconds})
+    _log_groups(groups, time.monotonic() - begun)
+    seconds = {"grouping": grouped - begun, "lloyd": grouping.lloyd_seconds, "writing": time.monotonic() - grouped}
+    rounded = {name: round(spent, 3) for name, spent in seconds.items()}
+    return draft.publish(groups.summary(), {"engine": described, "seconds": rounded})
 
 
 def _parts(assignments: Iterator[tuple[pa.Table, Ints, Floats]]) -> Iterator[pa.Table]:
@@ -152,9 +146,15 @@ def _parts(assignments: Iterator[tuple[pa.Table, Ints, Floats]]) -> Iterator[pa.
     return SortedTable.joined(batches(), ROWS_PER_PART)
 
 
-def _beside_source(readout: dict[str, Any]) -> str:
-    share = readout["variance_explained_by_source"]
-    return "" if share is None else f" ({100 * share:.1f}% by source alone)"
+def _log_groups(groups: Groups, seconds: float) -> None:
+    share = groups.diagnostics["variance_explained_by_source"]
+    _log.info(
+        "%d groups of %s to %s rows, %.1f%% of the variance explained%s, %s",
+        *(groups.num_clusters, f"{groups.sizes_K.min():,}", f"{groups.sizes_K.max():,}", 100 * groups.explained_variance),
+        *("" if share is None else f" ({100 * share:.1f}% by source alone)", duration(seconds)),
+    )
+    if groups.diagnostics["warning"] is not None:
+        _log.warning("%s", groups.diagnostics["warning"])
 
 
 def _write_array(draft: Draft, path: str, values: Floats) -> None:
@@ -165,27 +165,14 @@ def _write_array(draft: Draft, path: str, values: Floats) -> None:
 
 def read_groups(artifact: Artifact) -> Groups:
     """The groups in a `clustering/` directory, without the rows. Raises ArtifactError naming a damaged file."""
-    summary = artifact.summary
-    centroids_KT: Floats = np.load(io.BytesIO(artifact.read_bytes(CENTROIDS)))
-    strata = tuple(Stratum(**stratum) for stratum in summary["strata"].values())
-    capped_by = summary["capped"].get(ALL_ROWS, {}).get("because")
-    alone = Stratum(
-        ALL_ROWS, summary["rows"], 0, len(centroids_KT), capped_by, summary["num_iterations"], summary["ended_by"][0]
-    )
-    return Groups(
-        centroids_KT=centroids_KT,
-        sizes_K=np.array(summary["sizes"], np.int64),
-        inertia=summary["inertia"],
-        explained_variance=summary["explained_variance"],
-        num_iterations=summary["num_iterations"],
-        strata=strata or (alone,),
-        is_stratified=bool(strata),
-        readout=summary["readout"],
-    )
+    return Groups.of_summary(artifact.summary, np.load(io.BytesIO(artifact.read_bytes(CENTROIDS))))
 
 
 def read_clustering(artifact: Artifact) -> Clustering:
-    """The groups in a `clustering/` directory and which row is in which, in memory."""
+    """The groups in a `clustering/` directory and which row is in which, in memory.
+
+    Raises ArtifactError naming a damaged file.
+    """
     table = pa.concat_tables([artifact.read_table(path) for path in artifact.parts(ASSIGNMENTS)]).combine_chunks()
     return Clustering(
         **vars(read_groups(artifact)),

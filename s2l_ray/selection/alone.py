@@ -7,13 +7,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from s2l_ray.clustering.stage import publish_clustering
+from s2l_ray.clustering.stage import has_untrained, publish_clustering
 from s2l_ray.config import ClusteringConfig, GroupingConfig, SelectionConfig
 from s2l_ray.config.recipes import SCHEMAS
 from s2l_ray.errors import ArtifactError
 from s2l_ray.progress import duration, get_log
 from s2l_ray.runtime.session import connect_ray
-from s2l_ray.selection.stage import check_columns, publish_selection
+from s2l_ray.selection.stage import publish_selection
+from s2l_ray.selection.subsets import check_columns
 from s2l_ray.storage.artifacts import Artifact, Key, refusal
 from s2l_ray.storage.drafts import Draft
 from s2l_ray.storage.layout import SELECTED
@@ -34,7 +35,8 @@ def select_trajectories(
 ) -> Artifact:
     """Clustering and selection alone, on anybody's trajectories: `output` gets `clustering/` and `selection/`.
 
-    The same numbers give exactly what the pipeline gives. Finished already for the same input and recipe: reused.
+    The same numbers give exactly what the pipeline gives. Finished already for the same input and recipe: reused. Raises
+    ArtifactError where `output` holds another recipe's, DataError and ConfigError as the stages do.
     """
     begun, place = time.monotonic(), Storage(output)
     check_stages(place, ("clustering", "selection"))
@@ -47,21 +49,18 @@ def select_trajectories(
             with ThreadPoolExecutor(2) as pool:
                 identity = own.identity if own is not None else store.identity(pool)
             key = Key("clustering", SCHEMAS["clustering"], clustering.model_dump(mode="json"), {"trajectories": identity})
-
-            def group(draft: Draft) -> Artifact:
-                return publish_clustering(clustering, machines, store, scratch, draft)
-
-            groups = _select_stage(place, key, group, still_held)
+            has_zero = None if own is None else has_untrained(own)
+            groups = _build_or_reuse(
+                place, key, still_held, lambda draft: publish_clustering(clustering, machines, store, scratch, draft, has_zero)
+            )
             inputs = {"trajectories": identity, "clustering": groups.identity}
             if own is None:  # columns that are only passed through are in no identity yet
                 inputs["rows"] = files_identity(source)
             key = Key("selection", SCHEMAS["selection"], selection.model_dump(mode="json"), inputs)
-
-            def build(draft: Draft) -> Artifact:
-                fetch = partial(fetch_rows, own or source)
-                return publish_selection(selection, store, groups, fetch, scratch, draft)
-
-            subset = _select_stage(place, key, build, still_held)
+            fetch = partial(fetch_rows, own or source)
+            subset = _build_or_reuse(
+                place, key, still_held, lambda draft: publish_selection(selection, store, groups, fetch, scratch, draft)
+            )
     log.info(
         "%s examples in %s/%s (%s)",
         f"{subset.summary['rows']:,}",
@@ -72,7 +71,7 @@ def select_trajectories(
     return subset
 
 
-def _select_stage(place: Storage, key: Key, build: Callable[[Draft], Artifact], still_held: Callable[[], None]) -> Artifact:
+def _build_or_reuse(place: Storage, key: Key, still_held: Callable[[], None], build: Callable[[Draft], Artifact]) -> Artifact:
     found = Artifact.find(place.child(key.stage))
     if found is None:
         return build(Draft.open(place, key, still_held))

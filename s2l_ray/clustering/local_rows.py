@@ -1,0 +1,127 @@
+"""The rows of k-means in this process, in memory or in a file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from s2l_ray.clustering.bounds import Search, drift_of, is_unsettled, nearest_centroids
+from s2l_ray.clustering.columns import Column, Floats, Ints, NewColumn, in_memory
+from s2l_ray.clustering.kmeans import Step, group_sums, squared_distances
+from s2l_ray.clustering.threads import SearchThreads
+from s2l_ray.trajectories.store import BLOCK_ROWS
+
+
+class LocalRows:
+    """`KMeansRows` of this process, searched by the threads of a pool, a block each."""
+
+    def __init__(self, features: Column, width: int, pool: SearchThreads, new_column: NewColumn = in_memory) -> None:
+        num_rows = len(features)
+        self.shape = (num_rows, width)
+        self._blocks = [slice(start, start + BLOCK_ROWS) for start in range(0, num_rows, BLOCK_ROWS)]
+        self._features, self._pool = features, pool
+        self._labels = new_column(num_rows, 1, np.int32)
+        # The rows' gaps (see `bounds`); `finish` puts the distances in their place.
+        self._gaps = new_column(num_rows, 1, np.float32)
+        self._drift_K: NDArray[np.float64] | None = None
+        """None until the rows are assigned for the first time."""
+        self._to_nearest: list[NDArray[np.float64]] = []
+        """For `farthest`, block by block: squared distances to the nearest centroid or seed."""
+
+    def centroids_moved(self, moved_K: NDArray[np.float64]) -> int:
+        assert self._drift_K is not None, "rows that were never assigned have no bounds"
+        drift_K = self._drift_K = self._drift_K + drift_of(moved_K)
+
+        def one_block(block: slice) -> int:
+            labels_M, gaps_M = self._results_of(block)
+            return int(np.count_nonzero(is_unsettled(gaps_M, labels_M, drift_K)))
+
+        return sum(self._pool.map(one_block, self._blocks))
+
+    def assign(self, centroids_KF: Floats, search: Search) -> Step:
+        num_clusters, is_first = len(centroids_KF), self._drift_K is None
+        drift_K = self._drift_K = np.zeros(num_clusters) if self._drift_K is None else self._drift_K
+
+        def one_block(block: slice) -> Step:
+            features_MF, (old_M, gaps_M) = self._read(block), self._results_of(block)
+            if is_first:
+                old_M = np.full(len(features_MF), -1, np.int32)
+            new_M = nearest_centroids(features_MF, old_M, gaps_M, centroids_KF, drift_K, search)
+            self._gaps.write(block.start, gaps_M)
+            changed = np.flatnonzero(new_M != old_M)
+            if not len(changed):
+                return Step(np.zeros(centroids_KF.shape), np.zeros(num_clusters, np.int64), 0)
+            rows, after, before = features_MF[changed], new_M[changed], old_M[changed]
+            self._labels.write(block.start, new_M)  # `old_M` may be a view of what this overwrites
+            sums_KF, sizes_K = group_sums(after, rows, num_clusters), np.bincount(after, minlength=num_clusters)
+            if not is_first:
+                sums_KF -= group_sums(before, rows, num_clusters)
+                sizes_K -= np.bincount(before, minlength=num_clusters)
+            return Step(sums_KF, sizes_K, len(changed))
+
+        return Step.sum(self._pool.map(one_block, self._blocks))
+
+    def farthest(self, centroids_KF: Floats, seed_F: Floats | None) -> tuple[float, Floats]:
+        if seed_F is None:
+            self._to_nearest = [np.empty(0)] * len(self._blocks)
+
+        def one_block(numbered: tuple[int, slice]) -> tuple[float, Floats]:
+            number, block = numbered
+            features_MF = self._read(block)
+            if seed_F is None:
+                squares_M = squared_distances(features_MF, self._labels_of(block), centroids_KF)
+            else:
+                to_seed_M = squared_distances(features_MF, np.zeros(len(features_MF), np.int32), seed_F[None])
+                squares_M = np.minimum(self._to_nearest[number], to_seed_M)
+            self._to_nearest[number] = squares_M
+            row = int(np.argmax(squares_M))
+            return float(squares_M[row]), features_MF[row].copy()
+
+        return max(self._pool.map(one_block, enumerate(self._blocks)), key=lambda found: found[0])
+
+    def finish(self, centroids_KF: Floats) -> float:
+        return math.fsum(self.finish_blocks(centroids_KF))
+
+    def finish_blocks(self, centroids_KF: Floats) -> list[float]:
+        """The inertia of each block; see `finish`."""
+
+        def one_block(block: slice) -> float:
+            squares_M = squared_distances(self._read(block), self._labels_of(block), centroids_KF)
+            self._gaps.write(block.start, np.sqrt(squares_M).astype(np.float32))
+            return float(squares_M.sum())
+
+        self._to_nearest = []
+        return list(self._pool.map(one_block, self._blocks))
+
+    def results(self) -> Iterator[tuple[Ints, Floats]]:
+        return map(self._results_of, self._blocks)
+
+    def block(self, number: int) -> tuple[Ints, Floats] | None:
+        """The results of one block, None after the last."""
+        return self._results_of(self._blocks[number]) if number < len(self._blocks) else None
+
+    def blocks(self) -> Iterator[tuple[int, Floats]]:
+        """The number of each block's first row, and its features, shape (M, F)."""
+        for block in self._blocks:
+            yield block.start, self._read(block)
+
+    def set_labels(self, start: int, labels_M: Ints) -> None:
+        """Put the rows from `start` on into groups without a search."""
+        self._labels.write(start, labels_M)
+
+    def sizes(self, num_clusters: int) -> NDArray[np.int64]:
+        """Rows in each group, shape (K,)."""
+        return np.asarray(sum(np.bincount(self._labels_of(block), minlength=num_clusters) for block in self._blocks))
+
+    def _read(self, block: slice) -> Floats:
+        return self._features.read(block.start, block.stop).reshape(-1, self.shape[1])
+
+    def _labels_of(self, block: slice) -> Ints:
+        return self._labels.read(block.start, block.stop)
+
+    def _results_of(self, block: slice) -> tuple[Ints, Floats]:
+        """Labels and gaps (after `finish`: distances) of a block."""
+        return self._labels_of(block), self._gaps.read(block.start, block.stop)

@@ -1,0 +1,120 @@
+"""Canonical numbers of the groups, and with them the group of every row.
+
+Strata are in the order of their names; within a stratum groups ascend by mean loss, equal ones by their points. Groups without
+rows have no number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from s2l_ray.clustering.columns import Floats, Ints
+from s2l_ray.clustering.features import Features, on_grid
+from s2l_ray.clustering.kmeans import group_sums
+from s2l_ray.clustering.strata import FittedStratum
+from s2l_ray.trajectories.store import TrajectoryStore, losses_matrix
+
+
+@dataclass(frozen=True, eq=False)
+class Numbering:
+    """The strata's groups in one order, and the store whose rows they have."""
+
+    store: TrajectoryStore
+    by: str | None
+    """The column stratified by."""
+
+    strata: Sequence[FittedStratum]
+    orders: Sequence[NDArray[np.int64]]
+    """For each stratum, the groups of its fit that have rows, in their order."""
+
+    @classmethod
+    def canonical(
+        cls, store: TrajectoryStore, by: str | None, strata: Sequence[FittedStratum], features: Features
+    ) -> tuple[Numbering, Floats]:
+        """The numbering, and the groups' centroids in nats in its order, shape (K, T).
+
+        Where k-means saw other features than the losses, centroids are mean losses: that takes a pass over the rows.
+        """
+        as_fitted = cls(store, by, strata, [stratum.filled for stratum in strata])
+        if features.kind == "raw":
+            center_T = features.center_T.astype(np.float64)
+            levels = [(s.fit.centroids_KF[s.filled] + (center_T + s.center_F)).astype(np.float32) for s in strata]
+        else:
+            levels = np.split(as_fitted.mean_losses(), as_fitted.firsts[1:])
+        # The mean first, then the points from the first to the last.
+        sorted_K = [np.lexsort((*level_KT.T[::-1], level_KT.mean(axis=1, dtype=np.float64))) for level_KT in levels]
+        orders = [filled[order] for filled, order in zip(as_fitted.orders, sorted_K, strict=True)]
+        centroids = [level_KT[order] for level_KT, order in zip(levels, sorted_K, strict=True)]
+        return cls(store, by, strata, orders), np.concatenate(centroids)
+
+    @property
+    def num_clusters(self) -> int:
+        """K, over all strata."""
+        return sum(map(len, self.orders))
+
+    @property
+    def firsts(self) -> NDArray[np.int64]:
+        """The number of the first group of each stratum."""
+        return np.cumsum([0, *map(len, self.orders[:-1])])
+
+    def blocks(self, *columns: str) -> Iterator[tuple[pa.Table, Ints, Floats]]:
+        """Blocks of the store (its ids and these columns) with the group of each row and its distance to the centroid."""
+        numbers = [self._numbers_of(stratum) for stratum in range(len(self.strata))]
+        results = [_Results(stratum.rows.results()) for stratum in self.strata]
+        wanted = ("example_id", *columns, *([self.by] if self.by is not None else []))
+        for block in self.store.blocks(*dict.fromkeys(wanted)):
+            codes_M = np.zeros(len(block), np.int32) if self.by is None else self.store.codes(block, self.by)
+            labels_M, distances_M = np.empty(len(block), np.int32), np.empty(len(block), np.float32)
+            for stratum, rows in rows_by_code(codes_M):
+                fitted_labels, distances_M[rows] = results[stratum].take(len(rows))
+                labels_M[rows] = numbers[stratum][fitted_labels]
+            yield block, labels_M, distances_M
+
+    def mean_losses(self) -> Floats:
+        """Mean losses of each group in nats, shape (K, T): a pass over the losses."""
+        sums_KT = np.zeros((self.num_clusters, self.store.num_points))
+        sizes_K = np.zeros(self.num_clusters, np.int64)
+        for block, labels_M, _ in self.blocks("losses"):
+            sums_KT += group_sums(labels_M, on_grid(losses_matrix(block)), self.num_clusters)
+            sizes_K += np.bincount(labels_M, minlength=self.num_clusters)
+        return (sums_KT / sizes_K[:, None]).astype(np.float32)
+
+    def _numbers_of(self, stratum: int) -> Ints:
+        """The number of each group of a stratum's fit, -1 where it has no rows."""
+        numbers_K = np.full(len(self.strata[stratum].fit.sizes_K), -1, np.int32)
+        numbers_K[self.orders[stratum]] = np.arange(len(self.orders[stratum])) + self.firsts[stratum]
+        return numbers_K
+
+
+def rows_by_code(codes_M: Ints) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Each code of a block and its rows, ascending."""
+    order_M = np.argsort(codes_M, kind="stable")
+    starts = np.flatnonzero(np.diff(codes_M[order_M], prepend=-1))
+    for rows in np.split(order_M, starts[1:]):
+        yield int(codes_M[rows[0]]), rows
+
+
+class _Results:
+    """Takes any number of rows from blocks of labels and distances."""
+
+    def __init__(self, blocks: Iterator[tuple[Ints, Floats]]) -> None:
+        self._blocks = blocks
+        self._labels, self._distances = np.empty(0, np.int32), np.empty(0, np.float32)
+
+    def take(self, count: int) -> tuple[Ints, Floats]:
+        labels, distances = [self._labels], [self._distances]
+        have = len(self._labels)
+        while have < count:
+            more_labels, more_distances = next(self._blocks)
+            labels.append(more_labels)
+            distances.append(more_distances)
+            have += len(more_labels)
+        all_labels = labels[-1] if have == len(labels[-1]) else np.concatenate(labels)
+        all_distances = distances[-1] if have == len(distances[-1]) else np.concatenate(distances)
+        self._labels, self._distances = all_labels[count:], all_distances[count:]
+        return all_labels[:count], all_distances[:count]

@@ -1,0 +1,171 @@
+"""Choosing in a stream: the rows that the order of `quotas` takes first, with memory for little more than these.
+
+How many rows each group gives is known from the sizes, and below which priority they lie is known but for a few rows, since
+priorities are uniform. So one pass over the pool keeps little more than what is chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from s2l_ray.errors import ConfigError
+from s2l_ray.examples.ids import priority_cut
+from s2l_ray.progress import get_log
+from s2l_ray.selection.quotas import Integers, quotas, ranks, selection_order
+from s2l_ray.trajectories.store import TOKENS
+
+NO_TOKENS = f"selection.budget: a budget in tokens needs the column {TOKENS}. Add it, or give a number of examples."
+_log = get_log("selection")
+
+Budget = int | float | dict[str, int]
+"""A number of examples, a fraction of the pool below 1, or `{"tokens": n}`."""
+
+
+def select_rows(
+    cluster_ids_N: NDArray[np.integer[Any]],
+    priorities_N: NDArray[np.uint64],
+    budget: Budget,
+    *,
+    strata_K: Integers | None = None,
+    defer_up_to: int = 0,
+    num_response_tokens_N: NDArray[np.integer[Any]] | None = None,
+) -> Integers:
+    """Row numbers of a balanced selection, ascending: the first `budget` of `selection_order`, or all if there are fewer.
+
+    Raises ConfigError for a budget that takes nothing, or in tokens where token counts are unknown.
+    """
+    columns = {"cluster_id": cluster_ids_N, "priority": priorities_N, "row": np.arange(len(cluster_ids_N))}
+    if num_response_tokens_N is not None:
+        columns[TOKENS] = num_response_tokens_N
+    sizes_K = np.bincount(cluster_ids_N, minlength=0 if strata_K is None else len(strata_K))
+    chosen = choose(lambda: [pa.table(columns)], sizes_K, [budget], strata_K=strata_K, defer_up_to=defer_up_to)[0]
+    return np.asarray(chosen["row"].to_numpy())
+
+
+def choose(
+    rows: Callable[[], Iterable[pa.Table]],
+    sizes_K: Integers,
+    budgets: Sequence[Budget],
+    *,
+    strata_K: Integers | None = None,
+    defer_up_to: int = 0,
+    sizes_S: Integers | None = None,
+    min_per_source: int = 0,
+) -> list[pa.Table]:
+    """The chosen rows for each budget, in the order in which `rows` gives them; one contains the smaller.
+
+    `rows()` streams the pool in tables of `cluster_id`, `priority` (uint64), for budgets in tokens `num_response_tokens`, for
+    `min_per_source` a `source` (a number), and whatever else shall come along. It is called again where a first guess
+    of how many rows a budget in tokens takes was too low. `sizes_K` and `sizes_S` are the rows of each group and source.
+    With `min_per_source` the rows of lowest priority of each source come first, then all others in their order.
+
+    Raises ConfigError for a budget that takes nothing or less than the minimum of every source, or in tokens where
+    token counts are unknown.
+    """
+    num_rows = int(sizes_K.sum())
+    if sizes_S is None or not min_per_source:
+        sizes_S = np.zeros(0, np.int64)
+    num_wanted = _first_guess(rows, budgets, num_rows)
+    while True:
+        quotas_K = quotas(sizes_K, num_wanted, strata_K=strata_K, defer_up_to=defer_up_to)
+        found = _candidates(rows, quotas_K, sizes_K, np.minimum(sizes_S, min_per_source), sizes_S)
+        groups_M, priorities_M = found["cluster_id"].to_numpy(), found["priority"].to_numpy()
+        order_M = selection_order(groups_M, priorities_M, sizes_K=sizes_K, strata_K=strata_K, defer_up_to=defer_up_to)
+        num_first = 0
+        if len(sizes_S):
+            is_first_M = ranks(found["source"].to_numpy(), priorities_M) < min_per_source
+            order_M, num_first = order_M[np.argsort(~is_first_M[order_M], kind="stable")], int(is_first_M.sum())
+        counts = [_num_taken(budget, found, order_M[:num_wanted], num_rows, num_first) for budget in budgets]
+        if None not in counts:
+            return [found.take(pa.array(np.sort(order_M[:count]))) for count in counts]
+        num_wanted = min(num_rows, 2 * num_wanted)
+
+
+def _first_guess(rows: Callable[[], Iterable[pa.Table]], budgets: Sequence[Budget], num_rows: int) -> int:
+    """Examples that the largest budget takes: exactly, but for budgets in tokens."""
+    largest = max((_num_examples(b, num_rows, quietly=True) for b in budgets if not isinstance(b, dict)), default=0)
+    tokens = max((budget["tokens"] for budget in budgets if isinstance(budget, dict)), default=0)
+    if not tokens:
+        return largest
+    total = 0
+    for block in rows():
+        if TOKENS not in block.column_names:
+            raise ConfigError(NO_TOKENS)
+        total += int(block[TOKENS].to_numpy().sum(dtype=np.int64))
+    return max(largest, min(num_rows, int(1.1 * num_rows * tokens / max(total, 1)) + 1_000))
+
+
+def _candidates(
+    rows: Callable[[], Iterable[pa.Table]], quotas_K: Integers, sizes_K: Integers, minimums_S: Integers, sizes_S: Integers
+) -> pa.Table:
+    """Of each group and of each source the rows of lowest priority: as many as wanted, and few more."""
+    margin = 6.0
+    while True:
+        cuts_K, cuts_S = _cuts(quotas_K, sizes_K, margin), _cuts(minimums_S, sizes_S, margin)
+        found = pa.concat_tables([_below(block, cuts_K, cuts_S) for block in rows()]).combine_chunks()
+        is_complete = (_num_below(found, "cluster_id", cuts_K) >= quotas_K).all()
+        if is_complete and (not len(cuts_S) or (_num_below(found, "source", cuts_S) >= minimums_S).all()):
+            return found
+        margin *= 4  # once in a billion
+
+
+def _cuts(wanted_K: Integers, sizes_K: Integers, margin: float) -> NDArray[np.uint64]:
+    """For each group a priority below which so many of its rows lie (almost surely), and few more."""
+    return np.array([priority_cut(int(w), int(n), margin) for w, n in zip(wanted_K, sizes_K, strict=True)], np.uint64)
+
+
+def _below(block: pa.Table, cuts_K: NDArray[np.uint64], cuts_S: NDArray[np.uint64]) -> pa.Table:
+    """The rows of a block whose priority is below that of their group, or of their source."""
+    priorities_M = block["priority"].to_numpy()
+    is_low_M = priorities_M <= cuts_K[block["cluster_id"].to_numpy()]
+    if len(cuts_S):
+        is_low_M |= priorities_M <= cuts_S[block["source"].to_numpy()]
+    return block.take(pa.array(np.flatnonzero(is_low_M)))
+
+
+def _num_below(found: pa.Table, column: str, cuts_K: NDArray[np.uint64]) -> Integers:
+    """How many rows of each group, or source, are below its cut."""
+    groups_M = found[column].to_numpy()
+    return np.bincount(groups_M[found["priority"].to_numpy() <= cuts_K[groups_M]], minlength=len(cuts_K))
+
+
+def _num_taken(budget: Budget, found: pa.Table, order_M: Integers, num_rows: int, num_first: int) -> int | None:
+    """How many rows of the order a budget takes; None where the order, known so far only, ends before it."""
+    if not isinstance(budget, dict):
+        count = _num_examples(budget, num_rows)
+    else:
+        totals_M = np.cumsum(found[TOKENS].to_numpy()[order_M], dtype=np.int64)
+        count = int(np.searchsorted(totals_M, budget["tokens"], side="right"))
+        if count == 0:
+            raise ConfigError(
+                f"selection.budget: {budget['tokens']:,} tokens are fewer than the first example's {totals_M[0]:,}."
+            )
+        if count == len(order_M) < num_rows:
+            return None
+        if count == num_rows and totals_M[-1] < budget["tokens"]:
+            _log.warning(
+                "the budget of %s tokens is above the %s there are: all are taken", f"{budget['tokens']:,}", f"{totals_M[-1]:,}"
+            )
+    if count < num_first:
+        raise ConfigError(
+            f"selection.min_per_source: the minimum of every source is {num_first:,} examples together, the budget {budget} "
+            f"takes {count:,}. Lower min_per_source or raise the budget."
+        )
+    return count
+
+
+def _num_examples(budget: int | float, num_rows: int, *, quietly: bool = False) -> int:
+    """A budget in examples: a fraction is rounded down in decimal (0.29 of 100 is 29), to one example at least."""
+    if budget <= 0:
+        raise ConfigError(f"selection.budget: must be above 0, found {budget}.")
+    if budget < 1:
+        return max(1, int(Decimal(str(budget)) * num_rows))
+    if budget > num_rows and not quietly:
+        _log.warning("the budget of %s examples is above the %s there are: all are taken", f"{budget:,}", f"{num_rows:,}")
+    return min(int(budget), num_rows)

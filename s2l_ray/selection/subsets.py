@@ -1,0 +1,174 @@
+"""The subsets of a store's rows: one for each budget, with weights; the random control; how stable a subset is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from s2l_ray.clustering.diagnostics import contingency, mean_overlap
+from s2l_ray.clustering.groups import Groups
+from s2l_ray.config import SelectionConfig
+from s2l_ray.errors import ConfigError
+from s2l_ray.examples.ids import priorities, priority_cut
+from s2l_ray.selection.choosing import NO_TOKENS, Budget, choose, select_rows
+from s2l_ray.selection.quotas import Integers
+from s2l_ray.storage.artifacts import Artifact
+from s2l_ray.storage.layout import RESTARTS
+from s2l_ray.trajectories.store import TOKENS, TrajectoryStore
+
+LabelBlocks = Callable[[], Iterator[NDArray[np.int32]]]
+"""Streams the group of every row of a store, in its blocks."""
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """A balanced subset of M examples, in ascending order of ids."""
+
+    example_ids: pa.Array
+    """string or int64, shape (M,)."""
+
+    cluster_ids_M: NDArray[np.int32]
+    weights_M: NDArray[np.float64]
+    """Size of the example's group over its quota: with these weights the subset's gradient estimates the pool's. With a
+    minimum per source: the same for the rows of its source in its group (see `_weights_by_source`)."""
+
+    quotas_K: Integers
+    """Examples taken from each group."""
+
+    sizes_K: Integers
+    """Examples in each group."""
+
+    budget: Budget
+    """As it was asked for: examples, a fraction of the pool, or `{"tokens": n}`."""
+
+    def __post_init__(self) -> None:
+        assert len(self.example_ids) == len(self.cluster_ids_M) == len(self.weights_M) == self.quotas_K.sum()
+        assert (self.quotas_K <= self.sizes_K).all()
+        assert (np.bincount(self.cluster_ids_M, minlength=len(self.quotas_K)) == self.quotas_K).all()
+
+    def __len__(self) -> int:
+        return len(self.example_ids)
+
+
+@dataclass(frozen=True)
+class Subset:
+    """A selection with what is known of its rows."""
+
+    selection: Selection
+    rows: pa.Table
+    """`example_id`, `position`, `cluster_id`, and where they are known `source` and `num_response_tokens`."""
+
+
+def check_columns(config: SelectionConfig, store: TrajectoryStore) -> None:
+    """Raise ConfigError where a budget or a minimum needs a column that is not there: before anything is grouped."""
+    if config.min_per_source and "source" not in store.names:
+        raise ConfigError("selection.min_per_source: these trajectories have no column source. Add it, or leave this out.")
+    if any(isinstance(budget, dict) for budget in (config.budget, *config.more_budgets)) and not store.has(TOKENS):
+        raise ConfigError(NO_TOKENS)
+
+
+def choose_subsets(store: TrajectoryStore, labels: LabelBlocks, groups: Groups, config: SelectionConfig) -> list[Subset]:
+    """The subsets for the budget and for the further ones, in passes over the store. Raises what `choose` raises."""
+    check_columns(config, store)
+    budgets: list[Budget] = [config.budget, *config.more_budgets]  # type: ignore[list-item]
+
+    def rows() -> Iterator[pa.Table]:
+        return _pool(store, labels, lambda block: store.priorities(block, config.seed))
+
+    tables = choose(
+        rows,
+        groups.sizes_K,
+        budgets,
+        strata_K=groups.strata_K,
+        defer_up_to=config.defer_groups_up_to,
+        sizes_S=store.counts_of("source") if config.min_per_source else None,
+        min_per_source=config.min_per_source,
+    )
+    rows_KS = None
+    if config.min_per_source:
+        rows_KS = np.zeros((groups.num_clusters, len(store.names_of("source"))), np.int64)
+        for block in rows():
+            rows_KS += _by_group_and_source(block, rows_KS)
+    return [_subset(budget, table, groups, rows_KS) for budget, table in zip(budgets, tables, strict=True)]
+
+
+def random_rows(store: TrajectoryStore, labels: LabelBlocks, count: int, seed: int) -> pa.Table:
+    """The random control, as `Subset.rows`: the examples of lowest priority under another seed, with memory for them only."""
+    rows = _pool(store, labels, lambda block: priorities(block["example_id"], f"random-{seed}"))
+    cut = np.uint64(priority_cut(count, len(store)))
+    found = [block.take(pa.array(np.flatnonzero(block["priority"].to_numpy() <= cut))) for block in rows]
+    table = pa.concat_tables(found).combine_chunks()
+    return table.take(pa.array(np.sort(np.argsort(table["priority"].to_numpy(), kind="stable")[:count])))
+
+
+def stability(clustering: Artifact, groups: Groups, config: SelectionConfig, num_chosen: int) -> dict[str, Any] | None:
+    """How much of a subset of `num_chosen` examples stays the same when the grouping starts from another seed: the mean share
+    that the subsets of two restarts have in common, on a sample. None for one restart.
+
+    The priorities inside the groups stay the same, so that much would be common whatever the groups: `without_groups` is the
+    share that the rows of lowest priority, without any groups, have in common with these subsets.
+    """
+    if RESTARTS not in clustering.manifest["files"]:
+        return None
+    table = clustering.read_table(RESTARTS)
+    order_N = priorities(table["example_id"], config.seed)
+    count = int(num_chosen / groups.num_rows * len(table))
+    if not 0 < count < len(table):
+        return None
+    num_clusters = int(clustering.manifest["recipe"]["num_clusters"])
+    strata_K = np.repeat(np.arange(len(groups.strata)), num_clusters) if groups.is_stratified else None
+    subsets = [
+        select_rows(table[name].to_numpy(), order_N, count, strata_K=strata_K, defer_up_to=config.defer_groups_up_to)
+        for name in table.column_names[1:]
+    ]
+    lowest = np.argsort(order_N, kind="stable")[:count]
+    return {
+        "rows": len(table),
+        "chosen": count,
+        "common": round(mean_overlap(subsets), 4),
+        "without_groups": round(float(np.mean([mean_overlap([lowest, subset]) for subset in subsets])), 4),
+    }
+
+
+def _pool(
+    store: TrajectoryStore, labels: LabelBlocks, priorities_of: Callable[[pa.Table], NDArray[np.uint64]]
+) -> Iterator[pa.Table]:
+    """The rows to choose from, block by block, with their groups and priorities."""
+    wanted = ("example_id", "priority", "source", TOKENS, "position")
+    for block, labels_M in zip(store.blocks(*wanted), labels(), strict=True):
+        columns = {"example_id": block["example_id"], "cluster_id": labels_M, "priority": priorities_of(block)}
+        columns |= {name: block[name] for name in ("position", TOKENS) if store.has(name)}
+        if "source" in store.names:
+            columns["source"] = store.codes(block, "source")
+        yield pa.table(columns)
+
+
+def _subset(budget: Budget, rows: pa.Table, groups: Groups, rows_KS: Integers | None) -> Subset:
+    cluster_ids_M = rows["cluster_id"].to_numpy()
+    quotas_K = np.bincount(cluster_ids_M, minlength=groups.num_clusters)
+    if rows_KS is None:
+        weights_M = groups.sizes_K[cluster_ids_M] / quotas_K[cluster_ids_M]
+    else:
+        weights_M = _weights_by_source(rows, rows_KS)
+    ids = rows["example_id"].combine_chunks()
+    return Subset(Selection(ids, cluster_ids_M, weights_M, quotas_K, groups.sizes_K, budget), rows)
+
+
+def _weights_by_source(chosen: pa.Table, rows_KS: Integers) -> NDArray[np.float64]:
+    """Weights where some sources were preferred: an example stands for its source's rows in its group, and all chosen of a
+    group together for the whole group, those of sources without a chosen example included."""
+    cluster_ids_M, sources_M = chosen["cluster_id"].to_numpy(), chosen["source"].to_numpy()
+    chosen_KS = _by_group_and_source(chosen, rows_KS)
+    reached_K = np.where(chosen_KS > 0, rows_KS, 0).sum(axis=1)
+    scale_K = rows_KS.sum(axis=1) / np.maximum(reached_K, 1)
+    return np.asarray(rows_KS[cluster_ids_M, sources_M] / chosen_KS[cluster_ids_M, sources_M] * scale_K[cluster_ids_M])
+
+
+def _by_group_and_source(rows: pa.Table, like_KS: Integers) -> Integers:
+    """How many rows are in each group and source."""
+    return contingency(rows["cluster_id"].to_numpy(), rows["source"].to_numpy(), (like_KS.shape[0], like_KS.shape[1]))
