@@ -31,7 +31,7 @@ from s2l_ray.config import ClusteringConfig, SelectionConfig, checked
 from s2l_ray.config.recipes import counts_target_tokens
 from s2l_ray.errors import ConfigError, DataError
 from s2l_ray.examples.ids import priorities, priority_cut
-from s2l_ray.examples.stage import fetch_rows
+from s2l_ray.examples.reading import fetch_rows
 from s2l_ray.progress import get_log
 from s2l_ray.runtime.session import connect_ray
 from s2l_ray.storage.artifacts import Artifact
