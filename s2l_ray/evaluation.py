@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from s2l_ray.config import EvaluationConfig, ReasoningGymDataset, RunConfig
 from s2l_ray.errors import ConfigError, DataError
 from s2l_ray.examples.ids import priorities
-from s2l_ray.examples.stage import read_held_out
+from s2l_ray.examples.reading import read_held_out
 from s2l_ray.progress import get_log
 from s2l_ray.runtime.pool import Unit, UnitWorker, do_units
 from s2l_ray.runtime.workers import Workers

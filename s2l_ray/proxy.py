@@ -17,7 +17,7 @@ import numpy as np
 
 from s2l_ray.config import ProxyConfig, TrainedTokenizer, TrainingWorkerConfig
 from s2l_ray.errors import ArtifactError, ConfigError, DataError, S2LError, cause_of
-from s2l_ray.examples.stage import read_pool
+from s2l_ray.examples.reading import read_pool
 from s2l_ray.progress import get_log
 from s2l_ray.runtime.fit import fit
 from s2l_ray.runtime.room import await_room

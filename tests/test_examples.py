@@ -1,6 +1,6 @@
-"""Stage `examples`: what a user gets from a corpus, and what is said about one that cannot be used.
+"""Stage `examples`: what a user gets from a corpus, and what message there is for one that cannot be used.
 
-Most tests read units without Ray, which does the same work in another process; those that ask for `ray_session` build the
+Most tests read shards without Ray, which does the same work in another process; those that ask for `ray_session` build the
 stage whole.
 """
 
@@ -28,15 +28,18 @@ from hypothesis import strategies as st
 from s2l_ray.config import ExamplesConfig
 from s2l_ray.config.recipes import SCHEMAS
 from s2l_ray.errors import ArtifactError, ConfigError, DataError, S2LError
-from s2l_ray.examples import pieces
-from s2l_ray.examples import stage as examples
-from s2l_ray.examples.corpus import Unit, corpus_identity, cut_corpus, examples_recipe, find_files, sample_corpus
-from s2l_ray.examples.fields import Texts, masked, split_of
-from s2l_ray.examples.index import UnitIndex, row_groups
-from s2l_ray.examples.pieces import CorpusFile, Lines, owned_lines
+from s2l_ray.examples.corpus import corpus_identity, examples_recipe, find_files
+from s2l_ray.examples.cutting import cut_corpus, sample_corpus
+from s2l_ray.examples.fields import Texts
+from s2l_ray.examples.formats import Lines, cut_file, owned_lines
+from s2l_ray.examples.hashes import masked, split_of
+from s2l_ray.examples.parts import rows_per_part
+from s2l_ray.examples.pieces import GeneratedRows, Shard
+from s2l_ray.examples.reading import fetch_rows, read_held_out, read_pool
 from s2l_ray.examples.rows import join_columns
+from s2l_ray.examples.shards import ShardIndex, read_shard, row_groups
 from s2l_ray.examples.stage import build as build_stage
-from s2l_ray.examples.stage import fetch_rows, read_held_out, read_pool, read_unit, rows_per_part
+from s2l_ray.runtime.data import quiet_ray_data
 from s2l_ray.storage.artifacts import Artifact, Key
 from s2l_ray.storage.drafts import Draft
 from s2l_ray.storage.hub import hub_id
@@ -76,18 +79,18 @@ def config_of(dataset: Any, **fields: Any) -> ExamplesConfig:
 
 
 def read_all(dataset: Any, **fields: Any) -> pa.Table:
-    """The examples of every unit, read here and now."""
+    """The examples of every shard, read here and now."""
     config = config_of(dataset, **fields)
-    return pa.concat_tables([read_unit(unit, config) for unit in cut_corpus(config)], promote_options="permissive")
+    return pa.concat_tables([read_shard(shard, config) for shard in cut_corpus(config)], promote_options="permissive")
 
 
 def dropped_of(dataset: Any, **fields: Any) -> dict[str, int]:
     config = config_of(dataset, **fields)
-    return dict(sum((index_of(unit, config).dropped for unit in cut_corpus(config)), Counter[str]()))
+    return dict(sum((index_of(shard, config).dropped for shard in cut_corpus(config)), Counter[str]()))
 
 
-def index_of(unit: Unit, config: ExamplesConfig) -> UnitIndex:
-    return UnitIndex.of(row_groups(read_unit(unit, config)))
+def index_of(shard: Shard, config: ExamplesConfig) -> ShardIndex:
+    return ShardIndex.of(row_groups(read_shard(shard, config)))
 
 
 def draft_of(run_dir: Path, config: ExamplesConfig) -> Draft:
@@ -145,17 +148,11 @@ def test_parquet_is_cut_between_row_groups(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"prompt": [f"p{i}" for i in range(100)], "response": ["r"] * 100}), path, row_group_size=10)
     [file] = find_files(str(path))
-    cut = [piece for piece in examples_pieces(file) if piece is not None]
+    cut = cut_file(file, 1)
     assert len(cut) == 10
     rows = [rows for piece in cut for rows in piece.read()]
     assert [value for found in rows for value in found.values("prompt")] == [f"p{i}" for i in range(100)]
     assert rows[-1].place(9) == f"{path} row 100"
-
-
-def examples_pieces(file: CorpusFile) -> list[Any]:
-    from s2l_ray.examples.corpus import _cut_row_groups
-
-    return list(_cut_row_groups(file, 1))
 
 
 def test_many_small_files_become_few_units(tmp_path: Path) -> None:
@@ -373,7 +370,7 @@ def test_a_conversation_is_kept_with_its_prompt_and_answers(tmp_path: Path) -> N
 def test_a_sample_tells_about_how_much_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_lines(tmp_path / "rows.jsonl", questions(2000))
     assert sample_corpus(config_of(path, where={"source": "set-0"}), 100)[0] == 667, "a small corpus is read whole"
-    monkeypatch.setattr("s2l_ray.examples.corpus.SMALLEST_UNIT_BYTES", 10_000)
+    monkeypatch.setattr("s2l_ray.examples.cutting.SMALLEST_SHARD_BYTES", 10_000)
     count, texts = sample_corpus(config_of(path), 100)
     assert abs(count - 2000) < 100  # rows are between 78 and 92 bytes long
     assert 100 <= len(texts) <= 200
@@ -386,7 +383,7 @@ def test_a_sample_tells_about_how_much_there_is(tmp_path: Path, monkeypatch: pyt
 
 ROW = {"id": "a", "prompt": "p", "response": "r"}
 BAD_ROWS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
-    "a line that is not JSON": ("{not json}", {}, ["rows.jsonl line 3: not JSON", "{not json}", "Mend or remove the line"]),
+    "a line that is not JSON": ("{not json}", {}, ["rows.jsonl line 3: not JSON", "{not json}", "Fix or remove the line"]),
     "a line that is no object": ("[1, 2]", {}, ["rows.jsonl line 3: a row is a JSON object, found list"]),
     "a missing response": (
         '{"id": "b", "prompt": "p", "answer": "r"}',
@@ -438,7 +435,7 @@ BAD_ROWS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "text among numbers": (
         '{"id": 7, "prompt": "p", "response": "s"}',
         {},
-        ["line 3: field 'id' is a number (7) beside text in", "line 1", "Write all rows alike"],
+        ["line 3: field 'id' is a number (7) after text in", "line 1", "Use one type in all rows"],
     ),
     "a number without end": (
         '{"prompt": "p", "response": "s", "n": 99999999999999999999}',
@@ -524,12 +521,12 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_columns_of_two_files_that_do_not_join_are_named_with_their_files(tmp_path: Path) -> None:
-    units = []
+    shards = []
     for name, value in (("a", 1), ("b", "one")):
         config = config_of(write_lines(tmp_path / f"{name}.jsonl", [{**ROW, "level": value}]))
-        units += [(f"{name}.jsonl", index_of(unit, config).columns) for unit in cut_corpus(config)]
-    with pytest.raises(DataError, match=r"field 'level' is int64 in a\.jsonl and string in b\.jsonl.*Write it alike"):
-        join_columns(units)
+        shards += [(f"{name}.jsonl", index_of(shard, config).columns) for shard in cut_corpus(config)]
+    with pytest.raises(DataError, match=r"field 'level' is int64 in a\.jsonl and string in b\.jsonl.*Use one type in all rows"):
+        join_columns(shards)
 
 
 # --- identity ----------------------------------------------------------------------------------------------------
@@ -590,10 +587,10 @@ def test_a_hub_dataset_is_read_in_runs_of_rows(monkeypatch: pytest.MonkeyPatch) 
         return datasets.Dataset.from_list(questions(50))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr("s2l_ray.examples.corpus.SMALLEST_UNIT_BYTES", 1000)
+    monkeypatch.setattr("s2l_ray.examples.cutting.SMALLEST_SHARD_BYTES", 1000)
     config = config_of("org/name", subset="main", revision=COMMIT, split="test")
     assert len(cut_corpus(config)) > 1
-    table = pa.concat_tables([read_unit(unit, config) for unit in cut_corpus(config)])
+    table = pa.concat_tables([read_shard(shard, config) for shard in cut_corpus(config)])
     assert sorted(table["prompt"].to_pylist()) == sorted(row["prompt"] for row in questions(50))
     assert set(table["source"].to_pylist()) == {"org/name"}
     assert asked[0] == ("org/name", {"name": "main", "revision": COMMIT, "split": "test"})
@@ -616,8 +613,8 @@ def gym_of(**tasks: dict[str, Any]) -> dict[str, Any]:
 
 def test_a_generated_corpus_is_the_same_however_it_is_cut() -> None:
     parameters = {"size": 20, "seed": 3}
-    whole = [rows.record(i) for rows in pieces.GeneratedRows("chain_sum", parameters, 0, 20).read() for i in range(20)]
-    cut = [r for start in (0, 7, 14) for r in pieces.GeneratedRows("chain_sum", parameters, start, min(start + 7, 20)).read()]
+    whole = [rows.record(i) for rows in GeneratedRows("chain_sum", parameters, 0, 20).read() for i in range(20)]
+    cut = [r for start in (0, 7, 14) for r in GeneratedRows("chain_sum", parameters, start, min(start + 7, 20)).read()]
     assert [rows.record(i) for rows in cut for i in range(len(rows))] == whole
     assert whole[4]["index"] == 4
     assert json.loads(whole[4]["metadata"])["source_dataset"] == "chain_sum"
@@ -634,9 +631,9 @@ def test_a_generated_corpus_needs_no_field_names() -> None:
     ("tasks", "message"),
     [
         ({"chain_sums": {"size": 5}}, r"tasks\.chain_sums: no such task. Did you mean 'chain_sum'\?"),
-        ({"chain_sum": {"size": 5, "min_term": 1}}, r"tasks\.chain_sum: parameters cannot be used .*min_term"),
+        ({"chain_sum": {"size": 5, "min_term": 1}}, r"tasks\.chain_sum: these parameters cannot be used .*min_term"),
         ({"chain_sum": {"size": 5, "min_terms": -1}}, "min_terms must be positive"),
-        ({"word_ladder": {"size": 5}}, r"tasks\.word_ladder: this task gives other examples in every process"),
+        ({"word_ladder": {"size": 5}}, r"tasks\.word_ladder: this task generates different examples in every process"),
     ],
 )
 def test_a_wrong_task_is_named(tasks: dict[str, Any], message: str) -> None:
@@ -687,7 +684,7 @@ def test_the_parts_hold_every_example_in_order_of_id(ray_session: None, tmp_path
         rows = pa.concat_tables(fetch_rows(artifact, ids_of_either_kind)).to_pydict()
         assert rows == {"example_id": sorted(wanted), "row": expected}
     assert list(fetch_rows(artifact, [])) == []
-    with pytest.raises(ArtifactError, match="no example has the id nobody"):
+    with pytest.raises(ArtifactError, match="no example has the id 'nobody'"):
         list(fetch_rows(artifact, [ids[3], "nobody"]))
 
 
@@ -723,7 +720,7 @@ def test_an_interrupted_build_goes_on_to_the_same_bytes(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = [write_lines(tmp_path / f"data/{n}.jsonl", questions(200 * (n + 1))[200 * n :]) for n in range(3)]
-    monkeypatch.setattr("s2l_ray.examples.corpus.SMALLEST_UNIT_BYTES", 8000)
+    monkeypatch.setattr("s2l_ray.examples.cutting.SMALLEST_SHARD_BYTES", 8000)
     config = config_of([str(path) for path in paths], rows_per_part=50)
     whole = build_stage(context_of(draft_of(tmp_path / "whole", config), examples=config))
 
@@ -740,22 +737,22 @@ def test_an_interrupted_build_goes_on_to_the_same_bytes(
     assert not (stage / MANIFEST).exists()
     for number in (2, 5):  # as if these had never been made
         (stage / f"part-{number:05d}.parquet").unlink()
-    (work / "unit-00001.parquet").unlink()
-    before = {path.name: path.stat().st_mtime_ns for path in [*stage.glob("part-*"), *work.glob("unit-*")]}
-    assert len(before) == 10 + len(list(work.glob("unit-*")))
+    (work / "shard-00001.parquet").unlink()
+    before = {path.name: path.stat().st_mtime_ns for path in [*stage.glob("part-*"), *work.glob("shard-*")]}
+    assert len(before) == 10 + len(list(work.glob("shard-*")))
 
     with monkeypatch.context() as patch:
         publish, seen = Draft.publish, {}
 
         def look_and_publish(draft: Draft, *args: Any) -> Artifact:
-            found = [*stage.glob("part-*"), *work.glob("unit-*")]
+            found = [*stage.glob("part-*"), *work.glob("shard-*")]
             seen.update({path.name: path.stat().st_mtime_ns for path in found})
             return publish(draft, *args)
 
         patch.setattr(Draft, "publish", look_and_publish)
         resumed = build_stage(context_of(draft_of(tmp_path / "torn", config), examples=config))
-    assert before.items() <= seen.items(), "a finished unit or part was made again"
-    assert seen.keys() - before.keys() == {"part-00002.parquet", "part-00005.parquet", "unit-00001.parquet"}
+    assert before.items() <= seen.items(), "a finished shard or part was made again"
+    assert seen.keys() - before.keys() == {"part-00002.parquet", "part-00005.parquet", "shard-00001.parquet"}
     assert hashes_of(resumed) == hashes_of(whole)
     assert not work.exists()
 
@@ -763,8 +760,8 @@ def test_an_interrupted_build_goes_on_to_the_same_bytes(
 def test_a_file_renamed_between_interruption_and_resume_loses_no_row(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another name is another cut of the same corpus: units of the old one must not stand in for those of the new."""
-    monkeypatch.setattr("s2l_ray.examples.corpus.SMALLEST_UNIT_BYTES", 8000)
+    """Another name is another cut of the same corpus: shards of the old one must not stand in for those of the new."""
+    monkeypatch.setattr("s2l_ray.examples.cutting.SMALLEST_SHARD_BYTES", 8000)
     paths = [write_lines(tmp_path / f"data/{n}.jsonl", questions(200 * (n + 1))[200 * n :]) for n in range(2)]
     config = config_of(tmp_path / "data", source_field="source")
 
@@ -772,7 +769,7 @@ def test_a_file_renamed_between_interruption_and_resume_loses_no_row(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("s2l_ray.examples.stage._write_parts", interrupt)
+        patch.setattr("s2l_ray.examples.stage.write_parts", interrupt)
         with pytest.raises(KeyboardInterrupt):
             build_stage(context_of(draft_of(tmp_path / "run", config), examples=config))
     paths[0].rename(tmp_path / "data/9.jsonl")
@@ -797,7 +794,9 @@ def test_a_problem_in_a_worker_reaches_the_user_as_it_is(
 
 def test_ids_that_two_rows_share_are_named(ray_session: None, tmp_path: Path) -> None:
     rows = [{**row, "id": i // 2} for i, row in enumerate(questions(4))]
-    with pytest.raises(DataError, match=r"2 ids stand for rows with different prompt or response: 0, 1\. Give every row its"):
+    with pytest.raises(
+        DataError, match=r"2 ids are shared by rows with different prompt or response: '0', '1'\. Give every row its"
+    ):
         build(tmp_path / "run", write_lines(tmp_path / "rows.jsonl", rows), id_field="id")
 
 
@@ -817,6 +816,25 @@ def test_a_corpus_of_near_copies_warns_that_nothing_is_held_out(
     path = write_lines(tmp_path / "rows.jsonl", [{"prompt": f"{i} + {i}", "response": str(2 * i)} for i in range(30)])
     assert build(tmp_path / "run", path).summary["held_out"] == 0
     assert "no row is held out" in caplog.text
+
+
+@pytest.mark.parametrize("fraction", [0, 1e-9])
+def test_a_stage_without_held_out_rows_is_whole_and_warns_only_where_some_were_asked_for(
+    ray_session: None, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, fraction: float
+) -> None:
+    monkeypatch.setattr(logging.getLogger("s2l_ray"), "propagate", True)
+    caplog.set_level(logging.INFO, "s2l_ray")
+    path = write_lines(tmp_path / "rows.jsonl", questions(60))
+    artifact = build(tmp_path / "run", path, source_field="source", held_out_fraction=fraction, rows_per_part=20)
+    summary = artifact.summary
+    assert (summary["rows"], summary["pool"], summary["held_out"]) == (60, 60, 0)
+    assert summary["sources"] == {f"set-{n}": {"pool": 20, "held_out": 0} for n in range(3)}
+    for part in artifact.parts():
+        assert read_held_out(artifact, part, ["example_id", "source"]).to_pydict() == {"example_id": [], "source": []}
+        assert read_held_out(artifact, part).schema == read_pool(artifact, part).schema
+    assert sum(read_pool(artifact, part).num_rows for part in artifact.parts()) == 60
+    assert ("60 rows, all in the pool; dropped: none" in caplog.text) == (fraction == 0)
+    assert ("no row is held out" in caplog.text) == (fraction > 0)
 
 
 def test_conversations_are_stored_with_their_messages(ray_session: None, tmp_path: Path) -> None:
@@ -845,6 +863,6 @@ def test_ray_data_is_as_loud_as_before(ray_session: None) -> None:
     import ray.data
 
     before = logging.getLogger("ray.data").level, ray.data.DataContext.get_current().enable_progress_bars
-    with examples.quiet_ray_data():
+    with quiet_ray_data():
         assert not ray.data.DataContext.get_current().enable_progress_bars
     assert (logging.getLogger("ray.data").level, ray.data.DataContext.get_current().enable_progress_bars) == before

@@ -1,7 +1,8 @@
 """Any corpus -> canonical parts with stable ids, sorted by id.
 
-Takes files, a Hub dataset or generated tasks; gives `examples/part-*.parquet` and the corpus's own columns back. Read `stage`
-(three passes), then what they stand on: `corpus` (which files, how they are cut), `pieces` (reading a stretch), `rows`
-(rows as they are), `fields` (a row to an example), `index` (the order of all rows), `ids` (ids and the random numbers that
-they bring along).
+Takes files, a Hub dataset or generated tasks; gives `examples/part-*.parquet`, and to later stages the pool, the held-out rows
+and the corpus's own columns (`reading`). Read `stage` first, then its three passes: `shards`, `order`, `parts`. They stand on
+`corpus` (which files, and what identifies them), `cutting` (the corpus as shards), `pieces` and `formats` (reading a stretch of
+a corpus or of a file), `files` (one file), `rows` (rows as they were read), `fields` (a row to an example), `hashes` (ids,
+copies and the split by content) and `ids` (what an id is, and the random numbers made from it).
 """

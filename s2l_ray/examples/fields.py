@@ -1,15 +1,12 @@
-"""From a row as it is to an example: which fields are its prompt, response and source, and what is wrong with them.
+"""From a row to an example: which fields are its prompt, response, source and id, and what is wrong with them.
 
-Pure functions over `Rows`. A row that cannot be learned from is dropped with a reason; a row that contradicts the
+Pure functions over `CorpusRows`. A row that cannot be learned from is dropped with a reason. A row that contradicts the
 config is a DataError that names file, row and field, what was found, and what to set.
 """
 
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
-import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,18 +16,15 @@ import pyarrow as pa
 
 from s2l_ray.config import ExamplesConfig, ReasoningGymDataset, template_fields
 from s2l_ray.errors import DataError
-from s2l_ray.examples.rows import MISSING, Columns, Rows, kind_of
+from s2l_ray.examples.hashes import DIGEST_BYTES, canonical_json, digest_of, split_of
+from s2l_ray.examples.rows import MISSING, Columns, CorpusRows, kind_of
 
 # Reasons for dropping a row.
 DUPLICATE, FILTERED, NO_ASSISTANT = "duplicate", "filtered", "no_assistant_message"
 EMPTY_PROMPT, EMPTY_RESPONSE = "empty_prompt", "empty_response"
-POOL, HELD_OUT = "pool", "held_out"
 
-_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), default=str)
-_NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
-DIGEST_BYTES = 10  # 20 hexadecimal digits: among ten million rows two meet by chance once in 10**10 corpora
 MESSAGE_TYPE = pa.struct([("role", pa.string()), ("content", pa.string())])
-# What other corpora call these fields, likeliest first.
+# What other corpora call these fields, the most common name first.
 USUAL_NAMES = {
     "prompt_field": ("prompt", "instruction", "question", "query", "problem", "input"),
     "response_field": ("response", "output", "answer", "completion", "solution", "target", "text"),
@@ -38,29 +32,27 @@ USUAL_NAMES = {
     "source_field": ("source", "dataset"),
     "id_field": ("id", "uid"),
 }
-# What to do where none of a row's fields looks like the one that is missing.
-OTHERWISE = {
-    "id_field": "or leave it out: ids are then made from the content",
-    "source_field": "or leave it out: the source is then the file's name",
-}
+# What happens without these keys.
+IF_LEFT_OUT = {"id_field": "ids are then made from the content", "source_field": "the source is then the file's name"}
 
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """What is learned from a row. Of a conversation, prompt and response are for people and for finding copies."""
+    """What is learned from a row. A conversation is learned from its messages; prompt and response only show it to people and
+    decide its split."""
 
     prompt: str
     response: str
     messages: list[dict[str, str]] | None = None
 
     def digest(self) -> bytes:
-        """Hash of the content: it makes the id of a row without one, and finds exact copies."""
+        """Hash of the content: the id of a row without one, and equal for exact copies."""
         if self.messages is None:
             return digest_of(f"{self.prompt}\0{self.response}")
         return digest_of(canonical_json(self.messages))
 
     def reason_to_drop(self) -> str | None:
-        """Why nothing can be learned from it, None if something can."""
+        """Why nothing can be learned from it, None where something can."""
         if self.messages is not None and not any(message["role"] == "assistant" for message in self.messages):
             return NO_ASSISTANT
         if not self.prompt.strip():
@@ -73,36 +65,38 @@ class Examples:
     """The examples in some rows, in their order."""
 
     table: pa.Table
-    """example_id, source, prompt, response, split, messages (of conversations), original (a struct of every field), and
-    two hashes: `content` (equal for exact copies) and `row` (equal for rows that are equal in every field)."""
+    """example_id, source, prompt, response, split, messages (only of conversations), two hashes of DIGEST_BYTES, `content`
+    (equal for exact copies) and `row` (equal for rows that are equal in every field), and original (a struct of all fields)."""
     dropped: Counter[str]
-    """Rows that are no examples, by reason."""
+    """The number of rows that are no examples, by reason."""
     columns: Columns
-    """The original columns."""
 
 
-def normalise(rows: Rows, config: ExamplesConfig) -> Examples:
+def normalise(rows: CorpusRows, config: ExamplesConfig) -> Examples:
     """The examples in some rows. Raises DataError for a row that contradicts the config."""
-    config = for_generated(config) if isinstance(config.dataset, ReasoningGymDataset) else config
+    config = _for_generated(config) if isinstance(config.dataset, ReasoningGymDataset) else config
     text_of = _conversations(rows, config) if config.messages_field else _pairs(rows, config)
-    id_of, source_of, is_wanted = _ids(rows, config), _sources(rows, config), _filter(rows, config.where)
+    id_of, source_of, is_wanted = _ids(rows, config.id_field), _sources(rows, config.source_field), _filter(rows, config.where)
     dropped: Counter[str] = Counter()
     kept: list[int] = []
     examples: list[Texts] = []
     for row in range(len(rows)):
-        texts = text_of(row) if is_wanted(row) else None
-        reason = texts.reason_to_drop() if texts else FILTERED
-        if texts is None or reason:
-            dropped[reason or FILTERED] += 1
+        if not is_wanted(row):
+            dropped[FILTERED] += 1
+            continue
+        texts = text_of(row)
+        reason = texts.reason_to_drop()
+        if reason is not None:
+            dropped[reason] += 1
             continue
         kept.append(row)
         examples.append(texts)
     ids, sources = [id_of(row) for row in kept], [source_of(row) for row in kept]
-    # Before any text is hashed, since this checks that it is text all through, and names the field.
+    # Before the texts are hashed: where one is not valid Unicode, this names the field.
     original = rows.table(kept)
     digests = [texts.digest() for texts in examples]
     columns = {
-        "example_id": pa.array([own or made.hex() for own, made in zip(ids, digests, strict=True)], pa.string()),
+        "example_id": pa.array([given or digest.hex() for given, digest in zip(ids, digests, strict=True)], pa.string()),
         "source": pa.array(sources, pa.string()),
         "prompt": pa.array([texts.prompt for texts in examples], pa.string()),
         "response": pa.array([texts.response for texts in examples], pa.string()),
@@ -116,44 +110,18 @@ def normalise(rows: Rows, config: ExamplesConfig) -> Examples:
     return Examples(pa.table(columns), dropped, Columns(columns["original"].type, rows.ranks(kept)))
 
 
-def for_generated(config: ExamplesConfig) -> ExamplesConfig:
-    """The config with the fields that reasoning-gym rows have: a generated corpus is mapped in one way only."""
+def _for_generated(config: ExamplesConfig) -> ExamplesConfig:
+    """The config with the fields of reasoning-gym's rows, which can be mapped in only one way."""
     fields: dict[str, Any] = {"prompt_field": "question", "response_field": "answer", "source_field": "source"}
     unused = dict.fromkeys(("id_field", "messages_field", "prompt_template", "prompt_template_if_empty"))
     return config.model_copy(update=fields | unused)
 
 
-# --- hashes ------------------------------------------------------------------------------------------------------
-
-
-def digest_of(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest()
-
-
-def canonical_json(value: Any) -> str:
-    """JSON that is the same for equal values."""
-    return _CANONICAL.encode(value)
-
-
-def masked(prompt: str) -> str:
-    """A prompt with what near-copies differ in taken out: numbers, case, white space."""
-    return " ".join(_NUMBER.sub("#", prompt).casefold().split())
-
-
-def split_of(prompt: str, held_out_fraction: float) -> str:
-    """`pool` or `held_out`; the same for prompts that differ in numbers only.
-
-    A hash of the masked prompt is a number in [0, 1); it is held out if it is below the fraction, so that a larger
-    fraction holds out more and gives nothing back.
-    """
-    number = int.from_bytes(hashlib.blake2b(masked(prompt).encode(), digest_size=8).digest()) / 2**64
-    return HELD_OUT if number < held_out_fraction else POOL
-
-
 # --- fields ------------------------------------------------------------------------------------------------------
 
 
-def _pairs(rows: Rows, config: ExamplesConfig) -> Callable[[int], Texts]:
+def _pairs(rows: CorpusRows, config: ExamplesConfig) -> Callable[[int], Texts]:
+    """Reads a prompt and its response."""
     response = _text(rows, config.response_field, "response_field")
     if config.prompt_template is None:
         prompt = _text(rows, config.prompt_field, "prompt_field")
@@ -162,7 +130,7 @@ def _pairs(rows: Rows, config: ExamplesConfig) -> Callable[[int], Texts]:
     return lambda row: Texts(prompt(row), response(row))
 
 
-def _text(rows: Rows, field: str, key: str) -> Callable[[int], str]:
+def _text(rows: CorpusRows, field: str, key: str) -> Callable[[int], str]:
     """Reads a text field; null is empty text."""
     values = rows.values(field)
 
@@ -179,29 +147,29 @@ def _text(rows: Rows, field: str, key: str) -> Callable[[int], str]:
     return read
 
 
-def _from_template(rows: Rows, template: str, template_if_empty: str | None) -> Callable[[int], str]:
-    """Reads a prompt put together from several fields; empty where all of them are."""
+def _from_template(rows: CorpusRows, template: str, template_if_empty: str | None) -> Callable[[int], str]:
+    """Reads a prompt that is put together from several fields; empty where all of them are."""
     names = template_fields(template)
-    others = template_fields(template_if_empty or "")
-    readers = {name: _template_field(rows, name) for name in dict.fromkeys(names + others)}
+    readers = {name: _template_field(rows, name) for name in (*names, *template_fields(template_if_empty or ""))}
 
     def read(row: int) -> str:
         values = {name: reader(row) for name, reader in readers.items()}
         if not any(value.strip() for value in values.values()):
             return ""
-        is_full = all(values[name].strip() for name in names)
-        return (template if is_full or template_if_empty is None else template_if_empty).format_map(values)
+        has_all = all(values[name].strip() for name in names)
+        return (template if has_all or template_if_empty is None else template_if_empty).format_map(values)
 
     return read
 
 
-def _template_field(rows: Rows, field: str) -> Callable[[int], str]:
+def _template_field(rows: CorpusRows, field: str) -> Callable[[int], str]:
     """Reads text or a whole number for a template."""
     text, values = _text(rows, field, "prompt_template"), rows.values(field)
     return lambda row: str(values[row]) if _is_integer(values[row]) else text(row)
 
 
-def _conversations(rows: Rows, config: ExamplesConfig) -> Callable[[int], Texts]:
+def _conversations(rows: CorpusRows, config: ExamplesConfig) -> Callable[[int], Texts]:
+    """Reads a conversation. Its prompt is all messages before the assistant's first, its response all of the assistant's."""
     field = config.messages_field or ""
     values = rows.values(field)
 
@@ -219,8 +187,8 @@ def _conversations(rows: Rows, config: ExamplesConfig) -> Callable[[int], Texts]
     return read
 
 
-def _message(rows: Rows, row: int, field: str, number: int, message: Any) -> dict[str, str]:
-    """A message with its role and content only."""
+def _message(rows: CorpusRows, row: int, field: str, number: int, message: Any) -> dict[str, str]:
+    """A message with only its role and content."""
     if isinstance(message, dict):
         role, content = message.get("role"), message.get("content")
         if isinstance(role, str) and isinstance(content, str):
@@ -234,50 +202,39 @@ def _message(rows: Rows, row: int, field: str, number: int, message: Any) -> dic
     )
 
 
-def _ids(rows: Rows, config: ExamplesConfig) -> Callable[[int], str | None]:
-    """Reads the id that a row brings, None where ids are made from the content."""
-    field = config.id_field
+def _ids(rows: CorpusRows, field: str | None) -> Callable[[int], str | None]:
+    """Reads a row's own id, None where ids are made from the content."""
     if field is None:
         return lambda _: None
+    return _label(rows, field, "id_field", "an id is text or a whole number. Fix the row")
+
+
+def _sources(rows: CorpusRows, field: str | None) -> Callable[[int], str]:
+    """Reads the source of a row: its field, or the file that the row is in."""
+    if field is None:
+        return lambda _: rows.source
+    return _label(rows, field, "source_field", "a source is a name. Name every row's source")
+
+
+def _label(rows: CorpusRows, field: str, key: str, needed: str) -> Callable[[int], str]:
+    """Reads text or a whole number that is not empty."""
     values = rows.values(field)
 
     def read(row: int) -> str:
         value = values[row]
         if value is MISSING:
-            raise _missing(rows, row, field, "id_field")
+            raise _missing(rows, row, field, key)
         if _is_integer(value) or (isinstance(value, str) and value):
             return str(value)
         found = "empty" if value in (None, "") else kind_of(value)
-        raise DataError(
-            f"{rows.place(row)}: field '{field}' is {found}; an id is text or a whole number. Mend the row, or leave "
-            "examples.id_field out: ids are then made from the content."
-        )
+        remedy = f"{needed}, or leave examples.{key} out: {IF_LEFT_OUT[key]}."
+        raise DataError(f"{rows.place(row)}: field '{field}' is {found}; {remedy}")
 
     return read
 
 
-def _sources(rows: Rows, config: ExamplesConfig) -> Callable[[int], str]:
-    field = config.source_field
-    if field is None:
-        return lambda _: rows.source
-    values = rows.values(field)
-
-    def read(row: int) -> str:
-        value = values[row]
-        if value is MISSING:
-            raise _missing(rows, row, field, "source_field")
-        if _is_integer(value) or (isinstance(value, str) and value):
-            return str(value)
-        raise DataError(
-            f"{rows.place(row)}: field '{field}' is {'empty' if value in (None, '') else kind_of(value)}; a source is a name. "
-            "Name every row's source, or leave examples.source_field out: the source is then the file's name."
-        )
-
-    return read
-
-
-def _filter(rows: Rows, where: dict[str, Any]) -> Callable[[int], bool]:
-    """Whether a row has the wanted values. A field that a row lacks counts as null; a number matches its own text (CSV)."""
+def _filter(rows: CorpusRows, where: dict[str, Any]) -> Callable[[int], bool]:
+    """Whether a row has the wanted values. A missing field counts as null; a number also matches its text, as in CSV files."""
     conditions = []
     for field, wanted in where.items():
         values = wanted if isinstance(wanted, list) else [wanted]
@@ -300,8 +257,8 @@ def _is_integer(value: Any) -> bool:
 # --- what is wrong -----------------------------------------------------------------------------------------------
 
 
-def _missing(rows: Rows, row: int, field: str, key: str) -> DataError:
-    """A field that a row lacks, with the field that was probably meant."""
+def _missing(rows: CorpusRows, row: int, field: str, key: str) -> DataError:
+    """The error for a field that a row does not have; it names the field that was probably meant."""
     fields = rows.fields(row)
     usual = [name for name in USUAL_NAMES.get(key, ()) if name in fields]
     guess = next(iter(difflib.get_close_matches(field, fields, n=1, cutoff=0.75) or usual), None)
@@ -310,12 +267,14 @@ def _missing(rows: Rows, row: int, field: str, key: str) -> DataError:
     elif guess:
         remedy = f"Set examples.{key}={guess}."
     else:
-        remedy = f"Set examples.{key} to one of them" + (f", {OTHERWISE[key]}." if key in OTHERWISE else ".")
+        remedy = f"Set examples.{key} to one of them" + (
+            f", or leave it out: {IF_LEFT_OUT[key]}." if key in IF_LEFT_OUT else "."
+        )
     return DataError(f"{rows.place(row)}: field '{field}' is missing (fields: {', '.join(fields) or 'none'}). {remedy}")
 
 
-def _wrong_type(rows: Rows, row: int, field: str, key: str, value: Any) -> DataError:
-    """A field whose value is not of the type that it must have."""
+def _wrong_type(rows: CorpusRows, row: int, field: str, key: str, value: Any) -> DataError:
+    """The error for a field whose value is of another type than needed."""
     is_conversation = isinstance(value, list) and value and all(isinstance(item, dict) for item in value)
     if key == "messages_field":
         wanted, remedy = "a list of messages", f"Set examples.{key} to the field with the conversation."

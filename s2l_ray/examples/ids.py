@@ -38,10 +38,10 @@ def id_column(column: pa.Array, where: str) -> pa.Array:
     return ids
 
 
-def name_examples(example_ids: pa.Array) -> str:
-    """A few ids, then how many more: `'a', 'b' and 17 more`."""
+def name_examples(example_ids: pa.Array, count: int | None = None) -> str:
+    """A few ids, then how many more of `count` (all of them, unless given): `'a', 'b' and 17 more`."""
     named = ", ".join(repr(value) for value in example_ids[:NAMED_IDS].to_pylist())
-    rest = len(example_ids) - NAMED_IDS
+    rest = (len(example_ids) if count is None else count) - NAMED_IDS
     return f"{named} and {rest:,} more" if rest > 0 else named
 
 

@@ -1,6 +1,6 @@
-"""Rows of a corpus as they are, before anything is checked.
+"""Rows of a corpus as they were read, before anything is checked.
 
-Rows keep what a message needs to name them (`data/train.jsonl line 4,812`), and whether a field is absent or null.
+Rows know what a message needs to name them (`data/train.jsonl line 4,812`), and whether a field is absent or null.
 """
 
 from __future__ import annotations
@@ -14,15 +14,18 @@ import pyarrow as pa
 
 from s2l_ray.errors import DataError
 
+ROWS_AT_A_TIME = 16_384
+"""Rows that a reader hands on together: as Python objects they take several times the memory of their text."""
+
 # What pyarrow raises for values that make no column.
-NO_COLUMN = (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError)
+_NO_COLUMN = (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError)
 
 MISSING: Any = type("Missing", (), {"__repr__": lambda _: "MISSING"})()
 """The value of a field that a row does not have."""
 
 
-class Rows(Protocol):
-    """Some rows of a corpus."""
+class CorpusRows(Protocol):
+    """Consecutive rows of a corpus, numbered from 0."""
 
     @property
     def source(self) -> str:
@@ -32,15 +35,15 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
 
     def values(self, field: str) -> list[Any]:
-        """A field's value in every row, MISSING where a row has no such field."""
+        """The field's value in every row, MISSING where a row has no such field."""
         ...
 
     def fields(self, row: int) -> list[str]:
-        """The fields that a row has, in its order."""
+        """The names of the fields that a row has, in its order."""
         ...
 
     def place(self, row: int) -> str:
-        """Where a row is, for a message."""
+        """Where a row stands in the corpus, for a message."""
         ...
 
     def record(self, row: int) -> dict[str, Any]:
@@ -48,11 +51,14 @@ class Rows(Protocol):
         ...
 
     def table(self, rows: list[int]) -> pa.Table:
-        """Some of the rows with all their fields, of storable types. Raises DataError for a field of mixed types."""
+        """Some of the rows with all their fields, in types that Parquet can store.
+
+        Raises DataError naming a row whose value does not fit into one column with the others.
+        """
         ...
 
     def ranks(self, rows: list[int]) -> dict[str, int]:
-        """The foremost position of every field in some of the rows: what orders the columns of a whole corpus."""
+        """Each field's earliest position in any of some rows: it orders the columns of a whole corpus."""
         ...
 
 
@@ -94,27 +100,27 @@ class Records:
                 return column
             values = [_storable(value) for value in values]
             return pa.array(values, plain_type(pa.array(values).type))
-        except NO_COLUMN as error:
+        except _NO_COLUMN as error:
             raise DataError(self._problem(field, rows, values, error)) from error
 
     def _problem(self, field: str, rows: list[int], values: list[Any], error: Exception) -> str:
-        """Which row's value cannot stand in a column with those before it, and why."""
-        good, bad = 0, len(values)  # the first `good` values make a column, the first `bad` do not
+        """The message that names the first row whose value does not fit into a column with those before it."""
+        good, bad = 0, len(values)  # the first `good` values fit into one column, the first `bad` do not
         while bad - good > 1:
             middle = (good + bad) // 2
             try:
                 pa.array(values[:middle])
                 good = middle
-            except NO_COLUMN:
+            except _NO_COLUMN:
                 bad = middle
         here = f"{self.place(rows[good])}: field '{field}'"
         if isinstance(error, UnicodeEncodeError):
-            return f"{here} has half a surrogate pair, which is no character. Mend or remove the row."
+            return f"{here} has half a surrogate pair, which is not a character. Fix or remove the row."
         if isinstance(error, OverflowError):
             return f"{here} has a number too large to store ({values[good]}). Write it as text."
         before = next((i for i in reversed(range(good)) if values[i] is not None), None)
-        earlier = "" if before is None else f" beside {kind_of(values[before])} in {self.place(rows[before])}"
-        return f"{here} is {kind_of(values[good])}{earlier}, and a column has one type ({error}). Write all rows alike."
+        earlier = "" if before is None else f" after {kind_of(values[before])} in {self.place(rows[before])}"
+        return f"{here} is {kind_of(values[good])}{earlier}, and a column has one type ({error}). Use one type in all rows."
 
 
 @dataclass(frozen=True)
@@ -157,19 +163,20 @@ class TableRows:
 
 @dataclass(frozen=True)
 class Columns:
-    """The original columns of some rows."""
+    """The corpus's own columns, as some rows have them."""
 
     type: pa.DataType
-    """A struct of them."""
+    """A struct with one field for each column."""
     ranks: dict[str, int]
-    """The foremost position of each in any row."""
+    """The earliest position of each in any row."""
 
 
 def join_columns(found: Iterable[tuple[str, Columns]]) -> Columns:
-    """Columns as wide as all of these need, each given with the name of where it was found.
+    """The columns of all rows from those of some rows each; `found` pairs them with the name of the place they are from.
 
-    They are in order of their foremost position in any row (then of name), so that the order of the rows does not
-    matter. Raises DataError naming a column whose types cannot be joined, and where they are.
+    Each column gets the narrowest type that holds all its values. The columns are in order of their earliest position in any
+    row, then of name, whatever the order of the rows. Raises DataError naming a column whose types cannot be joined, and
+    where they are.
     """
     types: dict[str, tuple[pa.DataType, str]] = {}
     ranks: dict[str, int] = {}
@@ -181,7 +188,7 @@ def join_columns(found: Iterable[tuple[str, Columns]]) -> Columns:
             except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
                 raise DataError(
                     f"field '{field.name}' is {known} in {where} and {field.type} in {name}, and a column has one type. "
-                    "Write it alike in all rows."
+                    "Use one type in all rows."
                 ) from error
             ranks[field.name] = min(columns.ranks[field.name], ranks.get(field.name, columns.ranks[field.name]))
     order = sorted(types, key=lambda name: (ranks[name], name))
@@ -197,7 +204,7 @@ def _joined(one: pa.DataType, other: pa.DataType) -> pa.DataType:
 
 
 def kind_of(value: Any) -> str:
-    """What a value is, in words for a message."""
+    """The type of a JSON value in words, for a message: `text`, `a number (12)`, `null`."""
     if value is MISSING or value is None:
         return "null"
     kinds = {bool: "true or false", int: "a number", float: "a number", str: "text", dict: "an object", list: "a list"}
@@ -206,7 +213,7 @@ def kind_of(value: Any) -> str:
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
-    """A type as it is stored: no dictionaries, and the fields of a struct in order of name.
+    """A type as it is stored: without dictionary encoding, and with the fields of a struct in order of name.
 
     JSON rows name the fields of an object in any order, and the bytes of a part must not depend on which row came first.
     """

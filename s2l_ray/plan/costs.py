@@ -169,7 +169,7 @@ def vocabulary_of(model: TrainingConfig, proxy: TrainingConfig) -> int | None:
 
 def _look(config: RunConfig) -> tuple[int, int] | None:
     """(rows, tokens per row) of the corpus, estimated from its first rows; None where there are none to look at."""
-    from s2l_ray.examples.corpus import sample_corpus
+    from s2l_ray.examples.cutting import sample_corpus
 
     rows, texts = sample_corpus(config.examples, SAMPLE_ROWS)
     if not texts:

@@ -1,11 +1,18 @@
-"""Ray Data without its own bars and messages: progress is shown once, by us."""
+"""Ray Data as the stages use it: without its own bars and lines, and with a user's mistakes reported as they are."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from s2l_ray import errors
+from s2l_ray.config import WorkerConfig
 
 _lock = threading.Lock()
 _restore = contextlib.ExitStack()
@@ -43,3 +50,59 @@ def _make_quiet(restore: contextlib.ExitStack) -> None:
         if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
             restore.callback(handler.setLevel, handler.level)
             handler.setLevel(logging.ERROR)
+
+
+def run_tasks(task: Callable[[int], dict[str, Any]], count: int, workers: WorkerConfig) -> Iterator[dict[str, Any]]:
+    """What `task(number)` returns for each number below `count`, in the order in which the tasks finish.
+
+    Each is a task of Ray Data; at most `workers.num_workers` run at once. Raises the S2LError that a task met.
+    """
+    import ray.data
+
+    most = workers.num_workers[-1] if isinstance(workers.num_workers, list) else workers.num_workers
+    with quiet_ray_data():
+        results = ray.data.range(count, override_num_blocks=count).map_batches(
+            _ReportingTask(task),
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ray.data.TaskPoolStrategy(most if isinstance(most, int) else None),
+            num_cpus=cpus_per_task(workers),
+        )
+        for batch in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for row in batch.to_pylist():
+                raise_reported(row)
+                yield row
+
+
+def cpus_per_task(workers: WorkerConfig) -> int:
+    """CPUs that a task reserves: one where nothing is asked for."""
+    return workers.cpus_per_worker if isinstance(workers.cpus_per_worker, int) else 1
+
+
+@dataclass(frozen=True)
+class _ReportingTask:
+    """A task that returns a user's mistake as a row: raised in a worker, it would come back inside Ray's tracebacks."""
+
+    task: Callable[[int], dict[str, Any]]
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        [number] = batch["id"].to_pylist()
+        try:
+            row = report(None) | self.task(number)
+        except Exception as met:
+            error = errors.cause_of(met)
+            if error is None:
+                raise
+            row = report(error)
+        return pa.Table.from_pylist([row])
+
+
+def report(error: errors.S2LError | None) -> dict[str, str]:
+    """A user's mistake as the columns `error` (its class, empty for none) and `message` of a worker's result."""
+    return {"error": type(error).__name__ if error else "", "message": str(error or "")}
+
+
+def raise_reported(row: Mapping[str, Any]) -> None:
+    """Raise the S2LError that a worker's result reports, if there is one."""
+    if row["error"]:
+        raise getattr(errors, row["error"])(row["message"])

@@ -16,7 +16,7 @@ from s2l_ray.config import ClusteringConfig, SelectionConfig, checked
 from s2l_ray.config.recipes import counts_target_tokens
 from s2l_ray.errors import DataError
 from s2l_ray.examples.ids import id_column, one_array
-from s2l_ray.examples.stage import fetch_rows
+from s2l_ray.examples.reading import fetch_rows
 from s2l_ray.progress import get_log
 from s2l_ray.runtime.session import connect_ray
 from s2l_ray.selection.choosing import Budget

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from s2l_ray.config import RunConfig, TargetConfig
 from s2l_ray.errors import cause_of
-from s2l_ray.examples.stage import read_pool
+from s2l_ray.examples.reading import read_pool
 from s2l_ray.runtime.data import quiet_ray_data
 from s2l_ray.runtime.room import await_room
 from s2l_ray.storage.artifacts import Artifact

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from s2l_ray.errors import ConfigError, DataError
-from s2l_ray.examples.stage import read_pool
+from s2l_ray.examples.reading import read_pool
 from s2l_ray.training.token_rows import TokenRows
 
 # One of these is in every folder that holds a tokenizer.

@@ -1,6 +1,6 @@
 """The order of a corpus, range by range: what is kept, what is refused, and that no part tells where the ranges were cut.
 
-The small tests make units by hand; those that ask for `ray_session` build the stage whole.
+The small tests make shards by hand; those that ask for `ray_session` build the stage whole.
 """
 
 from __future__ import annotations
@@ -21,25 +21,23 @@ from hypothesis import strategies as st
 from s2l_ray.config import ExamplesConfig
 from s2l_ray.config.recipes import SCHEMAS
 from s2l_ray.errors import DataError
-from s2l_ray.examples import index as index_module
+from s2l_ray.examples import order as order_module
+from s2l_ray.examples import shards as shards_module
 from s2l_ray.examples.corpus import corpus_identity, examples_recipe
-from s2l_ray.examples.index import (
+from s2l_ray.examples.order import (
     INDEX_COLUMNS,
     DropSeen,
     Order,
     OrderRange,
     RangeFacts,
     SeenContents,
-    UnitIndex,
     cut_ids,
-    described,
     groups_between,
     keep_first,
     refuse_shared_ids,
-    row_groups,
-    unit_path,
 )
 from s2l_ray.examples.rows import Columns
+from s2l_ray.examples.shards import ShardIndex, row_groups, shard_path, with_notes
 from s2l_ray.examples.stage import build as build_stage
 from s2l_ray.storage.artifacts import Artifact, Key
 from s2l_ray.storage.drafts import Draft
@@ -59,7 +57,7 @@ def index_of(rows: list[Row]) -> pa.Table:
         "source": sources,
         "content": pa.array(contents, pa.binary(1)),
         "row": pa.array(hashes, pa.binary(1)),
-        "unit": pa.array(range(len(rows)), pa.int32()),
+        "shard": pa.array(range(len(rows)), pa.int32()),
         "position": range(len(rows)),
     }
     return pa.table(columns)
@@ -93,10 +91,10 @@ def test_one_id_for_different_contents_is_named_once() -> None:
 # --- ranges ------------------------------------------------------------------------------------------------------
 
 
-def unit_of(ids: list[str]) -> UnitIndex:
-    """What is known of a unit with these ids."""
+def shard_of(ids: list[str]) -> ShardIndex:
+    """What is known of a shard with these ids."""
     table = pa.table({"example_id": pa.array(sorted(ids), pa.string())})
-    return UnitIndex.of(row_groups(described(table, Counter(), Columns(pa.struct([]), {}))))
+    return ShardIndex.of(row_groups(with_notes(table, Counter(), Columns(pa.struct([]), {}))))
 
 
 @given(
@@ -106,14 +104,15 @@ def unit_of(ids: list[str]) -> UnitIndex:
 )
 def test_ranges_hold_every_row_once_and_an_id_lies_in_one(ids: list[list[str]], group: int, size: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(index_module, "UNIT_ROW_GROUP", group)
-        patch.setattr(index_module, "RANGE_ROWS", size)
-        units = [unit_of(some) for some in ids]
-        ranges = cut_ids(units)
+        for module in (order_module, shards_module):
+            patch.setattr(module, "SHARD_ROW_GROUP", group)
+        patch.setattr(order_module, "RANGE_ROWS", size)
+        shards = [shard_of(some) for some in ids]
+        ranges = cut_ids(shards)
         found: list[str] = []
         for low, high in ranges:
-            for unit, some in zip(units, ids, strict=True):
-                groups = groups_between(unit.firsts, low, high)
+            for shard, some in zip(shards, ids, strict=True):
+                groups = groups_between(shard.firsts, low, high)
                 rows = sorted(some)[groups.start * group : groups.stop * group]
                 found += [name for name in rows if low <= name and (high is None or name < high)]
     assert sorted(found) == sorted(name for some in ids for name in some)
@@ -124,14 +123,14 @@ def test_ranges_hold_every_row_once_and_an_id_lies_in_one(ids: list[list[str]], 
 def test_ranges_are_about_as_large_as_wanted_and_few_for_a_small_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(0)
     ids = [[f"{rng.random():.12f}" for _ in range(5000)] for _ in range(10)]
-    assert len(cut_ids([unit_of(some) for some in ids])) == 1
-    monkeypatch.setattr(index_module, "RANGE_ROWS", 10_000)
-    ranges = cut_ids([unit_of(some) for some in ids])
+    assert len(cut_ids([shard_of(some) for some in ids])) == 1
+    monkeypatch.setattr(order_module, "RANGE_ROWS", 10_000)
+    ranges = cut_ids([shard_of(some) for some in ids])
     sizes = [sum(low <= name < (high or "2") for some in ids for name in some) for low, high in ranges]
     assert len(ranges) == 5
-    # Each of ten units adds what lies between two samples, a thousand rows apart, at both ends.
+    # Each of ten shards adds what lies between two samples, a thousand rows apart, at both ends.
     assert all(size <= 10_000 + 2 * 10 * 1024 for size in sizes)
-    assert cut_ids([unit_of(["a"] * 30_000), unit_of(["b"])]) == [("a", "b"), ("b", None)], "one id is never cut"
+    assert cut_ids([shard_of(["a"] * 30_000), shard_of(["b"])]) == [("a", "b"), ("b", None)], "one id is never cut"
 
 
 @given(st.lists(st.lists(st.binary(min_size=10, max_size=10) | st.sampled_from([b"\0" * 10, b"a" + b"\0" * 9]), unique=True)))
@@ -146,31 +145,32 @@ def test_contents_are_new_once(batches: list[list[bytes]]) -> None:
 # --- the whole order ---------------------------------------------------------------------------------------------
 
 
-def order_of(work: Storage, units: list[list[Row]]) -> Order:
-    """The order of units with these rows, each range a task that is called here."""
-    for number, rows in enumerate(units):
-        table = index_of(sorted(rows)).drop_columns(["unit", "position"])
+def order_of(work: Storage, shards: list[list[Row]]) -> Order:
+    """The order of shards with these rows, each range a task that is called here."""
+    for number, rows in enumerate(shards):
+        table = index_of(sorted(rows)).drop_columns(["shard", "position"])
         content = pa.array([c * 10 for c in table["content"].to_pylist()], pa.binary(10))
         table = table.set_column(2, "content", content).append_column("split", pa.array(["pool"] * len(rows)))
-        pq.write_table(table.select(INDEX_COLUMNS), work.path(unit_path(number)), row_group_size=index_module.UNIT_ROW_GROUP)
-    indexes = [unit_of([row[0] for row in rows]) for rows in units]
-    task = OrderRange(tuple(unit.firsts for unit in indexes), tuple(cut_ids(indexes)), work)
-    facts = [RangeFacts(**json.loads(task(pa.table({"id": [number]}))["facts"])) for number in range(len(task.ranges))]
+        pq.write_table(table.select(INDEX_COLUMNS), work.path(shard_path(number)), row_group_size=shards_module.SHARD_ROW_GROUP)
+    indexes = [shard_of([row[0] for row in rows]) for rows in shards]
+    task = OrderRange(tuple(shard.firsts for shard in indexes), tuple(cut_ids(indexes)), work)
+    facts = [RangeFacts(**json.loads(task(number)["facts"])) for number in range(len(task.ranges))]
     refuse_shared_ids(facts)
-    again = json.loads(DropSeen(tuple(facts), work)(pa.table({"id": [0]}))["ranges"])
-    assert again == json.loads(DropSeen(tuple(facts), work)(pa.table({"id": [0]}))["ranges"]), "a task may be done twice"
+    again = json.loads(DropSeen(tuple(facts), work)(0)["ranges"])
+    assert again == json.loads(DropSeen(tuple(facts), work)(0)["ranges"]), "a task may be done twice"
     return Order.of([RangeFacts(**one) for one in again], work)
 
 
-def kept_rows(order: Order, units: list[list[Row]]) -> list[Row]:
+def kept_rows(order: Order, shards: list[list[Row]]) -> list[Row]:
     addresses = order.addresses.of(np.arange(order.addresses.num_rows)).to_pylist()
-    return [sorted(units[address["unit"]])[address["position"]] for address in addresses]
+    return [sorted(shards[address["shard"]])[address["position"]] for address in addresses]
 
 
 @pytest.fixture
 def small_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_module, "UNIT_ROW_GROUP", 4)
-    monkeypatch.setattr(index_module, "RANGE_ROWS", 10)
+    for module in (order_module, shards_module):
+        monkeypatch.setattr(module, "SHARD_ROW_GROUP", 4)
+    monkeypatch.setattr(order_module, "RANGE_ROWS", 10)
 
 
 @pytest.mark.usefixtures("small_ranges")
@@ -178,11 +178,11 @@ def test_copies_in_other_ranges_go_and_the_counts_say_so(tmp_path: Path) -> None
     rng = random.Random(0)
     # 90 ids, all with one of 26 contents; every third of a second source.
     rows = [(f"id-{n:02d}", "st"[n % 3 == 0], bytes([97 + rng.randrange(26)]), b"x") for n in range(90)]
-    units = [rows[number::4] for number in range(4)]
-    order = order_of(Storage(str(tmp_path)), units)
+    shards = [rows[number::4] for number in range(4)]
+    order = order_of(Storage(str(tmp_path)), shards)
     assert len(order.addresses.ends) > 5
     firsts = {content: row for row in reversed(rows) for content in [row[2]]}
-    assert kept_rows(order, units) == sorted(firsts.values())
+    assert kept_rows(order, shards) == sorted(firsts.values())
     assert order.num_duplicates == 90 - len(firsts)
     counted = Counter(row[1] for row in firsts.values())
     assert order.sources == {source: {"pool": counted[source], "held_out": 0} for source in sorted(counted)}
@@ -194,20 +194,23 @@ def test_copies_in_other_ranges_go_and_the_counts_say_so(tmp_path: Path) -> None
 def test_ids_that_stand_for_different_contents_are_counted_over_all_ranges(tmp_path: Path) -> None:
     rows = [(f"id-{n:02d}", "s", bytes([n]), b"x") for n in range(1, 60)]
     clashes = [(f"id-{n:02d}", "s", bytes([100 + n]), b"x") for n in range(8, 60, 7)]
-    with pytest.raises(DataError, match=r"examples\.id_field: 8 ids .*: id-08, id-15, id-22, id-29, id-36, \.{4} Give every"):
+    with pytest.raises(
+        DataError,
+        match=r"examples\.id_field: 8 ids are shared .*: 'id-08', 'id-15', 'id-22', 'id-29', 'id-36' and 3 more\. Give every",
+    ):
         order_of(Storage(str(tmp_path)), [rows, clashes])
 
 
 @pytest.mark.usefixtures("small_ranges")
 def test_an_id_that_is_repeated_past_a_range_stays_in_one(tmp_path: Path) -> None:
     rows = [("b", "s", b"b", bytes([n])) for n in range(40)] + [(name, "s", name.encode(), b"x") for name in "acde"]
-    units = [rows[::2], rows[1::2]]
-    order = order_of(Storage(str(tmp_path)), units)
-    assert [row[0] for row in kept_rows(order, units)] == ["a", "b", "c", "d", "e"]
-    assert kept_rows(order, units)[1] == ("b", "s", b"b", bytes([0]))
+    shards = [rows[::2], rows[1::2]]
+    order = order_of(Storage(str(tmp_path)), shards)
+    assert [row[0] for row in kept_rows(order, shards)] == ["a", "b", "c", "d", "e"]
+    assert kept_rows(order, shards)[1] == ("b", "s", b"b", bytes([0]))
     assert order.num_duplicates == 39
     clash = [*rows, ("b", "s", b"z", b"x")]
-    with pytest.raises(DataError, match=r"1 ids .*: b\. Give"):
+    with pytest.raises(DataError, match=r"1 ids .*: 'b'\. Give"):
         order_of(Storage(str(tmp_path)), [clash[::2], clash[1::2]])
 
 
@@ -238,11 +241,11 @@ def test_several_ranges_give_the_same_bytes_as_one(
     rows += [{**row, "id": f"{rng.random()}"} for row in rng.sample(rows, 500)] + rng.sample(rows, 100)
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr("s2l_ray.examples.corpus.SMALLEST_UNIT_BYTES", 150_000)
+    monkeypatch.setattr("s2l_ray.examples.cutting.SMALLEST_SHARD_BYTES", 150_000)
     one = build(tmp_path / "one", path, id_field=id_field)
     cuts = []
-    monkeypatch.setattr(index_module, "RANGE_ROWS", 1500)
-    monkeypatch.setattr("s2l_ray.examples.stage.cut_ids", lambda units: cuts.append(cut_ids(units)) or cuts[-1])
+    monkeypatch.setattr(order_module, "RANGE_ROWS", 1500)
+    monkeypatch.setattr("s2l_ray.examples.order.cut_ids", lambda shards: cuts.append(cut_ids(shards)) or cuts[-1])
     several = build(tmp_path / "several", path, id_field=id_field)
     assert len(cuts[0]) > 1
     assert result_of(several) == result_of(one)

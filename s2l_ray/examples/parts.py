@@ -1,0 +1,95 @@
+"""Pass 3: the rows are gathered from the shards, in their order, and written as the parts of the artifact."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from s2l_ray.config import WorkerConfig
+from s2l_ray.examples.order import Addresses
+from s2l_ray.examples.shards import take_rows, with_original
+from s2l_ray.progress import get_log, track
+from s2l_ray.runtime.data import run_tasks
+from s2l_ray.storage.drafts import Draft, table_bytes
+from s2l_ray.storage.layout import part_name
+from s2l_ray.storage.places import Storage
+from s2l_ray.storage.records import FileRecord
+
+SMALLEST_PART, MOST_PARTS = 512, 1024
+# Rows that one task gathers. It holds them in memory; smaller tasks open every shard more often.
+ROWS_PER_TASK = 32_768
+TASKS_WANTED = 16
+
+
+def rows_per_part(num_rows: int, wanted: int | str) -> int:
+    """Rows in one part: as wanted, or for `auto` 512, doubled until there are at most 1,024 parts."""
+    if isinstance(wanted, int):
+        return wanted
+    size = SMALLEST_PART
+    while num_rows > size * MOST_PARTS:
+        size *= 2
+    return size
+
+
+def write_parts(addresses: Addresses, size: int, original: pa.DataType, workers: WorkerConfig, draft: Draft) -> None:
+    """Have every part of `size` rows gathered and written; parts that an earlier run wrote stay.
+
+    `original`: the type of the column with the corpus's own columns, a struct. Raises StorageError where writing fails.
+    """
+    num_parts = -(-addresses.num_rows // size)
+    missing = [part for part in range(num_parts) if not draft.has(part_name(part))]
+    num_done = num_parts - len(missing)
+    get_log("examples").info(
+        f"{num_parts:,} parts of {size:,} rows" + (f", {num_done:,} written by an earlier run" if num_done else "")
+    )
+    if not missing:
+        return
+    step = max(1, min(ROWS_PER_TASK // size, -(-len(missing) // TASKS_WANTED)))
+    parts = tuple(tuple(missing[first : first + step]) for first in range(0, len(missing), step))
+    task = _WriteParts(parts, addresses, size, original, draft.storage)
+    with track("examples", num_parts, "parts written") as progress:
+        progress.at(num_done)
+        for result in run_tasks(task, len(parts), workers):
+            draft.add(*(FileRecord(**record) for record in result["records"]))
+            progress.advance(len(result["records"]))
+
+
+@dataclass(frozen=True)
+class _WriteParts:
+    """Task: gather the rows of some parts from the shards and write them; returns the records of the files."""
+
+    parts: tuple[tuple[int, ...], ...]
+    """The parts of every task."""
+    addresses: Addresses
+    size: int
+    original: pa.DataType
+    storage: Storage
+
+    def __call__(self, number: int) -> dict[str, Any]:
+        starts = [self.size * part for part in self.parts[number]]
+        rows_M = np.concatenate([np.arange(start, min(start + self.size, self.addresses.num_rows)) for start in starts])
+        table = self._gather(rows_M)
+        records = []
+        for part in self.parts[number]:
+            first, end = np.searchsorted(rows_M, [self.size * part, self.size * (part + 1)])
+            data = table_bytes(table.slice(first, end - first).combine_chunks())
+            self.storage.write(part_name(part), data)
+            records.append(dataclasses.asdict(FileRecord.of(part_name(part), data)))
+        return {"records": records}
+
+    def _gather(self, rows_M: NDArray[np.int64]) -> pa.Table:
+        """Some rows of the order, given by their numbers."""
+        addresses = self.addresses.of(rows_M)
+        shards_M, positions_M = (addresses[name].to_numpy() for name in ("shard", "position"))
+        tables = []
+        for shard in np.unique(shards_M):
+            table = take_rows(self.addresses.work, int(shard), np.sort(positions_M[shards_M == shard]))
+            tables.append(with_original(table.drop_columns(["content", "row"]), self.original))
+        # The tables are in order of shard and position; the row at place i of that order belongs at by_address_M[i].
+        by_address_M = np.lexsort((positions_M, shards_M))
+        return pa.concat_tables(tables).take(pa.array(np.argsort(by_address_M)))

@@ -1,0 +1,72 @@
+"""What other stages read of the finished examples: the pool, the held-out rows, and the corpus's own columns of chosen rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from s2l_ray.errors import ArtifactError
+from s2l_ray.examples.hashes import HELD_OUT, POOL
+from s2l_ray.examples.ids import name_examples
+from s2l_ray.storage.artifacts import Artifact
+
+
+def read_pool(artifact: Artifact, part: str, columns: list[str] | None = None) -> pa.Table:
+    """The rows of a part that may be selected and trained on; all columns unless some are named.
+
+    Raises ArtifactError where the part is missing or damaged.
+    """
+    return _read_split(artifact, part, POOL, columns)
+
+
+def read_held_out(artifact: Artifact, part: str, columns: list[str] | None = None) -> pa.Table:
+    """The held-out rows of a part, perhaps none; all columns unless some are named.
+
+    Raises ArtifactError where the part is missing or damaged.
+    """
+    return _read_split(artifact, part, HELD_OUT, columns)
+
+
+def _read_split(artifact: Artifact, part: str, split: str, columns: list[str] | None) -> pa.Table:
+    table = artifact.read_table(part, None if columns is None else list({*columns, "split"}))
+    table = table.filter(pc.equal(table["split"], split))
+    return table if columns is None else table.select(columns)
+
+
+def fetch_rows(artifact: Artifact, ids: pa.Array | Sequence[str]) -> Iterator[pa.Table]:
+    """The examples with these ids, part by part, in order of id. Parts without any are not read.
+
+    The tables have the columns `example_id` and `row`, a struct of the corpus's own columns. Raises ArtifactError naming ids
+    that are not in the corpus.
+    """
+    wanted = ids.cast(pa.string()) if isinstance(ids, pa.Array) else pa.array(ids, pa.string())
+    is_found = np.zeros(len(wanted), bool)
+    for part in artifact.parts():
+        if not _may_hold(artifact, part, wanted):
+            continue
+        table = artifact.read_table(part, ["example_id", "original"])
+        table = table.filter(pc.is_in(table["example_id"], wanted)).rename_columns(["example_id", "row"])
+        is_found |= pc.is_in(wanted, table["example_id"].combine_chunks()).to_numpy(zero_copy_only=False)
+        if len(table):
+            yield table
+    if not is_found.all():
+        missing = wanted.filter(pa.array(~is_found))
+        raise ArtifactError(f"{artifact.root.uri}: no example has the id {name_examples(missing)}.")
+
+
+def _may_hold(artifact: Artifact, part: str, ids: pa.Array) -> bool:
+    """Whether one of the ids lies between a part's first and last, by the statistics in its footer."""
+    try:
+        with artifact.root.filesystem.open_input_file(artifact.root.path(part)) as source:
+            footer = pq.read_metadata(source)
+    except (OSError, pa.ArrowInvalid):
+        return True  # missing or damaged: reading the part raises the error with the remedy
+    ranges = [footer.row_group(group).column(0).statistics for group in range(footer.num_row_groups)]
+    if not all(found is not None and found.has_min_max for found in ranges):
+        return True
+    first, last = min(found.min for found in ranges), max(found.max for found in ranges)
+    return bool(pc.any(pc.and_(pc.greater_equal(ids, first), pc.less_equal(ids, last))).as_py())

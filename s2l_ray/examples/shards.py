@@ -1,0 +1,152 @@
+"""Pass 1: every shard of the corpus becomes a file of examples in order of id, in the scratch directory.
+
+The driver keeps an index of each: the ids at which its row groups begin, and counts. It reads no row.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from s2l_ray.config import ExamplesConfig, WorkerConfig
+from s2l_ray.examples.fields import normalise
+from s2l_ray.examples.pieces import Shard
+from s2l_ray.examples.rows import Columns, Records, join_columns
+from s2l_ray.progress import get_log, track
+from s2l_ray.runtime.data import cpus_per_task, run_tasks
+from s2l_ray.runtime.room import await_room
+from s2l_ray.storage.drafts import table_bytes
+from s2l_ray.storage.places import Storage
+
+SHARD_ROW_GROUP = 1024
+"""Rows of a shard's file that are read together. Later passes need a few rows of every shard: smaller groups waste less."""
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """What the driver keeps of a shard."""
+
+    firsts: tuple[str, ...]
+    """The first id of every row group."""
+    sizes: tuple[int, ...]
+    """The rows of every row group."""
+    dropped: Counter[str]
+    """The number of rows that are no examples, by reason."""
+    columns: Columns
+
+    @classmethod
+    def of(cls, groups: pa.Table) -> ShardIndex:
+        """The index from the table of `row_groups`."""
+        notes = json.loads(groups.schema.metadata[b"notes"])
+        original = pa.ipc.read_schema(pa.py_buffer(groups.schema.metadata[b"original"]))
+        columns = Columns(pa.struct(list(original)), notes["ranks"])
+        firsts, sizes = (tuple(groups[name].to_pylist()) for name in ("example_id", "size"))
+        return cls(firsts, sizes, Counter(notes["dropped"]), columns)
+
+
+# --- on the driver -----------------------------------------------------------------------------------------------
+
+
+def read_shards(shards: Sequence[Shard], config: ExamplesConfig, workers: WorkerConfig, work: Storage) -> list[ShardIndex]:
+    """Have every shard read and written to `work`; their indexes, in order. Files that an earlier run left there stay.
+
+    Raises DataError for a row that contradicts the config, ConfigError where there is no machine for a task.
+    """
+    indexes: dict[int, ShardIndex] = {}
+    num_reused = 0
+    await_room("examples", {"CPU": cpus_per_task(workers)}, 1, workers.wait_minutes)
+    with track("examples", len(shards), "shards read") as progress:
+        for result in run_tasks(_ReadShard(tuple(shards), config, work), len(shards), workers):
+            indexes[result["shard"]] = ShardIndex.of(pq.read_table(io.BytesIO(result["index"])))
+            num_reused += result["is_reused"]
+            progress.advance()
+    if num_reused:
+        get_log("examples").info(f"{num_reused:,} of {len(shards):,} shards were read by an earlier run")
+    return [indexes[number] for number in range(len(shards))]
+
+
+# --- in a task ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _ReadShard:
+    """Task: write the file of a shard, unless it is there; returns its index."""
+
+    shards: tuple[Shard, ...]
+    config: ExamplesConfig
+    work: Storage
+
+    def __call__(self, number: int) -> dict[str, Any]:
+        path = shard_path(number)
+        is_reused = self.work.exists(path)
+        if is_reused:
+            table = pq.read_table(io.BytesIO(self.work.read(path)), columns=["example_id"])
+        else:
+            table = read_shard(self.shards[number], self.config)
+            sink = io.BytesIO()
+            pq.write_table(table, sink, compression="zstd", row_group_size=SHARD_ROW_GROUP)
+            self.work.write(path, sink.getvalue())
+        return {"shard": number, "is_reused": is_reused, "index": table_bytes(row_groups(table))}
+
+
+def read_shard(shard: Shard, config: ExamplesConfig) -> pa.Table:
+    """The examples of a shard in order of id: the columns of `fields.Examples.table`, and the notes for its index.
+
+    Raises DataError for a row that contradicts the config.
+    """
+    found = [(piece.name, normalise(rows, config)) for piece in shard for rows in piece.read()]
+    found = found or [("", normalise(Records([], str, ""), config))]
+    columns = join_columns((name, examples.columns) for name, examples in found)
+    table = pa.concat_tables(with_original(examples.table, columns.type) for _, examples in found)
+    table = table.take(pc.sort_indices(table, sort_keys=[("example_id", "ascending")]))
+    return with_notes(table, sum((examples.dropped for _, examples in found), Counter[str]()), columns)
+
+
+def with_original(table: pa.Table, original: pa.DataType) -> pa.Table:
+    """The table with its column `original` of this type; without it for a struct of no fields, which Parquet does not have."""
+    at = table.schema.get_field_index("original")
+    if not original.num_fields:
+        return table.remove_column(at)
+    return table.set_column(at, pa.field("original", original), table["original"].cast(original))
+
+
+def with_notes(table: pa.Table, dropped: Counter[str], columns: Columns) -> pa.Table:
+    """A shard's table, with what else is in its `ShardIndex` in the schema's metadata."""
+    notes = {"dropped": dropped, "ranks": columns.ranks}
+    original = pa.schema(list(columns.type)).serialize().to_pybytes()
+    return table.replace_schema_metadata({"notes": json.dumps(notes), "original": original})
+
+
+def row_groups(table: pa.Table) -> pa.Table:
+    """The first id and the `size` in rows of each row group that a shard's table is written in, with the table's metadata."""
+    starts = np.arange(0, table.num_rows, SHARD_ROW_GROUP)
+    sizes = np.minimum(SHARD_ROW_GROUP, table.num_rows - starts)
+    return table.select(["example_id"]).take(pa.array(starts)).append_column("size", pa.array(sizes))
+
+
+# --- a shard's file ----------------------------------------------------------------------------------------------
+
+
+def shard_path(number: int) -> str:
+    """The file of a shard in the scratch directory."""
+    return f"shard-{number:05d}.parquet"
+
+
+def take_rows(work: Storage, number: int, positions: NDArray[np.integer[Any]]) -> pa.Table:
+    """The rows of a shard's file at some positions, ascending, shape (M,). Reads only the row groups that hold them."""
+    groups, group_of_row = np.unique(positions // SHARD_ROW_GROUP, return_inverse=True)
+    path = shard_path(number)
+    with work.open(path) as source, work.explained(path):
+        table = pq.ParquetFile(source).read_row_groups(groups.tolist())
+    # All groups but a file's last are full, so those that were read are SHARD_ROW_GROUP rows apart.
+    return table.replace_schema_metadata().take(pa.array(group_of_row * SHARD_ROW_GROUP + positions % SHARD_ROW_GROUP))
