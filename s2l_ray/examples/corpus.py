@@ -6,20 +6,19 @@ A corpus is files (JSON Lines, JSON, CSV, Parquet), a Hub dataset, or tasks that
 from __future__ import annotations
 
 import concurrent.futures
-import fnmatch
 import hashlib
-import re
 from typing import Any
 
 from pyarrow import fs
 
 from s2l_ray.config import ExamplesConfig, ReasoningGymDataset
 from s2l_ray.config.sections import FORMATS
-from s2l_ray.errors import ConfigError, DataError
+from s2l_ray.errors import DataError
 from s2l_ray.examples.files import CorpusFile
 from s2l_ray.progress import get_log
 from s2l_ray.storage.hub import hub_commit, hub_id
 from s2l_ray.storage.layout import CORPUS_HASHES
+from s2l_ray.storage.listing import files_below, is_glob, split_glob
 from s2l_ray.storage.ownership import scratch_of
 from s2l_ray.storage.places import Storage, absolute_uri
 from s2l_ray.storage.records import digest
@@ -42,68 +41,41 @@ def find_files(dataset: str | list[str]) -> list[CorpusFile]:
 
 def _files_at(place: str) -> list[CorpusFile]:
     """The files at one path, directory, glob or URI."""
-    if not _kind_of(place) and any(mark in place for mark in "*?["):
-        return _files_matching(place)
-    kind = _kind_of(place)
-    if kind == fs.FileType.File:
-        storage = Storage(absolute_uri(place))
-        return [_known(_corpus_file(place, storage.info()))]
-    if kind == fs.FileType.Directory:
-        found = _files_below(place)
-        known = [file for file in found if file.format]
-        if not known:
-            raise DataError(f"{place}: no file of the corpus in this directory. Known suffixes: {_known_suffixes()}.")
-        if len(known) < len(found):
-            others = [file.name for file in found if not file.format]
-            get_log("examples").info(f"{place}: {len(others)} of another format left alone ({', '.join(others[:3])})")
-        return known
-    raise DataError(
-        f"{place}: no such file or directory. Check examples.dataset; a dataset on the Hub is written org/name, on its own."
-    )
-
-
-def _kind_of(place: str) -> fs.FileType | None:
-    """File or directory, None for neither."""
     try:
-        info = Storage(absolute_uri(place)).info()
-    except ConfigError:
-        if any(mark in place for mark in "*?["):  # a glob need not be a URI
-            return None
-        raise
+        if is_glob(place):
+            return _files_matching(place)
+        storage = Storage(absolute_uri(place))
+        info = storage.info()
     except OSError as error:
         raise DataError(f"{place}: cannot be reached ({error}). Check the address and the credentials.") from error
-    return info.type if info.type != fs.FileType.NotFound else None
+    if info.type == fs.FileType.File:
+        return [_known(_corpus_file(place, info))]
+    if info.type == fs.FileType.NotFound:
+        raise DataError(
+            f"{place}: no such file or directory. Check examples.dataset; a dataset on the Hub is written org/name, on its own."
+        )
+    found = _files_below(place)
+    known = [file for file in found if file.format]
+    if not known:
+        raise DataError(f"{place}: no file of the corpus in this directory. Known suffixes: {_known_suffixes()}.")
+    if len(known) < len(found):
+        others = [file.name for file in found if not file.format]
+        get_log("examples").info(f"{place}: {len(others)} of another format left alone ({', '.join(others[:3])})")
+    return known
 
 
-def _files_matching(pattern: str) -> list[CorpusFile]:
-    """The files that match a glob; `**` stands for any number of directories."""
-    base = pattern[: re.search(r"[*?\[]", pattern).start()].rpartition("/")[0]  # type: ignore[union-attr]
-    root = base or ("/" if pattern.startswith("/") else ".")
-    rest = pattern.removeprefix(base).lstrip("/").split("/")
-    below = _files_below(root) if _kind_of(root) else []
-    found = [file for file in below if _matches(file.name.removeprefix(root).lstrip("/").split("/"), rest)]
+def _files_matching(glob: str) -> list[CorpusFile]:
+    """The files that match a glob, each of a known format."""
+    found = _files_below(*split_glob(glob))
     if not found:
-        raise DataError(f"{pattern}: no file matches. Check examples.dataset.")
+        raise DataError(f"{glob}: no file matches. Check examples.dataset.")
     return [_known(file) for file in found]
 
 
-def _matches(parts: list[str], pattern: list[str]) -> bool:
-    """Whether the parts of a path match the parts of a glob."""
-    if not pattern or not parts:
-        return not pattern and not parts
-    if pattern[0] == "**":
-        return _matches(parts, pattern[1:]) or _matches(parts[1:], pattern) or (len(pattern) == 1 and len(parts) > 0)
-    return fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
-
-
-def _files_below(place: str) -> list[CorpusFile]:
-    """Every file below a directory, hidden ones and markers such as _SUCCESS apart."""
-    storage = Storage(absolute_uri(place))
-    found = []
-    for relative, info in storage.infos(recursive=True).items():
-        if not any(part[0] in "._" for part in relative.split("/")):
-            found.append(_corpus_file(f"{place.rstrip('/')}/{relative}", info))
-    return found
+def _files_below(directory: str, glob: str = "**") -> list[CorpusFile]:
+    """The files below a directory that match a glob (see `storage.listing`)."""
+    names = files_below(directory, glob)
+    return [_corpus_file(f"{directory.rstrip('/')}/{name}", info) for name, info in names.items()]
 
 
 def _corpus_file(name: str, info: fs.FileInfo) -> CorpusFile:

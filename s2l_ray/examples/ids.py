@@ -2,10 +2,14 @@
 
 Every random choice of a run (the order of training, the draw inside a group, a sample) goes by *priorities*: hashes of a seed
 and the id. So it depends on no row's position, no number of workers and no cut into files.
+
+An id is a string or an integer. A column of ids is `string`, `int64`, or, only where one of them is above 2**63 - 1, `uint64`:
+integers in the files of one owner may be of any width, and the results are the same for all of them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from typing import Any
 
@@ -20,22 +24,49 @@ from s2l_ray.errors import DataError
 _HASHED_ROWS = 4_096
 NAMED_IDS = 5
 """How many ids a message names."""
+NO_INTEGERS = (
+    "integers of which no type of 64 bits holds all: negative ones and ones above 2**63 - 1, say. Give them as strings."
+)
 
 
-def id_column(column: pa.Array, where: str) -> pa.Array:
-    """Ids as string or int64. Raises DataError for another type or a missing id."""
+def id_column(column: pa.Array, where: str, integers: pa.DataType | None = None) -> pa.Array:
+    """Ids as string, int64 or uint64, shape (N,), in their order; integers as the type `integers`, where one is given.
+
+    Raises DataError for another type, a missing id, text that is not UTF-8, and for integers that do not fit.
+    """
     column = decoded(column)
     if not (is_text(column.type) or pa.types.is_integer(column.type)):
         raise wrong_type(where, "example_id", column.type, "string or integer")
     if column.null_count:
         rows = np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))
         raise DataError(f"{where}: example_id is missing in {len(rows):,} rows (row {rows[0]:,} of its block, say).")
+    kind = pa.string() if is_text(column.type) else integers or _integers_of(column)
     try:
-        ids = column.cast(pa.string() if is_text(column.type) else pa.int64())
+        ids = column.cast(kind)
         ids.validate(full=True)
     except pa.ArrowInvalid as error:
-        raise DataError(f"{where}: example_id is not UTF-8, or does not fit into 64 bits with a sign ({error}).") from error
+        raise DataError(
+            f"{where}: {NO_INTEGERS if pa.types.is_integer(kind) else f'example_id is not UTF-8 ({error}).'}"
+        ) from error
     return ids
+
+
+def _integers_of(column: pa.Array) -> pa.DataType:
+    """The type of a column of integer ids."""
+    is_large = pa.types.is_uint64(column.type) and len(column) and pc.max(column).as_py() > np.iinfo(np.int64).max
+    return pa.uint64() if is_large else pa.int64()
+
+
+def repeated(example_ids: pa.Array) -> pa.Array:
+    """Those ids that occur more than once, each once, in the order in which they come first."""
+    counts = example_ids.value_counts()
+    return counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+
+
+def not_unique(example_ids: pa.Array, where: str = "", count: int | None = None) -> DataError:
+    """The error for ids that occur more than once: these, or these among `count`."""
+    named = name_examples(example_ids, count)
+    return DataError(f"{where and f'{where}: '}example_id occurs more than once: {named}. Ids must be unique.")
 
 
 def name_examples(example_ids: pa.Array, count: int | None = None) -> str:
@@ -46,7 +77,8 @@ def name_examples(example_ids: pa.Array, count: int | None = None) -> str:
 
 
 def priorities(example_ids: Any, seed: int | str) -> NDArray[np.uint64]:
-    """The random number of each example, shape (N,): the first 8 bytes of BLAKE2b over `"{seed}:{example_id}"`.
+    """The random number of each example, uint64, shape (N,): the first 8 bytes of BLAKE2b over `"{seed}:{example_id}"`,
+    integers in decimal.
 
     The lowest come first. It depends on the id alone and not on the row, so that a choice can be made in a stream
     and is the same for every order of the rows.
@@ -61,7 +93,7 @@ def priorities(example_ids: Any, seed: int | str) -> NDArray[np.uint64]:
 
 
 def priority_cut(wanted: int, count: int, margin: float = 6.0) -> int:
-    """A priority below which at least `wanted` of `count` rows lie, but for once in a billion, and few more."""
+    """A priority (0 to 2**64 - 1) below which at least `wanted` of `count` rows lie, but for once in a billion, and few more."""
     share = (wanted + margin * wanted**0.5 + 16) / count if count else 1.0
     return 0 if not wanted else 2**64 - 1 if share >= 1 else int(share * 2.0**64)
 
@@ -74,24 +106,30 @@ def one_array(column: pa.Array | pa.ChunkedArray) -> pa.Array:
 
 
 def wrong_type(where: str, column: str, found: pa.DataType, expected: str) -> DataError:
+    """The error for a column of another type than expected."""
     return DataError(f"{where}: column '{column}' is {found}, expected {expected}.")
 
 
 def is_text(kind: pa.DataType) -> bool:
+    """Whether a type is one of Arrow's strings."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def decoded(column: pa.Array) -> pa.Array:
+    """A column's values themselves, where it is encoded by a dictionary."""
     return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
 
 
 def column_of(values: Any, name: str) -> pa.Array:
-    """Values in any form as one Arrow array."""
-    if isinstance(values, pa.ChunkedArray):
+    """Values in any form as one Arrow array. Raises DataError where they have no common type."""
+    if isinstance(values, pa.Array | pa.ChunkedArray):
         return one_array(values)
-    if isinstance(values, pa.Array):
-        return values
     try:
         return one_array(pa.array(values))
+    except OverflowError as error:  # of Python's numbers Arrow makes int64 unless it is asked for more
+        if all(value is None or isinstance(value, int) for value in values):
+            with contextlib.suppress(OverflowError):
+                return pa.array(values, pa.uint64())
+        raise DataError(f"{name}: {NO_INTEGERS}") from error
     except (pa.ArrowException, TypeError, ValueError) as error:
         raise DataError(f"{name}: the values have no common type ({error}).") from error

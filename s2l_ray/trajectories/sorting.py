@@ -22,13 +22,13 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from s2l_ray.errors import DataError
+from s2l_ray.examples.ids import NAMED_IDS, not_unique, repeated
 
 # A run is sorted in memory, several at a time: 50 MB of trajectories of 12 points, and no more of long texts.
 RUN_ROWS = 524_288
 RUN_BYTES = 64 * 2**20
 # What is read of a run at once while merging: a share of a run, by rows or by bytes.
 PIECE_ROWS = 8_192
-_NAMED_IDS = 5
 _MAX_WIDTH = 64
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -36,7 +36,8 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class SortedTable:
-    """A table in ascending order of unique `example_id`, as Arrow files one after the other or in memory."""
+    """A table in ascending order of unique `example_id` (string bytewise, or integer), as Arrow files one after the other or
+    in memory."""
 
     files: tuple[Path, ...]
     schema: pa.Schema
@@ -52,14 +53,14 @@ class SortedTable:
         """The rows in blocks of `num_rows` (the last may be shorter), each column in one chunk."""
         return self.joined(self._batches(columns), num_rows)
 
-    def rows_of(self, num_bytes: int, most: int) -> int:
-        """How many rows take about so many bytes, `most` at most: the size of a block of long texts."""
+    def rows_of(self, num_bytes: int, limit: int) -> int:
+        """How many rows take about `num_bytes`, 1 to `limit`: the size of a block of long texts."""
         total = self.table.nbytes if self.table is not None else sum(path.stat().st_size for path in self.files)
-        return int(min(most, max(1, num_bytes * self.num_rows // max(total, 1))))
+        return int(min(limit, max(1, num_bytes * self.num_rows // max(total, 1))))
 
     @staticmethod
     def joined(batches: Iterable[pa.RecordBatch], num_rows: int) -> Iterator[pa.Table]:
-        """Batches of any size as tables of `num_rows` (the last may be shorter)."""
+        """Batches of any size as tables of `num_rows` (the last may be shorter), each column in one chunk."""
         waiting: list[pa.RecordBatch] = []
         count = 0
         for batch in batches:
@@ -100,9 +101,7 @@ def sort_by_id(
     runs = list(in_order(pool, write, enumerate(_of_run_size(batches))))
     if not runs:
         raise DataError("no rows.")
-    duplicates = sum(run.num_duplicates for run in runs)
-    if duplicates:
-        raise _occur_twice(duplicates, [name for run in runs for name in run.duplicates])
+    _check_unique(runs)
     if all(left.last < right.first for left, right in itertools.pairwise(runs)):
         return SortedTable(tuple(run.path for run in runs), runs[0].schema, sum(run.num_rows for run in runs))
     return _merged(runs, folder, pool)
@@ -121,10 +120,15 @@ def _merged(runs: list[_Run], folder: Path, pool: Executor) -> SortedTable:
     merged = [run for run in in_order(pool, merge, range(len(splits) - 1)) if run.num_rows]
     for run in runs:
         run.path.unlink()
-    duplicates = sum(run.num_duplicates for run in merged)
-    if duplicates:
-        raise _occur_twice(duplicates, [name for run in merged for name in run.duplicates])
+    _check_unique(merged)
     return SortedTable(tuple(run.path for run in merged), runs[0].schema, sum(run.num_rows for run in merged))
+
+
+def _check_unique(runs: list[_Run]) -> None:
+    """Raise DataError naming ids that occur more than once in a run."""
+    count = sum(run.num_duplicates for run in runs)
+    if count:
+        raise not_unique(pa.concat_arrays([run.duplicates for run in runs]), count=count)
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,8 @@ class _Run:
     firsts: list[Any]
     last: Any
     num_duplicates: int
-    duplicates: list[Any]
+    duplicates: pa.Array
+    """The first few ids that occur more than once."""
 
     @property
     def first(self) -> Any:
@@ -153,8 +158,8 @@ class _Run:
         firsts = [ids[start].as_py() for start in range(0, len(ids), size)]
         last = ids[-1].as_py() if len(ids) else None
         ids = ids.combine_chunks()
-        twice = ids[1:].filter(pc.equal(ids[1:], ids[:-1])).unique()
-        return cls(path, table.schema, len(table), firsts, last, len(twice), twice[:_NAMED_IDS].to_pylist())
+        twice = ids[:0] if is_ascending(ids) else repeated(ids)
+        return cls(path, table.schema, len(table), firsts, last, len(twice), twice[:NAMED_IDS])
 
     @staticmethod
     def open(path: Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> Any:
@@ -188,7 +193,7 @@ def in_order(pool: Executor, function: Callable[[Item], Result], items: Iterable
 
 
 def is_ascending(ids: pa.Array) -> bool:
-    """Whether ids ascend and none occurs twice; strings compare bytewise."""
+    """Whether ids (N,) ascend and none occurs twice; strings compare bytewise."""
     return bool(pc.all(pc.greater(ids[1:], ids[:-1])).as_py() is not False)
 
 
@@ -199,7 +204,8 @@ def _sorted(table: pa.Table) -> pa.Table:
 
 
 def _ascending_order(ids: pa.Array) -> NDArray[np.integer[Any]]:
-    """Row numbers in ascending order of ids. Integers and strings of one length are sorted as numbers: a fifth of the time."""
+    """Row numbers, shape (N,), in ascending order of ids; equal ids keep their order. Integers and strings of one length are
+    sorted as numbers: a fifth of the time."""
     if pa.types.is_integer(ids.type):
         return np.argsort(ids.to_numpy(), kind="stable")
     lengths = pc.min_max(pc.binary_length(ids)).as_py()
@@ -242,9 +248,3 @@ def _table(batches: list[pa.RecordBatch]) -> pa.Table:
 
 def _value(ids: pa.ChunkedArray, row: int) -> Any:
     return ids[row].as_py()
-
-
-def _occur_twice(count: int, names: list[Any]) -> DataError:
-    named = ", ".join(repr(name) for name in names[:_NAMED_IDS])
-    rest = f" and {count - _NAMED_IDS:,} more" if count > _NAMED_IDS else ""
-    return DataError(f"example_id occurs more than once: {named}{rest}. Ids must be unique.")
