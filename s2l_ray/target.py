@@ -22,18 +22,10 @@ from s2l_ray.storage.layout import RANDOM, SELECTED
 from s2l_ray.storage.places import Storage
 from s2l_ray.storage.records import FileRecord
 from s2l_ray.storage.stages import Context
+from s2l_ray.training.adapters import merged, need_peft, with_adapters
 from s2l_ray.training.fine_tuning import Phase, check_steps, data_order, fine_tune, num_steps, training_loss
-from s2l_ray.training.models import (
-    check_positions,
-    count_parameters,
-    has_adapter,
-    make_model,
-    merged,
-    need_peft,
-    save_model,
-    with_adapters,
-)
-from s2l_ray.training.token_parts import target_tokenizer
+from s2l_ray.training.models import check_positions, count_parameters, has_adapter, make_model, save_model
+from s2l_ray.training.tokenizers import target_tokenizer
 from s2l_ray.training.tokens import pool_tokens, row_counts
 
 # Subset -> the folder of the model trained on it, in training order.

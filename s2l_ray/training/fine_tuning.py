@@ -21,8 +21,8 @@ from s2l_ray.errors import ConfigError, DataError
 from s2l_ray.examples.ids import priorities
 from s2l_ray.storage.places import cache
 from s2l_ray.storage.records import digest
+from s2l_ray.training.adapters import base_of
 from s2l_ray.training.losses import pad
-from s2l_ray.training.models import base_of
 from s2l_ray.training.output_head import accepts_logits_to_keep
 from s2l_ray.training.token_rows import TokenRows
 
