@@ -152,7 +152,7 @@ def actors(arguments: argparse.Namespace) -> None:
     from s2l_ray.runtime.session import connect_ray
     from s2l_ray.runtime.workers import Workers
     from s2l_ray.training.models import save_model
-    from s2l_ray.training.tokens import load_tokenizer
+    from s2l_ray.training.tokenizers import load_tokenizer
     from s2l_ray.trajectories.stage import Scorer, ScoringJob
 
     with tempfile.TemporaryDirectory() as name:
@@ -347,8 +347,8 @@ def bfloat16(arguments: argparse.Namespace) -> None:
 
     from s2l_ray.clustering.diagnostics import mean_agreement
     from s2l_ray.clustering.stage import cluster
-    from s2l_ray.proxy import checkpoint_folder
     from s2l_ray.storage.layout import TOKENIZER
+    from s2l_ray.training.checkpoints import checkpoint_folder
     from s2l_ray.training.losses import losses_of_models
     from s2l_ray.training.models import load_model
     from s2l_ray.training.token_parts import TokenParts

@@ -14,7 +14,7 @@ The rooms, each of which knows only those above it:
     clustering/    trajectories -> groups
     selection/     groups and a budget -> the subset
     target         the subset -> the large model
-    evaluation     the large model, before and after -> metrics on rows that nothing was trained on
+    evaluation/    the large model, before and after -> metrics on rows that nothing was trained on
     report/        a run -> one page
     pipeline       the stages as one list, and what running them means
     plan/          what a run would do and cost; how far it is

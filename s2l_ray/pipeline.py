@@ -61,7 +61,7 @@ STAGES = (
     Stage("clustering", ("trajectories",), "s2l_ray.clustering.stage", needs_ray=False),
     Stage("selection", ("examples", "proxy", "trajectories", "clustering"), "s2l_ray.selection.stage", needs_ray=False),
     Stage("target", ("examples", "proxy", "selection"), "s2l_ray.target"),
-    Stage("evaluation", ("examples", "proxy", "target"), "s2l_ray.evaluation"),
+    Stage("evaluation", ("examples", "proxy", "target"), "s2l_ray.evaluation.stage"),
 )
 
 

@@ -6,37 +6,32 @@ Checkpoint i of T follows step round(i * S / T) of S whatever the number of work
 
 from __future__ import annotations
 
-import re
 import tempfile
 from dataclasses import asdict, dataclass
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from s2l_ray.config import ProxyConfig, TrainedTokenizer, TrainingWorkerConfig
-from s2l_ray.errors import ArtifactError, ConfigError, DataError, S2LError, cause_of
-from s2l_ray.examples.reading import read_pool
+from s2l_ray.config import ProxyConfig, TrainingWorkerConfig
+from s2l_ray.errors import ConfigError, DataError, S2LError, cause_of
 from s2l_ray.progress import get_log
 from s2l_ray.runtime.fit import fit
 from s2l_ray.runtime.room import await_room
 from s2l_ray.runtime.workers import Workers
 from s2l_ray.storage.artifacts import Artifact
-from s2l_ray.storage.layout import CHECKPOINT, TOKENIZER, folder_step, step_folder
+from s2l_ray.storage.layout import CHECKPOINT, TOKENIZER, step_folder
 from s2l_ray.storage.places import Storage
 from s2l_ray.storage.records import FileRecord
 from s2l_ray.storage.stages import Context
 from s2l_ray.training.batches import check_steps, data_order, num_steps
+from s2l_ray.training.checkpoints import checkpoint_records, keep_checkpoint, steps_of
 from s2l_ray.training.fine_tuning import fine_tune, training_loss
-from s2l_ray.training.models import check_positions, load_model, make_model, save_model
+from s2l_ray.training.models import check_positions, load_model, make_model
 from s2l_ray.training.schedule import recorded_steps
 from s2l_ray.training.token_parts import TokenParts
-from s2l_ray.training.tokens import load_tokenizer, row_counts
+from s2l_ray.training.tokenizers import check_own_tokenizer, load_tokenizer, proxy_tokenizer, split_revision
+from s2l_ray.training.tokens import row_counts
 from s2l_ray.training.training_run import TrainingRun
-
-# Rows that a tokenizer is trained on: parts are sorted by a hash of the content, so the first ones are a random sample.
-TOKENIZER_ROWS = 200_000
 
 
 def checkpoint_steps(config: ProxyConfig, steps: int) -> list[int]:
@@ -93,35 +88,6 @@ def build(context: Context) -> Artifact:
         draft.has(f"{TOKENIZER}/{name}")
     get_log("proxy").info("kept %d checkpoints: steps %s", len(result["steps"]), ", ".join(map(str, result["steps"])))
     return draft.publish(result, asdict(workers))
-
-
-def finished_steps(storage: Storage) -> list[int]:
-    """The steps whose checkpoints lie whole in the proxy's directory, ascending."""
-    names = [name for name in storage.names(recursive=True) if name.endswith(f"/{CHECKPOINT}")]
-    steps = (folder_step(name.removesuffix(f"/{CHECKPOINT}")) for name in names)
-    return sorted(step for step in steps if step is not None)
-
-
-def checkpoint_records(storage: Storage, step: int) -> list[FileRecord]:
-    """The files of a kept checkpoint. Raises ArtifactError where it is not whole."""
-    name = f"{step_folder(step)}/{CHECKPOINT}"
-    record = storage.read_json(name)
-    if record is None:
-        raise ArtifactError(f"{storage.uri}/{name}: missing. Remove {storage.uri} and run again.")
-    return [FileRecord(**file) for file in record["files"]]
-
-
-def checkpoint_folder(storage: Storage, step: int) -> Path:
-    """A local path of a kept checkpoint, its files checked against their hashes. Raises ArtifactError naming a damaged one."""
-    local = storage.local_folder(step_folder(step))
-    for record in checkpoint_records(storage, step):
-        file = local / record.path.partition("/")[2]
-        if not file.is_file() or FileRecord.of_file(record.path, file) != record:
-            raise ArtifactError(
-                f"{storage.uri}/{record.path}: damaged or missing. Remove {storage.uri} and the stages after it, and run again "
-                "to rebuild them."
-            )
-    return local
 
 
 def _run_once(function: Any, job: ProxyJob, workers: Workers) -> Any:
@@ -186,15 +152,6 @@ def train_proxy(job: ProxyJob, events: Any) -> dict[str, Any]:
     }
 
 
-def keep_checkpoint(storage: Storage, step: int, model: Any, tokenizer: Any) -> None:
-    """Write a checkpoint's folder into the proxy's directory, its `checkpoint.json` last."""
-    storage.delete(f"{step_folder(step)}/{CHECKPOINT}")  # a resumed training comes by again: half of it must not look whole
-    with tempfile.TemporaryDirectory() as folder:
-        save_model(model, tokenizer, Path(folder))
-        records = storage.upload(folder, step_folder(step))
-    storage.write_json(f"{step_folder(step)}/{CHECKPOINT}", {"step": step, "files": [asdict(record) for record in records]})
-
-
 def shared_tokenizer(job: ProxyJob, is_first: bool) -> Any:
     """The run's tokenizer, from the proxy's directory; the first worker puts it there, the others wait for it."""
     import torch.distributed
@@ -203,7 +160,7 @@ def shared_tokenizer(job: ProxyJob, is_first: bool) -> Any:
     if is_first and not job.storage.exists(f"{TOKENIZER}/tokenizer_config.json"):
         try:
             with tempfile.TemporaryDirectory() as folder:
-                _find_tokenizer(job).save_pretrained(folder)
+                proxy_tokenizer(job.config, job.examples).save_pretrained(folder)
                 job.storage.upload(folder, TOKENIZER)
         except S2LError as error:  # raised on every worker, or the others would wait for this one
             problem = [error]
@@ -212,63 +169,6 @@ def shared_tokenizer(job: ProxyJob, is_first: bool) -> Any:
     if problem[0] is not None:
         raise problem[0]
     return load_tokenizer(job.storage.local_folder(TOKENIZER))
-
-
-def _find_tokenizer(job: ProxyJob) -> Any:
-    """The tokenizer that the config asks for: trained on the pool, named, or the model's own."""
-    config = job.config
-    if isinstance(config.tokenizer, TrainedTokenizer):
-        return train_tokenizer(config.tokenizer, job.examples)
-    if isinstance(config.tokenizer, str):
-        return load_tokenizer(config.tokenizer, trust_remote_code=config.trust_remote_code)
-    location, revision = (split_revision(config.checkpoints[0])) if config.checkpoints else (config.model, config.revision)
-    return load_tokenizer(str(location), revision, config.trust_remote_code)
-
-
-def train_tokenizer(config: TrainedTokenizer, examples: Artifact) -> Any:
-    """A byte-level BPE tokenizer of the pool's prompts and responses; one special token ends sequences and pads them."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    end = "<|endoftext|>"
-    tokenizer = Tokenizer(models.BPE())
-    # Digits one by one: numbers then share their pieces, whatever their length.
-    split = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=config.vocab_size,
-        special_tokens=[end],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-
-    def texts() -> Any:
-        rows = 0
-        for part in examples.parts():
-            table = read_pool(examples, part, ["prompt", "response"])
-            yield table["prompt"].to_pylist()
-            yield table["response"].to_pylist()
-            rows += table.num_rows
-            if rows >= TOKENIZER_ROWS:
-                return
-
-    tokenizer.train_from_iterator(texts(), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=end)
-
-
-def split_revision(location: str) -> tuple[str, str | None]:
-    """A checkpoint's place as (path or Hub id, revision): `EleutherAI/pythia-70m@step1000`."""
-    place, at, revision = location.rpartition("@")
-    return (place, revision) if at and not Path(location).exists() else (location, None)
-
-
-def steps_of(checkpoints: list[str]) -> list[int]:
-    """The steps of given checkpoints: the numbers that their names end with where these ascend, else 1, 2, 3 ..."""
-    found = [re.search(r"(\d+)/?$", place) for place in checkpoints]
-    steps = [int(match.group(1)) for match in found if match]
-    ascending = len(steps) == len(checkpoints) and all(a < b for a, b in pairwise(steps))
-    return steps if ascending else list(range(1, len(checkpoints) + 1))
 
 
 def take_checkpoints(job: ProxyJob) -> dict[str, Any]:
@@ -291,16 +191,3 @@ def take_checkpoints(job: ProxyJob) -> dict[str, Any]:
         num_parameters = int(model.num_parameters())
         keep_checkpoint(job.storage, step, model, tokenizer)
     return {"steps": steps, "checkpoints": config.checkpoints, "num_parameters": num_parameters, "vocab_size": len(tokenizer)}
-
-
-def check_own_tokenizer(place: str, revision: str | None, tokenizer: Any) -> None:
-    """Raise ConfigError where a checkpoint comes with a tokenizer of another vocabulary than the run's."""
-    try:
-        own = load_tokenizer(place, revision)
-    except ConfigError:  # it comes with none, or none that can be used
-        return
-    if own.get_vocab() != tokenizer.get_vocab():
-        raise ConfigError(
-            f"proxy.checkpoints: '{place}' has a tokenizer of {len(own):,} entries, not the run's of {len(tokenizer):,}. "
-            "Set proxy.tokenizer to the one that the checkpoints were trained with."
-        )

@@ -21,18 +21,11 @@ from s2l_ray.storage.layout import MODEL_FOLDERS, MODEL_RECORD, RANDOM, SELECTED
 from s2l_ray.storage.places import Storage
 from s2l_ray.storage.records import FileRecord
 from s2l_ray.storage.stages import Context
+from s2l_ray.training.adapters import merged, need_peft, with_adapters
 from s2l_ray.training.batches import check_steps, data_order, num_steps
 from s2l_ray.training.fine_tuning import fine_tune, training_loss
-from s2l_ray.training.models import (
-    check_positions,
-    count_parameters,
-    make_model,
-    merged,
-    need_peft,
-    save_model,
-    with_adapters,
-)
-from s2l_ray.training.token_parts import target_tokenizer
+from s2l_ray.training.models import check_positions, count_parameters, make_model, save_model
+from s2l_ray.training.tokenizers import target_tokenizer
 from s2l_ray.training.tokens import pool_tokens, row_counts
 from s2l_ray.training.training_run import TrainingRun
 from s2l_ray.training.zero import make_models_whole, sharded_as_it_is_read, zero_config

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from s2l_ray.config import RunConfig, TargetConfig, TargetWorkerConfig
 from s2l_ray.errors import ConfigError
-from s2l_ray.evaluation import EvaluationJob, Evaluator
+from s2l_ray.evaluation.stage import EvaluationJob, Evaluator
 from s2l_ray.runtime.fit import fit
 from s2l_ray.runtime.workers import Workers
 from s2l_ray.storage.artifacts import Key
@@ -34,8 +34,9 @@ from s2l_ray.storage.layout import MODEL_RECORD
 from s2l_ray.storage.places import Storage
 from s2l_ray.storage.records import FileRecord
 from s2l_ray.target import TargetJob, build, train_target
+from s2l_ray.training.adapters import merged, with_adapters
 from s2l_ray.training.losses import example_losses
-from s2l_ray.training.models import load_model, make_model, merged, save_model, with_adapters
+from s2l_ray.training.models import load_model, make_model, save_model
 from s2l_ray.training.tokens import pool_tokens
 from tests.building import context_of
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from s2l_ray.runtime.fit import Workers
 from s2l_ray.runtime.pool import Task, Throughput, Unit, UnitWorker, do_units, tasks
+from s2l_ray.runtime.workers import Workers
 from s2l_ray.storage.places import Storage
 
 UNITS = [Unit(model, part) for model in ("step-1", "step-2", "step-3") for part in ("part-0", "part-1")]

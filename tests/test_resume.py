@@ -32,7 +32,6 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from s2l_ray.config import TargetConfig, TargetWorkerConfig, TrainedTokenizer
-from s2l_ray.proxy import train_tokenizer
 from s2l_ray.runtime.fit import fit
 from s2l_ray.runtime.workers import Workers
 from s2l_ray.storage.artifacts import Artifact, Key
@@ -40,10 +39,12 @@ from s2l_ray.storage.drafts import Draft
 from s2l_ray.storage.layout import TOKENIZER
 from s2l_ray.storage.places import Storage
 from s2l_ray.target import TargetJob, train_target
+from s2l_ray.training.adapters import with_adapters
 from s2l_ray.training.batches import data_order, num_steps
-from s2l_ray.training.models import make_model, with_adapters
+from s2l_ray.training.models import make_model
 from s2l_ray.training.token_rows import TokenRows
-from s2l_ray.training.tokens import load_tokenizer, pool_tokens
+from s2l_ray.training.tokenizers import load_tokenizer, train_tokenizer
+from s2l_ray.training.tokens import pool_tokens
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -9,13 +9,13 @@ from transformers import PreTrainedTokenizerFast
 
 from s2l_ray.errors import ConfigError, DataError
 from s2l_ray.training.token_rows import TokenRows
+from s2l_ray.training.tokenizers import load_tokenizer
 from s2l_ray.training.tokens import (
     conversation_pieces,
     encode,
     encode_conversations,
     generation_prompt,
     learnable,
-    load_tokenizer,
     row_counts,
 )
 

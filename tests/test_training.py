@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 
 from s2l_ray.config import ProxyConfig, RunConfig
 from s2l_ray.errors import ConfigError, DataError, cause_of
-from s2l_ray.evaluation import pattern_score, rouge_l, scorers, summarize
-from s2l_ray.proxy import checkpoint_steps, split_revision, steps_of
+from s2l_ray.evaluation.scores import pattern_score, rouge_l, scorers, summarize
+from s2l_ray.proxy import checkpoint_steps
 from s2l_ray.training.batches import data_order, num_steps
+from s2l_ray.training.checkpoints import steps_of
 from s2l_ray.training.fine_tuning import Collator, token_mean_loss
 from s2l_ray.training.losses import example_losses
 from s2l_ray.training.models import load_model, make_model, save_model
+from s2l_ray.training.tokenizers import check_own_tokenizer, split_revision
 from s2l_ray.trajectories.stage import check_finite, models_together
 
 from .test_losses import make, rows
@@ -260,8 +262,6 @@ def test_a_checkpoint_whose_file_is_damaged_is_refused(tmp_path, content):
 
 
 def test_checkpoints_of_another_tokenizer_are_refused(tmp_path):
-    from s2l_ray.proxy import check_own_tokenizer
-
     from .test_tokens import tokenizer
 
     tokenizer().save_pretrained(tmp_path / "same")

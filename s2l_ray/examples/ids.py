@@ -93,7 +93,7 @@ def priorities(example_ids: Any, seed: int | str) -> NDArray[np.uint64]:
 
 
 def priority_cut(wanted: int, count: int, margin: float = 6.0) -> int:
-    """A priority (0 to 2**64 - 1) below which at least `wanted` of `count` rows lie, but for once in a billion, and few more."""
+    """A priority (up to 2**64 - 1) below which at least `wanted` of `count` rows lie (but for once in a billion), few more."""
     share = (wanted + margin * wanted**0.5 + 16) / count if count else 1.0
     return 0 if not wanted else 2**64 - 1 if share >= 1 else int(share * 2.0**64)
 

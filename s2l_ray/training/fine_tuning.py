@@ -16,9 +16,9 @@ import numpy as np
 from s2l_ray.config import TrainingWorkerConfig
 from s2l_ray.storage.places import cache
 from s2l_ray.storage.records import digest
+from s2l_ray.training.adapters import base_of
 from s2l_ray.training.batches import NO_ROW, BatchPlan, length_balanced_order
 from s2l_ray.training.losses import pad
-from s2l_ray.training.models import base_of
 from s2l_ray.training.output_head import accepts_logits_to_keep
 from s2l_ray.training.token_rows import TokenRows
 from s2l_ray.training.training_run import TrainingRun

@@ -15,18 +15,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from s2l_ray.config import RunConfig, TargetConfig
+from s2l_ray.config import RunConfig
 from s2l_ray.errors import cause_of
 from s2l_ray.examples.reading import read_pool
 from s2l_ray.runtime.data import quiet_ray_data
 from s2l_ray.runtime.room import await_room
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.drafts import table_bytes
-from s2l_ray.storage.layout import TOKENIZER, TOKENS
+from s2l_ray.storage.layout import TOKENS
 from s2l_ray.storage.places import Storage
 from s2l_ray.storage.records import FileRecord, digest
 from s2l_ray.training.token_rows import TokenRows
-from s2l_ray.training.tokens import encode_table, learnable, load_tokenizer
+from s2l_ray.training.tokenizers import load_tokenizer, target_tokenizer
+from s2l_ray.training.tokens import encode_table, learnable
 
 # The schema's metadata field with the counts of dropped and shortened rows.
 _CHANGED = b"changed"
@@ -104,15 +105,6 @@ class TokenParts:
             "is_label": pa.LargeListArray.from_arrays(starts, pa.array(tokens.is_label)),
         }
         return pa.table(columns).replace_schema_metadata({_CHANGED: json.dumps(changed)})
-
-
-def target_tokenizer(config: TargetConfig, proxy: Artifact) -> Any:
-    """The tokenizer of the target: named, the model's own, or for a model from scratch the proxy's."""
-    if isinstance(config.tokenizer, str):
-        return load_tokenizer(config.tokenizer, trust_remote_code=config.trust_remote_code)
-    if isinstance(config.model, str):
-        return load_tokenizer(config.model, config.revision, config.trust_remote_code)
-    return load_tokenizer(proxy.folder(TOKENIZER))
 
 
 def count_response_tokens(config: RunConfig, inputs: Mapping[str, Artifact], example_ids: pa.Array) -> np.ndarray:

@@ -9,58 +9,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from s2l_ray.errors import ConfigError, DataError
+from s2l_ray.errors import DataError
 from s2l_ray.examples.reading import read_pool
 from s2l_ray.training.token_rows import TokenRows
 
-# One of these is in every folder that holds a tokenizer.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 # ChatML, for tokenizers that bring no chat template.
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-
-
-def load_tokenizer(location: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The tokenizer at a path or Hub id, with a pad token.
-
-    Raises ConfigError where there is none, or one without an end-of-sequence token.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        path = Path(location)
-        if path.is_file():  # a bare tokenizer.json
-            from transformers import PreTrainedTokenizerFast
-
-            tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(path))
-            tokenizer.eos_token = next((t for t in ("<|endoftext|>", "</s>") if t in tokenizer.get_vocab()), None)
-        elif path.is_dir() and not any((path / name).exists() for name in TOKENIZER_FILES):
-            raise OSError("there is no tokenizer in that folder")  # transformers would make up one of two entries
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(str(location), revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"tokenizer '{location}': cannot be loaded ({_first_line(error)}). Give a path or a Hub id."
-        ) from error
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(f"tokenizer '{location}': has no end-of-sequence token. Set eos_token in its tokenizer_config.json.")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
 
 
 def encode(tokenizer: Any, prompts: Sequence[str], responses: Sequence[str], max_tokens: int) -> TokenRows:

@@ -8,12 +8,12 @@ from dataclasses import replace
 
 from s2l_ray.config import RunConfig
 from s2l_ray.progress import get_log
-from s2l_ray.proxy import finished_steps
 from s2l_ray.runtime.pool import Unit, do_units, tasks
 from s2l_ray.runtime.room import free_room
 from s2l_ray.runtime.workers import Workers
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.places import Storage
+from s2l_ray.training.checkpoints import finished_steps
 from s2l_ray.trajectories.stage import Scorer, ScoringJob
 
 # How often finished checkpoints and idle machines are looked for while the proxy is trained.

@@ -25,7 +25,6 @@ import pyarrow.parquet as pq
 from s2l_ray.config import RunConfig
 from s2l_ray.errors import DataError
 from s2l_ray.progress import get_log
-from s2l_ray.proxy import checkpoint_folder, checkpoint_records
 from s2l_ray.runtime.pool import Throughput, Unit, UnitWorker, do_units
 from s2l_ray.runtime.workers import Workers
 from s2l_ray.storage.artifacts import Artifact
@@ -34,11 +33,13 @@ from s2l_ray.storage.layout import CHECKPOINT, LOSSES, TOKENIZER, TOKENS, step_f
 from s2l_ray.storage.places import Storage
 from s2l_ray.storage.records import digest
 from s2l_ray.storage.stages import Context
+from s2l_ray.training.checkpoints import checkpoint_folder, checkpoint_records
 from s2l_ray.training.flops import operations, product_rate
 from s2l_ray.training.losses import full_path, losses_of_models
 from s2l_ray.training.models import load_model
 from s2l_ray.training.token_parts import PartTokens, TokenParts
-from s2l_ray.training.tokens import load_tokenizer, row_counts
+from s2l_ray.training.tokenizers import load_tokenizer
+from s2l_ray.training.tokens import row_counts
 from s2l_ray.trajectories.store import trajectories_table
 
 # Bytes of float32 weights that one worker keeps in memory at once; more checkpoints are scored in several passes.

@@ -1,0 +1,71 @@
+"""What needs a model to write: greedy answers to prompts, and the tasks of the lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from s2l_ray.errors import ConfigError, DataError
+from s2l_ray.training.models import positions
+
+GENERATION_BATCH = 32
+
+
+def generate(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
+    """A greedy continuation of each tokenised prompt, in the order of the prompts and without special tokens.
+
+    Ends after `max_new_tokens` or at the model's last position. Batches hold prompts of similar length, padded on the left.
+    """
+    import torch
+
+    responses = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), GENERATION_BATCH):
+        rows = order[start : start + GENERATION_BATCH]
+        longest = max(len(prompts[i]) for i in rows)
+        padding = [longest - len(prompts[i]) for i in rows]
+        ids_BL = torch.tensor([[tokenizer.pad_token_id] * pad + prompts[i] for i, pad in zip(rows, padding, strict=True)])
+        mask_BL = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding])
+        room = max(1, (positions(model) or sys.maxsize) - longest)
+        with torch.inference_mode():
+            generated_BL = model.generate(
+                input_ids=ids_BL.to(model.device),
+                attention_mask=mask_BL.to(model.device),
+                max_new_tokens=min(max_new_tokens, room),
+                do_sample=False,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        texts = tokenizer.batch_decode(generated_BL[:, longest:], skip_special_tokens=True)
+        for i, text in zip(rows, texts, strict=True):
+            responses[i] = text
+    return responses
+
+
+def run_tasks(model: Any, tokenizer: Any, tasks: list[str]) -> dict[str, dict[str, float]]:
+    """Zero-shot results of the lm-evaluation-harness, {task: {metric: value}}.
+
+    Raises ConfigError where the harness is not installed or knows no such task, DataError where a task's data is not there.
+    """
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise ConfigError("evaluation.tasks needs the lm-evaluation-harness: pip install 's2l_ray[lm-eval]'") from error
+    try:
+        results = lm_eval.simple_evaluate(HFLM(pretrained=model, tokenizer=tokenizer), tasks=tasks, num_fewshot=0)["results"]
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"evaluation.tasks={tasks}: {error}") from error
+    except OSError as error:
+        raise DataError(f"evaluation.tasks={tasks}: the task's data cannot be read ({error})") from error
+    return {task: harness_metrics(found) for task, found in results.items()}
+
+
+def harness_metrics(found: Mapping[str, Any]) -> dict[str, float]:
+    """A task's numbers by metric. The harness names them `metric,filter`; the filter stays, as `metric (filter)`, where a
+    metric was measured under several (gsm8k's exact_match is, strictly and flexibly)."""
+    values = {name.partition(",")[::2]: float(value) for name, value in found.items() if isinstance(value, float)}
+    filters = Counter(metric for metric, _ in values)
+    return {metric if filters[metric] == 1 else f"{metric} ({kind})": value for (metric, kind), value in values.items()}

@@ -1,0 +1,189 @@
+"""Evaluation: was the subset worth it? The target before and after, on rows that nothing was trained on.
+
+Every model gets the held-out loss per response token, overall, by source and averaged over sources; exact-match accuracy
+by greedy generation where an answer can be verified; ROUGE-L and BLEU where responses are summaries; and the tasks of
+the lm-evaluation-harness that the config names.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from s2l_ray.config import RunConfig
+from s2l_ray.evaluation.generation import generate, run_tasks
+from s2l_ray.evaluation.scores import scorers, summarize
+from s2l_ray.examples.ids import priorities
+from s2l_ray.examples.reading import read_held_out
+from s2l_ray.progress import get_log
+from s2l_ray.runtime.pool import Unit, UnitWorker, do_units
+from s2l_ray.runtime.workers import Workers
+from s2l_ray.storage.artifacts import Artifact
+from s2l_ray.storage.drafts import Draft, table_bytes
+from s2l_ray.storage.layout import METRICS, MODEL_FOLDERS, MODEL_RECORD, PREDICTIONS
+from s2l_ray.storage.stages import Context
+from s2l_ray.training.losses import example_losses
+from s2l_ray.training.models import load_model, make_model
+from s2l_ray.training.token_rows import TokenRows
+from s2l_ray.training.tokenizers import target_tokenizer
+from s2l_ray.training.tokens import encode_table, generation_prompt, learnable, row_counts
+
+UNTRAINED = "untrained"
+# The part name of a unit that runs the tasks of the lm-evaluation-harness.
+TASKS = "tasks"
+TOKENS_PER_BATCH = 4096
+# The field of a unit's schema metadata with the counts of dropped and shortened held-out rows.
+CHANGED = b"changed"
+_log = get_log("evaluation")
+
+
+@dataclass(frozen=True)
+class EvaluationJob:
+    """What an evaluation worker needs."""
+
+    config: RunConfig
+    inputs: Mapping[str, Artifact]
+    generated_ids: frozenset[str]
+    """Held-out ids for which an answer is generated."""
+
+
+def build(context: Context) -> Artifact:
+    """Evaluate the untrained target, the one trained on the subset and the control; publish metrics and predictions.
+
+    Without held-out rows the losses are None, no answer is generated, and only the harness's tasks are measured.
+    """
+    config, inputs, draft = context.config, context.inputs, context.draft
+    examples, published = inputs["examples"], inputs["target"].manifest["files"]
+    workers = Workers.resolve(context.machines, one_per_cpu=True)
+    models = [UNTRAINED, *(name for name, folder in MODEL_FOLDERS.items() if f"{folder}/{MODEL_RECORD}" in published)]
+    parts = [part for part in examples.parts() if read_held_out(examples, part, ["example_id"]).num_rows]
+    _log.info("%s on %d held-out examples", ", ".join(models), examples.summary["held_out"])
+    job = EvaluationJob(config, inputs, choose_generated(config, examples, parts))
+    units = [Unit(model, part) for model in models for part in [*parts, *([TASKS] if config.evaluation.tasks else [])]]
+    if units:
+        do_units("evaluation", units, Evaluator, job, draft.work, workers)
+    return draft.publish(_write_results(context, models, parts), asdict(workers))
+
+
+def _write_results(context: Context, models: list[str], parts: list[str]) -> dict[str, Any]:
+    """Write metrics and predictions from the files of the units; the manifest's summary."""
+    evaluation, draft = context.section, context.draft
+    tables = {model: [_read_unit(draft, Unit(model, part)) for part in parts] for model in models}
+    rows = {model: [row for table in tables[model] for row in _rows(table)] for model in models}
+    if not rows[UNTRAINED]:
+        _log.warning(
+            "there is no held-out row with a response token, so no loss and no answer is measured: "
+            "raise examples.held_out_fraction, or target.max_tokens where prompts alone are that long"
+        )
+    metrics = {}
+    for model in models:
+        harness = json.loads(draft.work.read(Unit(model, TASKS).path)) if evaluation.tasks else None
+        metrics[model] = summarize(rows[model], evaluation, harness)
+    draft.write(METRICS, (json.dumps(metrics, indent=2) + "\n").encode())
+    lines = [json.dumps(prediction(model, row), ensure_ascii=False) for model in models for row in rows[model] if row["scores"]]
+    draft.write(PREDICTIONS, "".join(f"{line}\n" for line in lines).encode())
+    changed = sum((Counter(json.loads(table.schema.metadata[CHANGED])) for table in tables[UNTRAINED]), Counter[str]())
+    counts = Counter(row["source"] for row in rows[UNTRAINED])
+    summary = {"rows": len(rows[UNTRAINED]), "sources": dict(sorted(counts.items())), "predictions": len(lines)}
+    return summary | row_counts(changed)
+
+
+def _read_unit(draft: Draft, unit: Unit) -> pa.Table:
+    return pq.read_table(io.BytesIO(draft.work.read(unit.path)))
+
+
+def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
+    """A unit's rows; texts only of those that were scored, of which there are few."""
+    has_scores = table["scores"].is_valid()
+    yield from table.filter(has_scores).to_pylist()
+    for row in table.filter(pc.invert(has_scores)).select(["source", "loss", "num_response_tokens"]).to_pylist():
+        yield row | {"scores": None}
+
+
+def choose_generated(config: RunConfig, examples: Artifact, parts: list[str]) -> frozenset[str]:
+    """The held-out ids to generate answers for: of every source the `max_generations` of lowest priority."""
+    chosen: set[str] = set()
+    tables = [read_held_out(examples, part, ["example_id", "source"]) for part in parts]
+    by_source: dict[str, list[str]] = defaultdict(list)
+    for table in tables:
+        for example_id, source in zip(table["example_id"].to_pylist(), table["source"].to_pylist(), strict=True):
+            by_source[source].append(example_id)
+    for ids in by_source.values():
+        first = np.argsort(priorities(ids, "generation"), kind="stable")[: config.evaluation.max_generations]
+        chosen |= {ids[int(row)] for row in first}
+    return frozenset(chosen)
+
+
+def prediction(model: str, row: dict[str, Any]) -> dict[str, Any]:
+    """A line of predictions.jsonl."""
+    kept = {name: row[name] for name in ("example_id", "source", "prompt", "reference", "prediction")}
+    return {"model": model, **kept, "scores": json.loads(row["scores"])}
+
+
+# --- on a worker ---------------------------------------------------------------------------------------------------
+
+
+class Evaluator(UnitWorker):
+    """Evaluates one model at a time on parts of the held-out rows."""
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return target_tokenizer(self.job.config.target, self.job.inputs["proxy"])
+
+    def load(self, model: str) -> Any:
+        target = self.job.config.target
+        if model == UNTRAINED:
+            return make_model(target, self._tokenizer)
+        folder = self.job.inputs["target"].folder(MODEL_FOLDERS[model])
+        return load_model(folder, self._tokenizer, trust_remote_code=target.trust_remote_code)
+
+    def work_on(self, part: str, models: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
+        for name, model in models.items():
+            yield name, self._evaluate(part, model)
+
+    def _evaluate(self, part: str, model: Any) -> bytes:
+        if part == TASKS:
+            return json.dumps(run_tasks(model, self._tokenizer, self.job.config.evaluation.tasks)).encode()
+        config: RunConfig = self.job.config
+        table, limit = read_held_out(self.job.inputs["examples"], part), config.target.max_tokens
+        tokens, kept, changed = learnable(encode_table(self._tokenizer, table, limit), limit, self._tokenizer.eos_token_id)
+        table = table.take(pa.array(kept))
+        losses = example_losses(model, tokens, tokens_per_batch=TOKENS_PER_BATCH, precision=config.target.precision)
+        rows = table.to_pylist()
+        predictions, scores = self._answer(model, rows, tokens)
+        columns = {
+            "example_id": table["example_id"],
+            "source": table["source"],
+            "loss": pa.array(losses),
+            "num_response_tokens": pa.array(tokens.num_labels),
+            "prompt": table["prompt"],
+            "reference": table["response"],
+            "prediction": pa.array(predictions, pa.string()),
+            "scores": pa.array(scores, pa.string()),
+        }
+        scored = pa.table(columns).replace_schema_metadata({CHANGED: json.dumps(changed)})
+        return table_bytes(scored)
+
+    def _answer(self, model: Any, rows: list[dict[str, Any]], tokens: TokenRows) -> tuple[list[str | None], list[str | None]]:
+        """Generated responses and their scores as JSON, None where a row has none."""
+        predictions: list[str | None] = [None] * len(rows)
+        scores: list[str | None] = [None] * len(rows)
+        score = scorers(self.job.config)
+        wanted = [i for i, row in enumerate(rows) if row["example_id"] in self.job.generated_ids] if score else []
+        prompts = [generation_prompt(*tokens[i]) for i in wanted]
+        responses = generate(model, self._tokenizer, prompts, self.job.config.evaluation.max_new_tokens)
+        for i, response in zip(wanted, responses, strict=True):
+            found = score(rows[i], response) if score else {}
+            if found:
+                predictions[i], scores[i] = response, json.dumps(found)
+        return predictions, scores
