@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from s2l_ray.config import RunConfig, TargetConfig, TargetWorkerConfig
+from s2l_ray.config import RunConfig, ScratchModel, TargetConfig, TargetWorkerConfig
 from s2l_ray.errors import ConfigError
 from s2l_ray.evaluation.stage import EvaluationJob, Evaluator
 from s2l_ray.runtime.fit import fit
@@ -36,7 +36,7 @@ from s2l_ray.storage.records import FileRecord
 from s2l_ray.target import TargetJob, build, train_target
 from s2l_ray.training.adapters import merged, with_adapters
 from s2l_ray.training.losses import example_losses
-from s2l_ray.training.models import load_model, make_model, save_model
+from s2l_ray.training.models import check_ahead, load_model, make_model, save_model, scratch_config
 from s2l_ray.training.tokens import pool_tokens
 from tests.building import context_of
 
@@ -56,12 +56,16 @@ def adapted(folder: Path, *, base_is_there: bool = False, **lora: Any) -> tuple[
     if not base_is_there:
         make("llama").save_pretrained(folder)
     config = TargetConfig.model_validate({"model": str(folder), "lora": {"rank": 4, "alpha": 12, **lora}})
-    model = with_adapters(load_model(folder), config)
+    return changed_adapters(with_adapters(load_model(folder), config)), config
+
+
+def changed_adapters(model: Any) -> Any:
+    """The model with adapters that change its output, as training would."""
     torch.manual_seed(5)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "lora_embedding" in name:
             parameter.data = 0.1 * torch.randn_like(parameter)
-    return model.eval(), config
+    return model.eval()
 
 
 def test_adapters_merge_into_the_weights_that_peft_merges_and_give_the_same_losses(tmp_path):
@@ -133,6 +137,76 @@ def test_layers_for_adapters_that_do_not_exist_are_named_with_some_that_do(tmp_p
         adapted(tmp_path, target_modules=["q_proj", "query"])
     with pytest.raises(ConfigError, match=r"target.lora.target_modules=.*not supported"):
         adapted(tmp_path, target_modules=["input_layernorm"])
+
+
+OUTPUT_LAYERS = {"llama": ("embed_tokens", "lm_head"), "gpt_neox": ("embed_in", "lm_head"), "gpt2": ("wte", "lm_head")}
+
+
+def scratch_target(architecture: str, *, tied: bool, names: list[str] | str = "all-linear", **lora: Any) -> TargetConfig:
+    scratch = {
+        "architecture": architecture,
+        "layers": 2,
+        "hidden": 32,
+        "heads": 4,
+        "max_positions": 128,
+        "tie_embeddings": tied,
+    }
+    values = {"model": {"scratch": scratch}, "lora": {"rank": 4, "alpha": 12, "target_modules": names, **lora}}
+    return TargetConfig.model_validate(values)
+
+
+def scratch_model(config: TargetConfig) -> Any:
+    assert isinstance(config.model, ScratchModel)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(scratch_config(config.model.scratch, 320, 0))
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("architecture", OUTPUT_LAYERS)
+def test_adapters_on_tied_embeddings_are_refused_by_the_layers_name_before_anything_is_started(architecture, layer):
+    name = OUTPUT_LAYERS[architecture][layer]
+    config = scratch_target(architecture, tied=True, names=[name])
+    with pytest.raises(
+        ConfigError, match=rf"target_modules: (\w+\.)?{name} of .* shares its weight with .*tie_embeddings=false"
+    ):
+        check_ahead(run_config(**config.model_dump(exclude_none=True)))
+    with pytest.raises(ConfigError, match=rf"{name} of .* shares its weight"):
+        with_adapters(scratch_model(config), config)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tied", "names"),
+    [
+        *((architecture, tied, "all-linear") for architecture in OUTPUT_LAYERS for tied in (True, False)),
+        *((architecture, False, [name]) for architecture, names in OUTPUT_LAYERS.items() for name in names),
+        ("llama", False, ["embed_tokens", "lm_head", "q_proj"]),
+    ],
+)
+def test_a_merged_export_gives_what_the_adapters_gave_and_keeps_what_is_tied(tmp_path, architecture, tied, names):
+    config = scratch_target(architecture, tied=tied, names=names)
+    check_ahead(run_config(**config.model_dump(exclude_none=True)))
+    model = changed_adapters(with_adapters(scratch_model(config), config))
+    ids_BL = torch.arange(2, 42).reshape(2, 20)
+    with torch.no_grad():
+        expected = model(input_ids=ids_BL).logits
+        assert (scratch_model(config).eval()(input_ids=ids_BL).logits - expected).abs().max() > 0.01
+    model.save_pretrained(tmp_path / "adapter")
+    whole = merged(scratch_model(config), tmp_path / "adapter")
+    save_model(whole, SimpleNamespace(save_pretrained=lambda folder: None), tmp_path / "merged")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=ids_BL).logits, expected, rtol=0, atol=TOLERANCE)
+    assert (loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight) == tied
+
+
+def test_an_adapter_from_elsewhere_on_a_tied_output_layer_is_not_merged(tmp_path):
+    import peft
+
+    config = scratch_target("llama", tied=True)
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"])
+    peft.get_peft_model(scratch_model(config), settings).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"cannot be added .*lm_head shares its weight with model.embed_tokens"):
+        merged(scratch_model(config), tmp_path)
 
 
 def run_config(**target: Any) -> RunConfig:

@@ -1,13 +1,21 @@
-"""Adapters (LoRA, by peft): checked against a model's layers, added to a model, merged into its weights."""
+"""Adapters (LoRA, by peft): checked against a model's layers, added to a model, merged into its weights.
+
+No adapter goes to a layer that shares its weight with another one, as an output layer does with a tied embedding: merged, it
+would change the other layer too, or the two would come apart.
+"""
 
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from s2l_ray.config import Lora, TargetConfig
 from s2l_ray.errors import ConfigError
+
+# Before the name of a layer in the files that peft writes.
+_PREFIX = "base_model.model."
 
 
 def need_peft(why: str) -> Any:
@@ -19,20 +27,42 @@ def need_peft(why: str) -> Any:
     return peft
 
 
+def tied_layers(model: Any) -> dict[str, str]:
+    """Layers that share a weight with another layer, each with the other's name; the model may be on the meta device."""
+    owners: dict[int, list[str]] = defaultdict(list)
+    for name, layer in model.named_modules():
+        for parameter in layer.parameters(recurse=False):
+            owners[id(parameter)].append(name)
+    return {name: names[i - 1] for names in owners.values() if len(names) > 1 for i, name in enumerate(names)}
+
+
 def check_target_modules(lora: Lora, model: Any) -> None:
-    """Raise ConfigError naming the layers that `target_modules` could name, where a name of it is that of no layer."""
+    """Check the layers that `target_modules` names against a model, which may be on the meta device.
+
+    Raises ConfigError where a name is that of no layer, and where a layer shares its weight with another one.
+    """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    if isinstance(lora.target_modules, str):
+    if isinstance(lora.target_modules, str):  # all-linear leaves out the output layer, tied or not
         return
-    names = [f".{name}" for name, _ in model.named_modules()]
-    absent = [wanted for wanted in lora.target_modules if not any(name.endswith(f".{wanted}") for name in names)]
+
+    def named(wanted: str, names: Any) -> list[str]:
+        return [name for name in names if f".{name}".endswith(f".{wanted}")]
+
+    layers, tied = dict(model.named_modules()), tied_layers(model)
+    absent = [wanted for wanted in lora.target_modules if not named(wanted, layers)]
     if absent:
-        layers = {name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D)}
+        kinds = {name.rpartition(".")[2] for name, layer in layers.items() if isinstance(layer, nn.Linear | Conv1D)}
         raise ConfigError(
             f"target.lora.target_modules: {', '.join(absent)}: no such layer in {type(model).__name__}. It has "
-            f"{', '.join(sorted(layers))}; all-linear takes all of them but the output layer."
+            f"{', '.join(sorted(kinds))}; all-linear takes all of them but the output layer."
+        )
+    for layer in (name for wanted in lora.target_modules for name in named(wanted, tied)):
+        raise ConfigError(
+            f"target.lora.target_modules: {layer} of {type(model).__name__} shares its weight with {tied[layer]} (tied "
+            "embeddings): an adapter on one would change both, or untie them. Leave it out, or take a model without tied "
+            "embeddings (for one from scratch: tie_embeddings=false)."
         )
 
 
@@ -70,18 +100,25 @@ def base_of(model: Any) -> Any:
 
 
 def merged(base: Any, folder: Path) -> Any:
-    """The model with a folder's adapter added to its weights.
+    """The model with a folder's adapter added to its weights, which are then trainable; `base` itself is changed.
 
-    Raises ConfigError where the adapter is not whole or of a model of another shape.
+    Raises ConfigError where the adapter is not whole, of a model of another shape, or on a layer that shares its weight.
     """
     from safetensors import SafetensorError
 
     peft = need_peft(f"the adapter in '{folder}'")
+    tied = tied_layers(base)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*missing adapter keys")  # peft would make them up
-            model = peft.PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
-            return model.requires_grad_(True)  # peft froze the base
+            model = peft.PeftModel.from_pretrained(base, str(folder))
+            adapted = {name.removeprefix(_PREFIX).partition(".lora_")[0] for name in model.state_dict() if ".lora_" in name}
+            shared = sorted(adapted & tied.keys())
+            if shared:
+                raise ValueError(
+                    f"its layer {shared[0]} shares its weight with {tied[shared[0]]}: the merged model would be another"
+                )
+            return model.merge_and_unload().requires_grad_(True)  # peft froze the base
     except (OSError, RuntimeError, SafetensorError, UserWarning, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise ConfigError(f"adapter '{folder}': cannot be added to a {type(base).__name__} ({reason}).") from error
