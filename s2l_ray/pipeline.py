@@ -16,19 +16,20 @@ from typing import Any
 
 from s2l_ray.config import RunConfig
 from s2l_ray.config.recipes import RECIPES, SCHEMAS
-from s2l_ray.errors import ArtifactError, ConfigError
+from s2l_ray.errors import ArtifactError
 from s2l_ray.progress import duration, get_log
 from s2l_ray.runtime.session import connect_ray, run_places, write_run
 from s2l_ray.storage.artifacts import Artifact, Key, adopt, refusal
 from s2l_ray.storage.drafts import Draft
 from s2l_ray.storage.hub import resolve_revisions
-from s2l_ray.storage.layout import STAGE_NAMES
+from s2l_ray.storage.layout import names_until
 from s2l_ray.storage.lock import exclusive
 from s2l_ray.storage.ownership import check_run, read_building
 from s2l_ray.storage.places import Storage
 from s2l_ray.storage.stages import Context
 
 ANOTHER_RUN = "Give another --run-dir (with --reuse RUN_DIR it takes from this one every stage that still matches)"
+Inputs = Mapping[str, Artifact]
 log = get_log("run")
 
 
@@ -38,8 +39,6 @@ class Stage:
 
     name: str
     inputs: tuple[str, ...]
-    """The stages that it reads."""
-
     module: str
     """Where its `build(context) -> Artifact` is; imported when it is built."""
 
@@ -74,9 +73,7 @@ class Decision:
     """`reuse`, `build`, `resume` (an unfinished one of the same recipe) or `refuse`."""
 
     reason: str
-    key: Key | None = None
-    """None while an earlier stage is still to be built."""
-
+    key: Key | None = None  # while an earlier stage is still to be built
     artifact: Artifact | None = None
 
 
@@ -91,8 +88,7 @@ def decide(config: RunConfig, run_dir: Storage, reuse: Storage | None = None) ->
     decisions: list[Decision] = []
     for stage in STAGES:
         decision = _decide_stage(stage, config, run_dir, reuse, finished)
-        refused = [d.stage.name for d in decisions if d.action == "refuse" and d.stage.name in stage.inputs]
-        if refused:
+        if refused := [d.stage.name for d in decisions if d.action == "refuse" and d.stage.name in stage.inputs]:
             decision = Decision(stage, "refuse", f"after {refused[0]}")
         if decision.artifact is not None:
             finished[stage.name] = decision.artifact
@@ -100,9 +96,7 @@ def decide(config: RunConfig, run_dir: Storage, reuse: Storage | None = None) ->
     return decisions
 
 
-def _decide_stage(
-    stage: Stage, config: RunConfig, run_dir: Storage, reuse: Storage | None, finished: Mapping[str, Artifact]
-) -> Decision:
+def _decide_stage(stage: Stage, config: RunConfig, run_dir: Storage, reuse: Storage | None, finished: Inputs) -> Decision:
     storage, recipe = run_dir.child(stage.name), stage.recipe(config, run_dir)
     missing = [name for name in stage.inputs if name not in finished]
     inputs = {name: finished[name].identity for name in stage.inputs if name in finished}
@@ -129,10 +123,10 @@ def _decide_finished(stage: Stage, key: Key, found: Artifact, missing: list[str]
     if not missing and found.fingerprint == key.fingerprint:
         found.check_sizes()
         return Decision(stage, "reuse", f"fingerprint {key.fingerprint}", key, found)
+    reason = refusal(found.storage, key, found.manifest, ANOTHER_RUN)
     if missing and not key.differences(found.manifest):
-        what = f"{found.storage.uri} is finished, but {missing[0]}, which it was built from, is not"
-        return Decision(stage, "refuse", f"{what}. Remove it to build it again.")
-    return Decision(stage, "refuse", refusal(found.storage, key, found.manifest, ANOTHER_RUN))
+        reason = f"{found.storage.uri} is finished, but its input {missing[0]} is not. Remove it to build it again."
+    return Decision(stage, "refuse", reason)
 
 
 def run(
@@ -144,8 +138,7 @@ def run(
     stages are taken by reference where their fingerprint matches. Raises S2LError for what the user can mend.
     """
     started = time.monotonic()
-    if until is not None and until not in STAGE_NAMES:
-        raise ConfigError(f"--until {until}: no such stage. Stages: {', '.join(STAGE_NAMES)}.")
+    names = names_until(until)
     place, other = run_places(config.name, run_dir, reuse)
     log.info("%s in %s", config.name, place.uri)
     check_run(place)  # before the lock, which is a file there
@@ -153,46 +146,33 @@ def run(
     seconds: dict[str, float] = {}
     with exclusive(place) as still_held:
         config = resolve_revisions(config, place, other)
-        _check_ahead(config, decide(config, place, other), until)
+        decisions = decide(config, place, other)
+        for decision in decisions:
+            if decision.action == "refuse":
+                raise ArtifactError(decision.reason)
+        if "target" in names and any(d.stage.name == "target" and d.action != "reuse" for d in decisions):
+            from s2l_ray.training.models import check_ahead
+
+            check_ahead(config)  # what would be found hours from now
         write_run(config, place)
-        for stage in STAGES:
+        for stage in STAGES[: len(names)]:
             begun = time.monotonic()
             artifacts[stage.name] = _run_stage(stage, config, place, other, artifacts, still_held)
             seconds[stage.name] = time.monotonic() - begun
-            if stage.name == until:
-                break
-        if until in (None, "report"):
+        if "report" in names:
             from s2l_ray.report.page import build_report
 
             begun = time.monotonic()
             build_report(place.uri)
             seconds["report"] = time.monotonic() - begun
     total = time.monotonic() - started
-    for name, spent in seconds.items():
+    for name, spent in (seconds | {"total": total}).items():
         log.info("%-13s %9s  %5.1f%%", name, duration(spent), 100 * spent / total)
-    log.info("%-13s %9s", "total", duration(total))
     return artifacts
 
 
-def _check_ahead(config: RunConfig, decisions: list[Decision], until: str | None) -> None:
-    """Raise now what would be found hours from now: a stage of another recipe, a target that cannot be trained."""
-    for decision in decisions:
-        if decision.action == "refuse":
-            raise ArtifactError(decision.reason)
-    trains = any(decision.stage.name == "target" and decision.action != "reuse" for decision in decisions)
-    if trains and until in (None, *STAGE_NAMES[STAGE_NAMES.index("target") :]):
-        from s2l_ray.training.models import check_ahead
-
-        check_ahead(config)
-
-
 def _run_stage(
-    stage: Stage,
-    config: RunConfig,
-    place: Storage,
-    other: Storage | None,
-    artifacts: Mapping[str, Artifact],
-    still_held: Callable[[], None],
+    stage: Stage, config: RunConfig, place: Storage, other: Storage | None, artifacts: Inputs, still_held: Callable[[], None]
 ) -> Artifact:
     decision, stage_log = _decide_stage(stage, config, place, other, artifacts), get_log(stage.name)
     if decision.action == "refuse":

@@ -246,3 +246,27 @@ def test_no_error_is_swallowed_by_a_broad_except():
 @pytest.mark.parametrize("module", MODULES)
 def test_every_module_says_what_it_is_for(module):
     assert ast.get_docstring(tree_of(module))
+
+
+def functions_of(module: str) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return [node for node in ast.walk(tree_of(module)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_file_is_one_room_and_a_function_fits_on_a_screen(module):
+    assert len(MODULES[module].read_text().splitlines()) <= 400
+    assert [f.name for f in functions_of(module) if (f.end_lineno or 0) - f.lineno >= 60] == []
+
+
+def test_the_pipeline_fits_on_one_page():
+    assert len(MODULES["pipeline"].read_text().splitlines()) <= 200
+
+
+def test_a_class_s_name_names_one_thing():
+    """Private classes included: a reader who meets `Rows` twice asks which."""
+    places: dict[str, set[str]] = {}
+    for module in MODULES:
+        for node in ast.walk(tree_of(module)):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name.lstrip("_"), set()).add(module)
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}

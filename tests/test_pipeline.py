@@ -629,7 +629,7 @@ def test_a_manifest_cut_short_is_named(finished, copied):
 
 def test_a_finished_stage_whose_input_is_gone_is_refused_and_kept(finished, copied):
     shutil.rmtree(copied / "clustering")
-    with pytest.raises(ArtifactError, match=r"selection is finished, but clustering, which it was built from, is not"):
+    with pytest.raises(ArtifactError, match=r"selection is finished, but its input clustering is not"):
         run(finished.config(), str(copied))
     assert not (copied / "clustering" / "manifest.json").exists()
 

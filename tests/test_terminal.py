@@ -11,7 +11,6 @@ import json
 import os
 import pty
 import re
-import signal
 import struct
 import subprocess
 import sys
@@ -24,7 +23,6 @@ import pytest
 import yaml
 
 from s2l_ray.pipeline import STAGES
-from s2l_ray.runtime.process import own_interrupts
 from s2l_ray.runtime.session import _without_core_notice
 
 ROWS, COLUMNS = 200, 160
@@ -236,17 +234,3 @@ def test_the_message_of_an_interrupt_has_a_line_of_its_own_where_there_is_no_bar
     assert terminal.finish() == 1
     terminal.check()
     assert terminal.text.splitlines() == ["run begun", "s2l: interrupted. The same command goes on where this one stopped."]
-
-
-@pytest.mark.parametrize("leave", [lambda *_: None, lambda *_: sys.exit(0)], ids=["swallows", "exits"])
-def test_an_interrupt_is_not_lost_on_a_library_that_takes_it_for_itself(leave):
-    def library() -> None:
-        signal.signal(signal.SIGINT, leave)
-        signal.raise_signal(signal.SIGINT)
-
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), own_interrupts():
-        library()
-    assert signal.getsignal(signal.SIGINT) == handler
-    with own_interrupts():
-        pass

@@ -1,15 +1,11 @@
-"""What a process sets for itself: quiet libraries, memory that it keeps, and who gets Ctrl-C."""
+"""What a worker process sets for itself before it works: quiet libraries, and memory that it keeps."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import logging
-import os
-import signal
-import threading
 import warnings
-from collections.abc import Iterator
 
 
 def quiet_libraries() -> None:
@@ -35,29 +31,3 @@ def keep_freed_memory() -> None:
         # Older versions take at most 32 MB.
         if mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25):
             mallopt(trim_threshold, 2**31 - 1)
-
-
-@contextlib.contextmanager
-def own_interrupts() -> Iterator[None]:
-    """Turns SIGINT into KeyboardInterrupt at the end of the block, whatever a library within does with it.
-
-    Ray Train installs a handler that aborts the training, stays when the training is over, and leaves by SystemExit(0) as if
-    all were well, or not at all where the training was just ending.
-    """
-    if threading.current_thread() is not threading.main_thread():  # others get no signals
-        yield
-        return
-    handler = signal.getsignal(signal.SIGINT)
-    reader, writer = os.pipe()
-    os.set_blocking(reader, False)
-    os.set_blocking(writer, False)
-    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(before)
-        signal.signal(signal.SIGINT, handler)
-        os.close(writer)
-        with open(reader, "rb") as received:
-            if signal.SIGINT in received.read():
-                raise KeyboardInterrupt from None

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import re
 
+from s2l_ray.errors import ConfigError
+
 SCHEMA = "s2l_ray/1"
 RUN = "run.json"
 STAGE_NAMES = ("examples", "proxy", "trajectories", "clustering", "selection", "target", "evaluation", "report")
@@ -41,6 +43,13 @@ SPILLED = "scratch"
 
 # In the scratch directory of a stage that trains.
 ATTEMPTS, TRAINING_RUN = "attempts.json", "ray"
+
+
+def names_until(until: str | None) -> tuple[str, ...]:
+    """The stages up to one of them, that one included; all for None. Raises ConfigError for a name that is none of theirs."""
+    if until is not None and until not in STAGE_NAMES:
+        raise ConfigError(f"--until {until}: no such stage. Stages: {', '.join(STAGE_NAMES)}.")
+    return STAGE_NAMES if until is None else STAGE_NAMES[: STAGE_NAMES.index(until) + 1]
 
 
 def part_name(part: int) -> str:
