@@ -29,22 +29,22 @@ def ray_session() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
-    """Where an S3-compatible server answers that has one bucket, `runs`."""
+    """Where an S3-compatible server answers."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": "us-east-1"}
-    boto3.client("s3", endpoint_url=f"http://{host}:{port}", **keys).create_bucket(Bucket="runs")
     yield f"http://{host}:{port}"
     server.stop()
 
 
 @pytest.fixture(scope="module")
 def bucket(s3_endpoint: str) -> Iterator[str]:
-    """The bucket, which this process and those that it starts find by the environment."""
+    """The bucket `runs`, which this process and those that it starts find by the environment."""
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("AWS_ENDPOINT_URL", s3_endpoint)
         environment.setenv("AWS_ACCESS_KEY_ID", "test")
         environment.setenv("AWS_SECRET_ACCESS_KEY", "test")
         environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        # moto's own mock, which other tests use, forgets all buckets.
+        boto3.client("s3").create_bucket(Bucket="runs")
         yield "s3://runs"

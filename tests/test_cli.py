@@ -267,7 +267,7 @@ def test_wrong_usage_ends_with_2_and_says_how(s2l, arguments):
         (
             [{"id": "same", **row} for row in good_rows(4)],
             {"id_field": "id"},
-            r"examples\.id_field: 1 ids stand for rows with different prompt or response: same\. Give",
+            r"examples\.id_field: 1 ids are shared by rows with different prompt or response: .same.\. Give",
         ),
         (
             [{"id": [1], **row} for row in good_rows(4)],

@@ -232,7 +232,7 @@ def test_a_cluster_with_another_version_of_ray_is_one_clear_error(ray_session):
 def test_prometheus_finds_what_a_stage_counts(ray_session):
     import ray
 
-    count("trajectories", units_left=7, examples=64, tokens=4096, flops_utilization=0.5, restarts=1)
+    count("trajectories", units_left=7, examples=64, tokens=4096, utilization=0.5, restarts=1)
     port = ray.nodes()[0]["MetricsExportPort"]
     page, end = "", time.monotonic() + 45
     while "s2l_ray_units_left" not in page and time.monotonic() < end:

@@ -286,13 +286,16 @@ def test_a_full_disk_on_the_way_to_object_storage_is_that_disks(bucket, monkeypa
 
 
 def _wrapped_by_ray(error: Exception) -> dict[str, Exception]:
+    """As a task's error arrives; what a training worker met comes by its queue (`runtime.attempts`)."""
     from ray.exceptions import RayTaskError
     from ray.train import WorkerGroupError
-    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
     task = RayTaskError("task", "Traceback (most recent call last) ...", error)
-    group = WorkerGroupError("Traceback ...", {1: UserExceptionWithTraceback(error, "Traceback ...")})
-    return {"task": task, "task of its class": task.as_instanceof_cause(), "training": group}
+    return {
+        "task": task,
+        "task of its class": task.as_instanceof_cause(),
+        "training": WorkerGroupError("Traceback ...", {1: task}),
+    }
 
 
 @pytest.mark.parametrize("wrapping", ["task", "task of its class", "training"])
