@@ -302,7 +302,7 @@ def _wrapped_by_ray(error: Exception) -> dict[str, Exception]:
 def test_an_error_of_storage_comes_out_of_rays_wrapping(wrapping, monkeypatch, capsys):
     full = OSError(errno.ENOSPC, "No space left on device", "/scratch/part")
     assert str(cause_of(_wrapped_by_ray(StorageError("told"))[wrapping])) == "told"
-    where = r"\d+\.\d+\.\d+\.\d+" if wrapping == "task" else "a worker"  # this host is not where it happened
+    where = r"\d+\.\d+\.\d+\.\d+" if wrapping != "task of its class" else "a worker"  # this host is not where it happened
     assert re.match(f"/scratch/part on {where}: the disk is full", str(cause_of(_wrapped_by_ray(full)[wrapping])))
     rust = RuntimeError('IoError(Os { code: 28, kind: StorageFull, message: "No space left on device" })')
     assert re.match("writing on .*: the disk is full", str(cause_of(_wrapped_by_ray(rust)[wrapping])))
