@@ -1,0 +1,118 @@
+"""Evaluation: answers, metrics whose names never clash, and a run that holds nothing out."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from s2l_ray.evaluation.generation import harness_metrics
+from s2l_ray.evaluation.scores import canonical, pattern_score, summarize
+from s2l_ray.evaluation.stage import build
+from s2l_ray.storage.artifacts import Artifact, Key
+from s2l_ray.storage.drafts import Draft
+from s2l_ray.storage.places import Storage
+from tests.building import context_of
+
+from .test_training import config
+
+ANSWER = "The answer is (.+)"
+
+
+def is_equal(first: str, second: str) -> bool:
+    return pattern_score(ANSWER, f"The answer is {first}", f"The answer is {second}") == 1
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("1,234", "1234"), ("1,234,567.50", "1234567.5"), (".5", "0.5"), ("72.", "72.0"), ("$72", "72"), ("-$5", "$-5"),
+        ("50 %", "50%"), ("1.5e3", "1,500"), ("+7", "7"), ("-0", "0"), ("\u22125", "-5"), ("\uff17\uff12", "72"),
+        ("nan", "NaN"), ("inf", "inf"), ("1/2", "1/2"), ("1,2", "1,2"), ("Paris", " paris."), ("a  b", "a b"),
+        ("9" * 5000, "9" * 5000 + ".0"), ("0.3333333", "0.33333334"),
+    ],
+)  # fmt: skip
+def test_answers_that_mean_the_same_are_equal(first, second):
+    assert is_equal(first, second)
+    assert is_equal(second, first)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("1,2", "12"), ("1,2", "1.2"), ("12,34", "1234"), ("1234,567", "1234567"), ("0,123", "123"), ("1,234,5", "12345"),
+        ("1_000", "1000"), ("0x10", "16"), ("1/2", "0.5"), ("inf", "infinity"), ("nan", "0"), ("--5", "5"), ("-$-5", "5"),
+        ("1e9999", "1e9998"), ("9007199254740993", "9007199254740992"), ("x\u00b2", "x2"),
+    ],
+)  # fmt: skip
+def test_answers_that_do_not_mean_the_same_differ(first, second):
+    assert not is_equal(first, second)
+    assert not is_equal(second, first)
+
+
+@given(st.integers(-(10**18), 10**18), st.integers(0, 999_999), st.sampled_from(["", "$"]), st.sampled_from(["", "%", " %"]))
+def test_a_number_equals_itself_however_it_is_written_and_no_other(whole, millionths, before, after):
+    plain = f"{whole}.{millionths:06d}"
+    assert canonical(f"{before}{whole:,}.{millionths:06d}{after}") == canonical(plain)
+    assert canonical(plain) != canonical(f"{whole}.{(millionths + 1) % 10**6:06d}")
+
+
+@given(st.text(max_size=30))
+def test_every_answer_equals_itself(answer):
+    assert canonical(answer) == canonical(f" {answer} ")
+
+
+def scored(source: str, value: float) -> dict[str, Any]:
+    return {"source": source, "loss": 1.0, "num_response_tokens": 1, "scores": json.dumps({"exact_match": value})}
+
+
+def test_no_two_scores_share_a_name():
+    rows = [scored("all", 1.0), scored("gsm8k", 0.0), {**scored("arc_easy", 0.0), "scores": None}]
+    harness = {name: {"acc": 0.25} for name in ("gsm8k", "arc_easy", "all sources", "lm-eval: gsm8k", "hellaswag")}
+    found = summarize(rows, config().evaluation, harness)["tasks"]
+    assert found == {
+        "all": {"exact_match": 1.0, "rows": 1},
+        "gsm8k": {"exact_match": 0.0, "rows": 1},
+        "all sources": {"exact_match": 0.5, "rows": 2},
+        "lm-eval: gsm8k": {"acc": 0.25},
+        "lm-eval: arc_easy": {"acc": 0.25},
+        "lm-eval: all sources": {"acc": 0.25},
+        "lm-eval: lm-eval: gsm8k": {"acc": 0.25},
+        "hellaswag": {"acc": 0.25},
+    }
+    plain = summarize([scored("a", 1.0), scored("b", 0.0)], config().evaluation, {"gsm8k": {"acc": 0.25}})["tasks"]
+    assert list(plain) == ["a", "b", "all", "gsm8k"]
+
+
+def test_a_metric_that_the_harness_measures_twice_is_there_twice():
+    found = {"alias": "gsm8k", "exact_match,strict-match": 0.1, "exact_match,flexible-extract": 0.4, "acc,none": 0.5}
+    assert harness_metrics(found) == {"exact_match (strict-match)": 0.1, "exact_match (flexible-extract)": 0.4, "acc": 0.5}
+
+
+def stage(run: Storage, name: str, table: pa.Table | None = None) -> Artifact:
+    draft = Draft.open(run, Key(name, 1, {}, {}))
+    if table is not None:
+        draft.write_table("part-00000.parquet", table)
+    else:
+        draft.write("model/model.json", b"{}")
+    return draft.publish({"held_out": 0})
+
+
+def test_an_evaluation_without_held_out_rows_is_empty_and_says_so(tmp_path, ray_session, caplog):
+    run = Storage(str(tmp_path))
+    rows = pa.table({"example_id": ["a"], "source": ["s"], "prompt": ["p"], "response": ["r"], "split": ["pool"]})
+    inputs = {"examples": stage(run, "examples", rows), "target": stage(run, "target")}
+    draft = Draft.open(run, Key("evaluation", 1, {}, {}))
+    with caplog.at_level(logging.WARNING):
+        artifact = build(context_of(draft, inputs))
+    metrics = json.loads(artifact.read_bytes("metrics.json"))
+    nothing = {"loss_per_token": None, "loss_by_source": {}, "loss_macro": None, "tasks": {}}
+    assert metrics == {"untrained": nothing, "selected": nothing}
+    assert artifact.read_bytes("predictions.jsonl") == b""
+    assert (artifact.summary["rows"], artifact.summary["sources"]) == (0, {})
+    assert [record.getMessage() for record in caplog.records if "held-out row" in record.getMessage()]
