@@ -12,8 +12,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from s2l_ray.runtime.private import NAMES, with_children
+from s2l_ray.config import Scratch
+from s2l_ray.runtime.private import NAMES, attention_of, with_children
+from s2l_ray.training.models import scratch_config
 
 from .test_architecture import MODULES, tree_of
 
@@ -22,7 +25,6 @@ HOME = "runtime.private"
 # To be deleted when the owners of these files have found another way.
 TEMPORARY_EXCEPTIONS = {
     "clustering.engines": {"self.pool._max_workers"},
-    "training.varlen_attention": {"model.config._attn_implementation"},
     "trajectories.callback": {"model.__dict__", "model._original_forward", "'_original_forward'"},
 }
 
@@ -81,6 +83,13 @@ def test_the_installed_torch_keeps_a_modules_children_where_we_look():
     assert copied[0].weight is model[0].weight
     assert len(list(model.children())) == 2
     assert model[1] is not other
+
+
+def test_the_installed_transformers_names_a_models_attention_where_we_look():
+    model = AutoModelForCausalLM.from_config(scratch_config(Scratch(layers=1, hidden=16), 64, 0))
+    for name in ("eager", "sdpa"):
+        model.set_attn_implementation(name)
+        assert attention_of(model) == name
 
 
 def test_versions_that_nobody_has_tried_are_not_installed():

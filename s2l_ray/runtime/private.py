@@ -13,6 +13,9 @@ NAMES = {
     # A module's children by name. torch (all versions) has no public way to share all weights and all children but a few:
     # `setattr` on a copy would change the original's children, and a deep copy would copy the weights.
     "torch.nn.Module._modules": "torch 0.1",
+    # The attention that a model has now. transformers sets it publicly (`set_attn_implementation`) and reads it only here:
+    # without it a model could not get back the attention that its user chose.
+    "transformers.PretrainedConfig._attn_implementation": "transformers 4.36",
 }
 
 
@@ -21,3 +24,8 @@ def with_children(model: Any, children: dict[str, Any]) -> Any:
     copied = copy.copy(model)
     copied._modules = model._modules | children
     return copied
+
+
+def attention_of(model: Any) -> str:
+    """The name of a transformers model's attention, as `set_attn_implementation` takes it."""
+    return str(model.config._attn_implementation)

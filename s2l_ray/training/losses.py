@@ -21,13 +21,13 @@ from torch.nn import functional
 from s2l_ray.progress import get_log
 from s2l_ray.training.output_head import Head, accepts_logits_to_keep, hidden_states
 from s2l_ray.training.token_rows import TokenRows
-from s2l_ray.training.varlen_attention import attending_to_rows, is_fused, row_borders
+from s2l_ray.training.varlen_attention import attending_to_rows, is_fused, packing_of
 
 # Positions and vocabulary entries of a tile of logits: 4 MB in a CPU's cache; on a GPU enough to fill it.
 CPU_TILE, GPU_TILE = (1024, 1024), (8192, 16384)
 # A batch of more padded tokens than this ends where padding would be a larger share of it.
 SMALL_BATCH, RAGGED = 1024, 1.04
-# What this process had to say of models that compute all logits, though only those of the labels are read.
+# Warnings that this process has logged of models that compute all logits, though only those of the labels are read.
 full_path: set[str] = set()
 # For a model whose head cannot be taken apart: logits of one batch (2**25 are 128 MB), positions per cross-entropy.
 LOGITS_PER_BATCH = 2**25
@@ -36,7 +36,7 @@ POSITIONS_PER_CHUNK = 256
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of similar length, padded on the right or laid end to end. B rows, L tokens, P positions that predict a label."""
+    """Rows of similar length, padded on the right or packed. B rows, L tokens, P positions that predict a label."""
 
     rows_P: np.ndarray
     """The row number of every label."""
@@ -50,8 +50,8 @@ class Batch:
     labels_P: torch.Tensor
     """The labels, row after row."""
 
-    borders: dict[str, Any] = field(default_factory=dict)
-    """Where the rows lie end to end (B is 1 then): what the backbone is told of their borders."""
+    packing: dict[str, Any] = field(default_factory=dict)
+    """Where the rows are packed (B is 1 then): the backbone's arguments for it, `cu_seq_lens_q` and others."""
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device, copied to a GPU while it computes."""
@@ -61,8 +61,8 @@ class Batch:
         def sent(value: Any) -> Any:
             return value.pin_memory().to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
-        borders = {name: sent(value) for name, value in self.borders.items()}
-        return Batch(self.rows_P, sent(self.ids_BL), sent(self.positions_P), sent(self.labels_P), borders)
+        packing = {name: sent(value) for name, value in self.packing.items()}
+        return Batch(self.rows_P, sent(self.ids_BL), sent(self.positions_P), sent(self.labels_P), packing)
 
 
 def batches(
@@ -70,12 +70,12 @@ def batches(
     tokens_per_batch: int,
     max_labels: int | None = None,
     *,
-    end_to_end: bool = False,
+    packed: bool = False,
     of_one_length: bool = False,
 ) -> Iterator[Batch]:
     """All rows in batches of similar length, within `tokens_per_batch` padded tokens and `max_labels` labels.
 
-    `end_to_end`: laid out so instead of padded. `of_one_length`: only rows of equal length share a batch. A function of the
+    `packed`: packed instead of padded. `of_one_length`: only rows of equal length share a batch. A function of the
     rows alone, so that the same part always gives the same batches, and with them the same bytes.
     """
     order = np.lexsort((np.arange(len(tokens)), tokens.num_labels, tokens.lengths))
@@ -94,7 +94,7 @@ def batches(
                 break
             end += 1
         rows = order[start:end]
-        yield _laid_end_to_end(tokens.take(rows), rows) if end_to_end else _padded(tokens, rows)
+        yield _packed(tokens.take(rows), rows) if packed else _padded(tokens, rows)
         start = end
 
 
@@ -103,16 +103,16 @@ def _padded(tokens: TokenRows, rows: np.ndarray) -> Batch:
     return _batch(np.repeat(rows, is_label_BL.sum(1)), ids_BL, is_label_BL)
 
 
-def _laid_end_to_end(taken: TokenRows, rows: np.ndarray) -> Batch:
+def _packed(taken: TokenRows, rows: np.ndarray) -> Batch:
     ids_BL, is_label_BL = taken.ids[None].astype(np.int64), taken.is_label[None]
-    return _batch(np.repeat(rows, taken.num_labels), ids_BL, is_label_BL, row_borders(taken.lengths.tolist()))
+    return _batch(np.repeat(rows, taken.num_labels), ids_BL, is_label_BL, packing_of(taken.lengths.tolist()))
 
 
-def _batch(rows_P: np.ndarray, ids_BL: np.ndarray, is_label_BL: np.ndarray, borders: dict[str, Any] | None = None) -> Batch:
+def _batch(rows_P: np.ndarray, ids_BL: np.ndarray, is_label_BL: np.ndarray, packing: dict[str, Any] | None = None) -> Batch:
     # Position j predicts token j + 1; a row's first token is never a label.
     positions_P = np.flatnonzero(is_label_BL) - 1
     ids, positions, labels = (torch.from_numpy(array) for array in (ids_BL, positions_P, ids_BL[is_label_BL]))
-    return Batch(rows_P, ids, positions, labels, borders or {})
+    return Batch(rows_P, ids, positions, labels, packing or {})
 
 
 def pad(tokens: TokenRows, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -144,15 +144,15 @@ def losses_of_models(models: list[Any], tokens: TokenRows, tokens_per_batch: int
         model.eval()
     heads = [Head.of(model) for model in models]
     is_alike = _needs_rows_of_one_length(models[0])
-    end_to_end = all(heads) and is_fused(device, dtype) and not is_alike and _all_attend_to_rows(models, device, dtype)
+    packed = all(heads) and is_fused(device, dtype) and not is_alike and _all_attend_to_rows(models, device, dtype)
     limit, max_labels = (tokens_per_batch, None) if all(heads) else _limits(models, tokens_per_batch)
-    made = batches(tokens, limit, max_labels, end_to_end=end_to_end, of_one_length=is_alike)
+    made = batches(tokens, limit, max_labels, packed=packed, of_one_length=is_alike)
     sent = [batch.to(device) for batch in made]
     rows = np.concatenate([batch.rows_P for batch in sent])
     for model, head in zip(models, heads, strict=True):
         if head is not None and dtype == torch.bfloat16:
             head.cast(dtype)
-        with _computing(device, dtype), attending_to_rows([model]) if end_to_end else contextlib.nullcontext():
+        with _computing(device, dtype), attending_to_rows([model]) if packed else contextlib.nullcontext():
             # One transfer at the end: on a GPU nothing waits between batches.
             pieces = _whole(model, sent) if head is None else _tiled(model, head, sent)
             losses = torch.cat(list(pieces)).cpu().numpy()
@@ -192,7 +192,7 @@ def _tiled(model: Any, head: Head, made: list[Batch]) -> Iterator[torch.Tensor]:
     """The cross-entropy of every label, float32, batch after batch, by tiles of logits."""
     waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
     for i, batch in enumerate(made, 1):
-        hidden_BLH = hidden_states(model, batch.ids_BL, **batch.borders)
+        hidden_BLH = hidden_states(model, batch.ids_BL, **batch.packing)
         waiting.append((hidden_BLH.flatten(0, 1).index_select(0, batch.positions_P), batch.labels_P))
         # The output layer's weights are read once for so many positions, however few a batch has.
         positions, _ = _tile(hidden_BLH)
@@ -229,10 +229,10 @@ def _whole(model: Any, made: list[Batch]) -> Iterator[torch.Tensor]:
     """The same for a model that does not come apart: its forward alone, restricted to the labels if it can do that."""
     restricts = accepts_logits_to_keep(model)
     if not restricts:
-        said = f"{type(model).__name__} cannot restrict its logits to the response: the full path is slower"
-        if said not in full_path:
-            get_log("trajectories").warning(said)
-        full_path.add(said)
+        message = f"{type(model).__name__} cannot restrict its logits to the response: the full path is slower"
+        if message not in full_path:
+            get_log("trajectories").warning(message)
+        full_path.add(message)
     for batch in made:
         if restricts:
             is_kept = torch.zeros(batch.ids_BL.numel(), dtype=torch.bool, device=batch.ids_BL.device)

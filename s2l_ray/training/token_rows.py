@@ -1,4 +1,4 @@
-"""Rows of tokens laid end to end: what is learned and scored, without a Python object per example."""
+"""Packed rows of tokens: what is learned and scored, without a Python object per example."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class TokenRows:
-    """The tokens of many examples, end to end: no Python list per example, 5 bytes a token."""
+    """The tokens of many examples, packed: no Python list per example, 5 bytes a token."""
 
     ids: np.ndarray
     """int32, all tokens."""
 
     is_label: np.ndarray
-    """bool, beside `ids`: whether the token's loss counts. Never true for the first token of a row."""
+    """bool, one per token of `ids`: whether the token's loss counts. Never true for the first token of a row."""
 
     starts: np.ndarray
     """int64 (rows + 1): row i is `ids[starts[i]:starts[i + 1]]`."""
@@ -48,14 +48,14 @@ class TokenRows:
 
     @classmethod
     def of(cls, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> TokenRows:
-        """Rows of (tokens, label marks) laid end to end."""
+        """Rows of (tokens, label marks), packed."""
         starts = np.concatenate([[0], np.cumsum([len(ids) for ids, _ in rows])]).astype(np.int64)
         ids = np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in rows)])
         return cls(ids, np.concatenate([np.zeros(0, bool), *(marks for _, marks in rows)]), starts)
 
     @classmethod
     def join(cls, parts: Sequence[TokenRows]) -> TokenRows:
-        """Several batches of rows laid end to end."""
+        """Several batches of rows as one."""
         offsets = np.concatenate([[0], np.cumsum([len(part.ids) for part in parts])])
         starts = [part.starts[:-1] + offset for part, offset in zip(parts, offsets[:-1], strict=True)]
         ids = np.concatenate([part.ids for part in parts])
