@@ -26,8 +26,9 @@ from s2l_ray.errors import ArtifactError, ConfigError, DataError
 from s2l_ray.selection.alone import select_trajectories
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.places import Storage
-from s2l_ray.trajectories.callback import check_logits, tokens_of
+from s2l_ray.trajectories.dataset_rows import tokens_of
 from s2l_ray.trajectories.files import find_artifact, read_trajectories
+from s2l_ray.trajectories.scored_training import check_logits
 
 VOCAB = 64
 

@@ -12,21 +12,17 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
 from s2l_ray.config import Scratch
-from s2l_ray.runtime.private import NAMES, attention_of, with_children
+from s2l_ray.runtime.private import NAMES, attention_of, with_children, without_mixed_precision
 from s2l_ray.training.models import scratch_config
 
 from .test_architecture import MODULES, tree_of
 
 FOREIGN = ("accelerate", "datasets", "deepspeed", "faiss", "peft", "ray", "tokenizers", "torch", "transformers")
 HOME = "runtime.private"
-# To be deleted when the owners of these files have found another way.
-TEMPORARY_EXCEPTIONS = {
-    "clustering.engines": {"self.pool._max_workers"},
-    "trajectories.callback": {"model.__dict__", "model._original_forward", "'_original_forward'"},
-}
 
 
 def is_private(name: str) -> bool:
@@ -52,8 +48,7 @@ def private_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 @pytest.mark.parametrize("module", sorted(MODULES.keys() - {HOME}))
 def test_private_names_of_other_libraries_stand_in_one_file(module):
-    allowed = TEMPORARY_EXCEPTIONS.get(module, set())
-    found = [f"{module}:{line}: {name}" for line, name in private_names(tree_of(module)) if name not in allowed]
+    found = [f"{module}:{line}: {name}" for line, name in private_names(tree_of(module))]
     assert not found, f"use a public name, or give the reason in {HOME}"
 
 
@@ -90,6 +85,17 @@ def test_the_installed_transformers_names_a_models_attention_where_we_look():
     for name in ("eager", "sdpa"):
         model.set_attn_implementation(name)
         assert attention_of(model) == name
+
+
+def test_the_installed_accelerate_keeps_a_models_own_forward_where_we_look():
+    own = torch.nn.Linear(2, 3)
+    prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(torch.nn.Linear(2, 3))
+    mixed, ones = prepared.forward, torch.ones(1, 2) * 1.001
+    with without_mixed_precision(prepared), without_mixed_precision(own):
+        assert prepared.forward != mixed
+        assert torch.equal(prepared(ones), torch.nn.functional.linear(ones, prepared.weight, prepared.bias))
+    assert prepared.forward == mixed
+    assert "forward" not in vars(own)
 
 
 def test_versions_that_nobody_has_tried_are_not_installed():

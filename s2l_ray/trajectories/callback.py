@@ -10,10 +10,8 @@ cannot be recorded is refused before the first step.
 from __future__ import annotations
 
 import os
-import random
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,11 +31,11 @@ from s2l_ray.storage.places import Storage
 from s2l_ray.training.losses import example_losses
 from s2l_ray.training.schedule import recorded_steps
 from s2l_ray.training.token_rows import TokenRows
+from s2l_ray.trajectories.dataset_rows import DatasetRows, tokens_of
 from s2l_ray.trajectories.files import recorded_files
-from s2l_ray.trajectories.recording import finish_recording, forget_steps, note_dropped, record_losses, unique_ids
+from s2l_ray.trajectories.recording import finish_recording, forget_steps, note_dropped, record_losses
+from s2l_ray.trajectories.scored_training import check_logits, check_training, scoring
 
-# What transformers' losses leave out.
-NO_LABEL = -100
 _log = get_log("trajectories")
 
 
@@ -80,7 +78,7 @@ class RecordTrajectories(TrainerCallback):  # type: ignore[misc]
         if batch_size < 1 or tokens_per_batch < 1:
             raise ConfigError("batch_size and tokens_per_batch are numbers above 0.")
         self._storage = Storage(os.fspath(directory))
-        self._rows = _Rows(dataset, example_id, source)
+        self._rows = DatasetRows(dataset, example_id, source)
         self._schedule: dict[str, Any] = {
             "num_checkpoints": num_checkpoints,
             "schedule": schedule,
@@ -101,7 +99,7 @@ class RecordTrajectories(TrainerCallback):  # type: ignore[misc]
             return
         check_training(args, model)
         model = extract_model_from_parallel(model)
-        with _scoring(model):
+        with scoring(model):
             ids = self._rows.checked_ids()
             self._share = self._share_of(range(args.process_index, len(ids), args.world_size), ids, model)
         dropped = _sum_of_ranks(self._share.num_dropped, args)
@@ -172,7 +170,7 @@ class RecordTrajectories(TrainerCallback):  # type: ignore[misc]
     def _record(self, step: int, args: Any, model: Any) -> None:
         assert self._share is not None, "on_train_begin makes the share"
         begun = time.monotonic()
-        with _scoring(model):
+        with scoring(model):
             losses = self._share.losses(model)
         record_losses(
             self._storage.uri,
@@ -247,183 +245,6 @@ class _Share:
 
     num_dropped: int = 0
     """Rows besides these that have no label."""
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """A dataset with random access, and the columns that name its rows."""
-
-    dataset: Any
-    example_id: str
-    source: str
-
-    def checked_ids(self) -> pa.Array:
-        """The ids of all rows. Raises DataError where there are none to use."""
-        is_stream = isinstance(self.dataset, torch.utils.data.IterableDataset) or not hasattr(self.dataset, "__getitem__")
-        if is_stream or not hasattr(self.dataset, "__len__"):
-            raise DataError(
-                "dataset: a stream without length and row numbers. Every example is scored at every recorded step: give a "
-                "dataset with both."
-            )
-        if not len(self.dataset):
-            raise DataError("dataset: has no rows.")
-        columns = self.columns()
-        if self.example_id not in columns:
-            raise DataError(
-                f"dataset: no column '{self.example_id}' (columns: {', '.join(columns)}). Give one unique id per row, or name "
-                "the column with example_id=. The Trainer's remove_unused_columns drops it from its own copy only: the "
-                "dataset given to RecordTrajectories must have it."
-            )
-        return unique_ids(self.column(self.example_id), "dataset")
-
-    def columns(self) -> list[str]:
-        names = getattr(self.dataset, "column_names", None)
-        if names is not None:
-            return list(names)
-        first = self.dataset[0]
-        if not isinstance(first, Mapping):
-            raise DataError(f"dataset: its rows are {type(first).__name__}. Give rows as mappings of column to value.")
-        return [str(name) for name in first]
-
-    def column(self, name: str) -> list[Any]:
-        """All values of a column."""
-        is_table = hasattr(self.dataset, "column_names")
-        values = self.dataset[name] if is_table else (self.dataset[i][name] for i in range(len(self.dataset)))
-        return [value.item() if hasattr(value, "item") else value for value in values]
-
-    def sources(self, numbers_M: NDArray[np.int64]) -> list[Any] | None:
-        """The sources of some rows, None where the dataset has none."""
-        if self.source not in self.columns():
-            return None
-        values = self.column(self.source)
-        return [values[i] for i in numbers_M]
-
-    def without_names(self, number: int) -> dict[str, Any]:
-        """A row as a model's collator takes it."""
-        return {k: v for k, v in self.dataset[number].items() if k not in {self.example_id, self.source}}
-
-
-# --- what a row is -------------------------------------------------------------------------------------------------
-
-
-def tokens_of(row: Mapping[str, Any], name: str) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    """Tokens and label marks of a causal language model's row, padding left out.
-
-    Raises DataError where several examples share the row, or where labels are not the tokens themselves.
-    """
-    if "input_ids" not in row or "labels" not in row:
-        raise DataError(
-            f"{name}: columns {', '.join(row)}. A causal language model's rows have input_ids and labels (input_ids, with -100 "
-            "where nothing is learned); for any other model give loss_function=."
-        )
-    ids, labels = np.asarray(row["input_ids"]), np.asarray(row["labels"])
-    if ids.ndim != 1 or labels.shape != ids.shape:
-        raise DataError(f"{name}: {_not_causal(f'input_ids of shape {ids.shape} and labels of shape {labels.shape}')}")
-    span = _attended(row, len(ids), name)
-    _check_one_example(row, span, name)
-    ids, labels = ids[span], labels[span]
-    is_label = labels != NO_LABEL
-    if (labels != ids)[is_label].any():
-        raise DataError(f"{name}: {_not_causal('labels that are not the tokens of input_ids at their places')}")
-    is_label[:1] = False  # nothing comes before it to predict it from
-    # What follows the last label changes no loss: padding, where no mask says so.
-    stop = int(np.flatnonzero(is_label)[-1]) + 1 if is_label.any() else 0
-    return ids[:stop].astype(np.int32), is_label[:stop]
-
-
-def _attended(row: Mapping[str, Any], length: int, name: str) -> slice:
-    """The tokens that are no padding, on whichever side that stands."""
-    if row.get("attention_mask") is None:
-        return slice(0, length)
-    places = np.flatnonzero(np.asarray(row["attention_mask"]))
-    if not len(places):
-        return slice(0, 0)
-    span = slice(int(places[0]), int(places[-1]) + 1)
-    if span.stop - span.start != len(places) or span.stop > length:
-        raise DataError(f"{name}: attention_mask has gaps. A row is one example: tokens side by side, padding before or after.")
-    return span
-
-
-def _check_one_example(row: Mapping[str, Any], span: slice, name: str) -> None:
-    lengths, positions = row.get("seq_lengths"), row.get("position_ids")
-    restarts = positions is not None and (np.asarray(positions).reshape(-1)[span][1:] == 0).any()
-    if restarts or (lengths is not None and np.size(lengths) > 1):
-        column = "position_ids that start again" if restarts else "several seq_lengths"
-        raise DataError(f"{name}: {column}: {_PACKED}")
-
-
-_PACKED = (
-    "several examples in one row hide the loss of each. Give a dataset with a row per example, and train with packing=False."
-)
-
-
-def _not_causal(found: str) -> str:
-    return (
-        f"{found}. A causal language model's labels are its input_ids, with -100 where nothing is learned; for any other model "
-        "give loss_function=."
-    )
-
-
-# --- what a training is --------------------------------------------------------------------------------------------
-
-
-def check_training(args: Any, model: Any) -> None:
-    """Raise ConfigError for a training whose losses cannot be recorded example by example."""
-    if getattr(args, "packing", False):
-        raise ConfigError(f"packing=True: {_PACKED}")
-    if getattr(args, "use_liger_kernel", False):
-        raise ConfigError(
-            "use_liger_kernel=True: its fused loss is one number for a whole batch. Record with use_liger_kernel=False."
-        )
-    if getattr(args, "fsdp", None) or is_sharded(model):
-        raise ConfigError(
-            "the model's parameters are sharded (DeepSpeed ZeRO 3, FSDP or tensor parallel): no process could score with them. "
-            "Train with DDP or ZeRO up to 2, or keep checkpoints and score them afterwards: `s2l run` with proxy.checkpoints."
-        )
-
-
-def is_sharded(model: Any) -> bool:
-    """Whether a process holds only its share of the parameters."""
-    from torch.distributed.tensor import DTensor
-
-    is_wrapped = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
-    return is_wrapped or any(hasattr(p, "ds_id") or isinstance(p, DTensor) for p in model.parameters())
-
-
-def check_logits(model: Any, ids_L: NDArray[np.int32]) -> None:
-    """Raise ConfigError where the model's forward gives no logits for a row; the longest shows that all fit."""
-    device = next(model.parameters()).device
-    output = model(input_ids=torch.from_numpy(ids_L.astype(np.int64))[None].to(device))
-    if not isinstance(getattr(output, "logits", None), torch.Tensor):
-        raise ConfigError(
-            f"{type(model).__name__}: its forward gives no logits in evaluation mode. Give a causal language model "
-            "(AutoModelForCausalLM), or loss_function=."
-        )
-
-
-@contextmanager
-def _scoring(model: Any) -> Iterator[None]:
-    """The model in evaluation mode, without gradients and in its own precision; then all as before, random numbers too."""
-    modes = [(module, module.training) for module in model.modules()]
-    # With mixed precision accelerate puts autocast around the forward, and leaves the model's own beside it.
-    mixed = model.__dict__.get("forward") if "_original_forward" in model.__dict__ else None
-    numpy_state, python_state = np.random.get_state(), random.getstate()
-    device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
-        try:
-            model.eval()
-            if mixed is not None:
-                del model.forward
-                if model.forward != model._original_forward:  # not its class's, but somebody's before accelerate
-                    model.forward = model._original_forward
-            yield
-        finally:
-            if mixed is not None:
-                model.forward = mixed
-            for module, mode in modes:
-                module.training = mode
-            np.random.set_state(numpy_state)
-            random.setstate(python_state)
 
 
 def _wait_for_all(args: Any) -> None:
