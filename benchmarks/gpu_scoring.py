@@ -30,7 +30,7 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from s2l_ray.runtime.process import keep_freed_memory
-from s2l_ray.training.flops import operations, product_rate
+from s2l_ray.training.flops import matmul_flops_per_second, scoring_flops
 from s2l_ray.training.losses import losses_of_models
 from s2l_ray.training.token_rows import TokenRows
 
@@ -121,7 +121,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """One pair after another; medians."""
     tokens, models, device = rows_and_models(arguments)
     dtype = getattr(torch, arguments.precision)
-    needed = len(models) * operations(models[0], tokens.lengths, int(tokens.num_labels.sum()))
+    needed = len(models) * scoring_flops(models[0], tokens.lengths, int(tokens.num_labels.sum()))
 
     def ours(rows: TokenRows) -> np.ndarray:
         return np.stack(list(losses_of_models(models, rows, arguments.tokens_per_batch, arguments.precision)))
@@ -131,11 +131,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     for _ in range(arguments.pairs):
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             theirs_seconds, expected = pool.apply(reference, [arguments])
-        rates = [product_rate(device, dtype)]
+        rates = [matmul_flops_per_second(device, dtype)]
         begun = time.perf_counter()
         found = ours(tokens)
         ours_seconds = time.perf_counter() - begun
-        rates.append(product_rate(device, dtype))
+        rates.append(matmul_flops_per_second(device, dtype))
         rate = statistics.mean(rates)
         pairs.append({"one_by_one": theirs_seconds, "ours": ours_seconds, "rate": rate})
         share = f"{needed / ours_seconds / rate:.0%} of {rate / 1e9:.0f} GFLOP/s"

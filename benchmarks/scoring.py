@@ -41,7 +41,7 @@ from s2l_ray.runtime.process import keep_freed_memory
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.places import Storage
 from s2l_ray.storage.provenance import provenance
-from s2l_ray.training.flops import product_rate
+from s2l_ray.training.flops import matmul_flops_per_second
 
 RESULTS = Path(__file__).parent / "results" / "scoring"
 Row = dict[str, Any]
@@ -115,7 +115,7 @@ def train(arguments: argparse.Namespace) -> None:
                 begun = time.perf_counter()
                 trainer.train()
                 seconds[way.__name__] = time.perf_counter() - begun
-        pairs.append(seconds | {"rate": product_rate(torch.device("cpu"), torch.float32)})
+        pairs.append(seconds | {"rate": matmul_flops_per_second(torch.device("cpu"), torch.float32)})
         print(pairs[-1])
     result = {
         "rows": len(tokens),

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from s2l_ray.config import Scratch
 from s2l_ray.training import losses, varlen_attention
-from s2l_ray.training.flops import operations
+from s2l_ray.training.flops import scoring_flops
 from s2l_ray.training.losses import batches, example_losses, tiled_cross_entropy
 from s2l_ray.training.models import scratch_config
 from s2l_ray.training.output_head import Head, hidden_states
@@ -148,7 +148,7 @@ def test_a_forward_whose_logits_depend_on_more_than_the_hidden_states_is_not_tak
 
 
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "mixtral", "qwen3"])
-def test_rows_laid_end_to_end_have_the_losses_of_rows_alone(monkeypatch, architecture):
+def test_packed_rows_have_the_losses_of_rows_alone(monkeypatch, architecture):
     """The GPU's way, with the kernel's work done row by row."""
     model, tokens = make(architecture), rows(np.random.default_rng(10), 30)
     expected, seen = reference_losses(model, tokens), []
@@ -196,9 +196,9 @@ def test_a_rotary_embedding_that_looks_at_the_longest_row_sees_rows_of_one_lengt
     )
 
 
-def test_operations_count_the_output_layer_for_labels_and_the_backbone_for_tokens():
+def test_flops_count_the_output_layer_for_labels_and_the_backbone_for_tokens():
     model = make("gpt_neox")
     layer = 32 * 96 + 32 * 32 + 2 * 32 * 128
     pairs = 6 + 10  # of a token and one not after it, in rows of 3 and 4
     needed = 7 * 2 * layer + 2 * 2 * 32 * pairs + 3 * VOCAB * 32
-    assert operations(model, np.array([3, 4]), num_labels=3) == 2 * needed
+    assert scoring_flops(model, np.array([3, 4]), num_labels=3) == 2 * needed

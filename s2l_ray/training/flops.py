@@ -1,4 +1,4 @@
-"""What a scoring pass needs to compute, and what the machine could: the two sides of a share of its limit."""
+"""Model FLOPs utilization (MFU): the FLOPs that a scoring pass needs, and the FLOP/s that the machine reaches."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ import numpy as np
 import torch
 from torch import nn
 
-# A product of this many operations is long enough to be timed.
+# A matrix product that takes this long can be timed.
 TIMED_SECONDS = 0.05
 
 
-def operations(model: Any, lengths: np.ndarray, num_labels: int) -> float:
-    """Multiplications and additions that the losses of rows of these lengths need: the matrices of the backbone for every
-    token, attention for every pair of a token and one before it, the output layer for every label. No padding."""
+def scoring_flops(model: Any, lengths: np.ndarray, num_labels: int) -> float:
+    """FLOPs that the losses of rows with these `lengths` (int, (rows,)) and `num_labels` labels in all need.
+
+    The backbone's matrices for every token, attention for every pair of a token and one before it, the output layer for
+    every label; no padding. A multiplication with its addition counts as two.
+    """
     head = model.get_output_embeddings().weight
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)} | {id(head)}
     body = sum(weight.numel() for weight in model.parameters() if weight.ndim == 2 and id(weight) not in embeddings)
@@ -24,8 +27,8 @@ def operations(model: Any, lengths: np.ndarray, num_labels: int) -> float:
     return 2.0 * float(body * lengths.sum() + 2 * width * layers * pairs + head.numel() * num_labels)
 
 
-def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a square matrix product in this precision, the best of four, large enough to be timed."""
+def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a square matrix product in this precision: the best of four, of a size that takes long enough to be timed."""
     size = 256
     while True:
         matrix = torch.randn(size, size, device=device).to(dtype)

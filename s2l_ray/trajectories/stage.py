@@ -34,7 +34,7 @@ from s2l_ray.storage.places import Storage
 from s2l_ray.storage.records import digest
 from s2l_ray.storage.stages import Context
 from s2l_ray.training.checkpoints import checkpoint_folder, checkpoint_records
-from s2l_ray.training.flops import operations, product_rate
+from s2l_ray.training.flops import matmul_flops_per_second, scoring_flops
 from s2l_ray.training.losses import full_path, losses_of_models
 from s2l_ray.training.models import load_model
 from s2l_ray.training.token_parts import PartTokens, TokenParts
@@ -167,14 +167,14 @@ class Scorer(UnitWorker):
         options = self.job.config.trajectories
         if not self._rate:
             precision = torch.bfloat16 if options.precision == "bfloat16" else torch.float32
-            self._rate = product_rate(self.device, precision)
+            self._rate = matmul_flops_per_second(self.device, precision)
         begun = time.perf_counter()
         read: PartTokens = self.job.parts.read(part)
         losses = losses_of_models(list(models.values()), read.tokens, options.tokens_per_batch, options.precision)
         for name, losses_N in zip(models, losses, strict=True):
             check_finite(losses_N, read.example_ids, self.job.steps[name], options.precision)
             yield name, table_bytes(pa.table({"loss": losses_N}), [])
-            needed = operations(models[name], read.tokens.lengths, int(read.tokens.num_labels.sum()))
+            needed = scoring_flops(models[name], read.tokens.lengths, int(read.tokens.num_labels.sum()))
             self.throughput.add(len(losses_N), len(read.tokens.ids), needed, time.perf_counter() - begun, self._rate)
             if full_path:
                 self.throughput.note = min(full_path)
