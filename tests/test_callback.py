@@ -27,7 +27,8 @@ from s2l_ray.selection.alone import select_trajectories
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.places import Storage
 from s2l_ray.trajectories.dataset_rows import tokens_of
-from s2l_ray.trajectories.files import find_artifact, read_trajectories
+from s2l_ray.trajectories.files import read_trajectories
+from s2l_ray.trajectories.parts import find_artifact
 from s2l_ray.trajectories.scored_training import check_logits
 
 VOCAB = 64

@@ -25,12 +25,16 @@ import pytest
 import yaml
 
 from s2l_ray import cli
-from s2l_ray.config import load_config
+from s2l_ray.config import TrajectoriesConfig, load_config
 from s2l_ray.pipeline import ANOTHER_RUN
-from s2l_ray.storage.artifacts import Key
+from s2l_ray.storage.artifacts import Artifact, Key
 from s2l_ray.storage.drafts import Draft
 from s2l_ray.storage.places import Storage
 from s2l_ray.storage.records import digest
+from s2l_ray.training.token_parts import TokenParts
+from s2l_ray.trajectories.units import losses_folder
+
+from .building import context_of
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 STAGE_NAMES = ["examples", "proxy", "trajectories", "clustering", "selection", "target", "evaluation"]
@@ -473,13 +477,23 @@ def test_status_of_a_stage_in_units_says_part_by_part_what_is_done(s2l, tmp_path
     proxy = Draft.open(run, Key("proxy", 1, {}, {}))
     for step in (10, 20):
         proxy.write(f"step-{step:06d}/checkpoint.json", json.dumps({"files": [step]}).encode())
-    for part, files in ((0, [10]), (1, ["of an older checkpoint"]), (2, [10])):
-        proxy.shared.write(f"losses/0123456789abcdef/step-000010-{digest(files)}/part-{part:05d}.parquet", b"")
+    config = context_of(proxy, proxy={"model": "none", "max_tokens": 64}).config
+    tokens = TokenParts.of(Artifact.read(run.child("examples")), run.child("proxy/tokenizer"), 64, proxy.shared).name
+    other = config.model_copy(update={"trajectories": TrajectoriesConfig(precision="bfloat16")})
+    for part, files, recipe in (
+        (0, [10], config),
+        (1, ["of an older checkpoint"], config),
+        (1, [10], other),
+        (2, [10], config),
+    ):
+        folder = losses_folder(tokens, recipe, "cpu")
+        proxy.shared.write(f"{folder}/step-000010-{digest(files)}/part-{part:05d}.parquet", b"")
+    assert re.search(r"step-000010 +0/3 ", s2l("status", tmp_path).out), "no recipe is at hand yet"
+    run.write_json("run.json", {"schema": "s2l_ray/1"} | config.model_dump(mode="json"))
     out = s2l("status", tmp_path).out
     assert re.search(r"^trajectories +not begun\n +step-000010 +2/3 #\.#\n +step-000020 +0/3 \.\.\.$", out, re.MULTILINE)
 
     # Handed to the grouping as if it were finished: which units are missing, and how to finish.
-    run.write("run.json", b"{}")
     refused = s2l("select", tmp_path / "trajectories", "--budget", 2, "--output", tmp_path / "out")
     assert refused.code == 2
     assert "4 of 6 units are missing (step-000010 lacks part-00001.parquet; step-000020 lacks part-00000" in refused.err

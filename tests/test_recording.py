@@ -25,7 +25,8 @@ from s2l_ray.selection.alone import select_trajectories
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.places import Storage
 from s2l_ray.trajectories import recording
-from s2l_ray.trajectories.files import find_artifact, read_trajectories
+from s2l_ray.trajectories.files import read_trajectories
+from s2l_ray.trajectories.parts import find_artifact
 from s2l_ray.trajectories.recording import finish_recording, record_losses
 
 IDS = ["d", "a", "c", "b"]
@@ -283,7 +284,7 @@ def test_calls_of_a_step_that_overlap_are_refused(tmp_path):
 def test_ids_of_mixed_type_are_refused(tmp_path, other):
     record_losses(tmp_path, 5, ["1", "2"], [1, 2])
     record_losses(tmp_path, other, [1, 2], [1, 2])
-    with pytest.raises(DataError, match=r"example_id is (int64 and string|string at step 5 and int64 at step 6)\. Record ids"):
+    with pytest.raises(DataError, match=r"(step 5|steps 5 and 6): example_id is int64 and string\. Give ids of one type"):
         finish_recording(tmp_path)
 
 

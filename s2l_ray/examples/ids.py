@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from s2l_ray.errors import DataError
 
 # So many digests stay in the processor's cache: a sixth faster than a whole block.
 _HASHED_ROWS = 4_096
+_LARGEST_INT64 = pa.scalar(2**63 - 1, pa.uint64())
 NAMED_IDS = 5
 """How many ids a message names."""
 NO_INTEGERS = (
@@ -53,8 +55,25 @@ def id_column(column: pa.Array, where: str, integers: pa.DataType | None = None)
 
 def _integers_of(column: pa.Array) -> pa.DataType:
     """The type of a column of integer ids."""
-    is_large = pa.types.is_uint64(column.type) and len(column) and pc.max(column).as_py() > np.iinfo(np.int64).max
-    return pa.uint64() if is_large else pa.int64()
+    return pa.uint64() if has_large(column) else pa.int64()
+
+
+def has_large(column: pa.Array) -> bool:
+    """Whether a column has integers above 2**63 - 1."""
+    return pa.types.is_uint64(column.type) and bool(pc.any(pc.greater(column, _LARGEST_INT64)).as_py())
+
+
+def of_one_type(columns: Sequence[pa.Array], where: str) -> list[pa.Array]:
+    """Columns of ids, each of its own type, as columns of one: string, int64 or uint64.
+
+    Raises DataError where some are strings and some integers, or where no type of 64 bits holds all integers.
+    """
+    kinds = {column.type for column in columns}
+    if len(kinds) < 2:
+        return list(columns)
+    if pa.string() in kinds:
+        raise DataError(f"{where}: example_id is {' and '.join(sorted(map(str, kinds)))}. Give ids of one type.")
+    return [id_column(column, where, pa.uint64()) for column in columns]
 
 
 def repeated(example_ids: pa.Array) -> pa.Array:

@@ -10,7 +10,7 @@ from s2l_ray.progress import duration
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.layout import BUILDING, RUN, STAGE_NAMES, WORK
 from s2l_ray.storage.places import Storage
-from s2l_ray.trajectories.files import unit_grid
+from s2l_ray.trajectories.units import unit_grid
 
 
 def status_text(run_dir: str) -> str:

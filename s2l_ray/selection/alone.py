@@ -21,7 +21,8 @@ from s2l_ray.storage.layout import SELECTED
 from s2l_ray.storage.lock import exclusive
 from s2l_ray.storage.ownership import check_stages, scratch_of
 from s2l_ray.storage.places import Storage
-from s2l_ray.trajectories.files import fetch_rows, files_identity, find_artifact, streamed
+from s2l_ray.trajectories.files import fetch_rows, streamed
+from s2l_ray.trajectories.parts import files_identity, find_artifact
 
 log = get_log("run")
 

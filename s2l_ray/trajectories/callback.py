@@ -32,7 +32,7 @@ from s2l_ray.training.losses import example_losses
 from s2l_ray.training.schedule import recorded_steps
 from s2l_ray.training.token_rows import TokenRows
 from s2l_ray.trajectories.dataset_rows import DatasetRows, tokens_of
-from s2l_ray.trajectories.files import recorded_files
+from s2l_ray.trajectories.parts import recorded_files
 from s2l_ray.trajectories.recording import finish_recording, forget_steps, note_dropped, record_losses
 from s2l_ray.trajectories.scored_training import check_logits, check_training, scoring
 

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from s2l_ray.errors import ArtifactError, ConfigError, DataError
-from s2l_ray.examples.ids import id_column, name_examples, one_array
+from s2l_ray.examples.ids import id_column, name_examples, not_unique, of_one_type, one_array, repeated
 from s2l_ray.progress import get_log
 from s2l_ray.storage.artifacts import Artifact, Key
 from s2l_ray.storage.drafts import Draft, table_bytes
@@ -34,7 +34,7 @@ from s2l_ray.storage.layout import BUILDING, DROPPED, MANIFEST, RECORDING, is_st
 from s2l_ray.storage.ownership import read_building, scratch_of, write_building
 from s2l_ray.storage.places import Storage
 from s2l_ray.storage.records import digest
-from s2l_ray.trajectories.files import recorded_files
+from s2l_ray.trajectories.parts import recorded_files
 from s2l_ray.trajectories.sorting import is_ascending
 from s2l_ray.trajectories.store import BLOCK_ROWS, check_losses, losses_of, trajectories_table
 
@@ -83,16 +83,16 @@ def record_losses(
 
 
 def unique_ids(example_ids: Any, where: str) -> pa.Array:
-    """Ids in any form as strings or int64, in their order. Raises DataError for repeated ones and for mixed types."""
+    """Ids in any form as strings, int64 or uint64, in their order. Raises DataError for repeated ones and for mixed types."""
     values = _plain(example_ids)
     try:
         column = one_array(values if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(values))
     except (pa.ArrowException, TypeError, ValueError) as error:
         raise DataError(f"{where}: example_ids are not all strings, or all integers ({error}).") from error
     ids = id_column(column if len(column) else column.cast(pa.string()), where)
-    twice = _repeated(ids)
+    twice = repeated(ids)
     if len(twice):
-        raise DataError(f"{where}: example_id occurs more than once: {name_examples(twice)}. Ids must be unique.")
+        raise not_unique(twice, where)
     return ids
 
 
@@ -189,12 +189,6 @@ def _in_order(table: pa.Table) -> pa.Table:
     return table.take(pc.array_sort_indices(one_array(table["example_id"]))).combine_chunks()
 
 
-def _repeated(ids: pa.Array) -> pa.Array:
-    """The ids that occur more than once."""
-    counts = ids.value_counts()
-    return counts.field("values").filter(pc.greater(counts.field("counts"), 1))
-
-
 # --- finishing -----------------------------------------------------------------------------------------------------
 
 
@@ -276,15 +270,14 @@ def _read_step(storage: Storage, step: int, names: list[str]) -> pa.Table:
         except pa.ArrowException as error:
             remedy = "Remove it and record its examples again."
             raise DataError(f"{storage.uri}/{name}: cannot be read as Parquet ({error}). {remedy}") from error
-    kinds = sorted({str(table.schema.field("example_id").type) for table in tables})
-    if len(kinds) > 1:
-        raise DataError(f"{storage.uri}: step {step}: example_id is {' and '.join(kinds)}. Record ids of one type.")
+    columns = of_one_type([one_array(table["example_id"]) for table in tables], f"{storage.uri}: step {step}")
+    tables = [table.set_column(0, "example_id", ids) for table, ids in zip(tables, columns, strict=True)]
     table = _in_order(pa.concat_tables(tables, promote_options="default"))
     ids = one_array(table["example_id"])
     if not is_ascending(ids):
         raise DataError(
             f"{storage.uri}: step {step}: recorded more than once, in calls with different examples: "
-            f"{name_examples(_repeated(ids))}. If the training was started again with another number of processes or another "
+            f"{name_examples(repeated(ids))}. If the training was started again with another number of processes or another "
             f"batch size, remove {storage.uri}/{_folder(step)} and record the step again."
         )
     return table
@@ -295,9 +288,7 @@ def _check_same_ids(storage: Storage, first: tuple[int, pa.Array], other: tuple[
     (first_step, first_ids), (step, ids) = first, other
     if ids.equals(first_ids):
         return
-    if ids.type != first_ids.type:
-        kinds = f"{first_ids.type} at step {first_step} and {ids.type} at step {step}"
-        raise DataError(f"{storage.uri}: example_id is {kinds}. Record ids of one type.")
+    first_ids, ids = of_one_type([first_ids, ids], f"{storage.uri}: steps {first_step} and {step}")
     for lacking, found, there in ((step, ids, first_ids), (first_step, first_ids, ids)):
         missing = there.filter(pc.invert(pc.is_in(there, found)))
         if len(missing):

@@ -41,11 +41,10 @@ from s2l_ray.training.token_parts import PartTokens, TokenParts
 from s2l_ray.training.tokenizers import load_tokenizer
 from s2l_ray.training.tokens import row_counts
 from s2l_ray.trajectories.store import trajectories_table
+from s2l_ray.trajectories.units import losses_folder
 
 # Bytes of float32 weights that one worker keeps in memory at once; more checkpoints are scored in several passes.
 TOGETHER_BYTES = 4 * 2**30
-# Raised when the same checkpoint gives other losses than before.
-SCHEMA = 1
 # Files read at once where they are far away.
 READERS = 8
 
@@ -83,8 +82,7 @@ class ScoringJob:
 
     def work(self, scratch: Storage) -> Storage:
         """Where the units' files lie."""
-        recipe = self.config.trajectories.model_dump(mode="json")
-        return scratch.child(f"{LOSSES}/{digest([SCHEMA, self.parts.name, recipe, self.device])}")
+        return scratch.child(losses_folder(self.parts.name, self.config, self.device))
 
 
 def build(context: Context) -> Artifact:

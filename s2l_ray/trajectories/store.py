@@ -20,7 +20,18 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from s2l_ray.errors import ConfigError, DataError
-from s2l_ray.examples.ids import column_of, decoded, id_column, is_text, name_examples, one_array, priorities, wrong_type
+from s2l_ray.examples.ids import (
+    column_of,
+    decoded,
+    id_column,
+    is_text,
+    name_examples,
+    not_unique,
+    one_array,
+    priorities,
+    repeated,
+    wrong_type,
+)
 from s2l_ray.trajectories.sorting import SortedTable, in_order, is_ascending
 
 # Above this no number is a loss in nats, and its square would leave the float32 range inside k-means.
@@ -121,10 +132,9 @@ class Trajectories:
     def _check_ids(self) -> None:
         if is_ascending(self.example_ids):
             return
-        twice = pc.equal(self.example_ids[1:], self.example_ids[:-1])
-        duplicates = self.example_ids[1:].filter(twice).unique()
+        duplicates = repeated(self.example_ids)
         assert len(duplicates), "ids are not in ascending order"
-        raise DataError(f"example_id occurs more than once: {name_examples(duplicates)}. Ids must be unique.")
+        raise not_unique(duplicates)
 
 
 def check_losses(losses_NT: NDArray[np.float32], example_ids: pa.Array, where: str = "") -> None:
