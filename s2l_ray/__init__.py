@@ -2,7 +2,7 @@
 
 The rooms, each of which knows only those above it:
 
-    errors         what a user can mend, as exceptions
+    errors         what a user can fix, as exceptions
     progress       what a user sees while a run goes on
     config/        the YAML file of a run, checked; what of it decides each stage's result
     storage/       places, artifacts and manifests, the lock; what lies where in a run directory

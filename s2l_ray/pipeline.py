@@ -135,7 +135,7 @@ def run(
     """Build what is missing of a run, stage by stage; the same call again goes on where the last one stopped.
 
     Returns the finished artifacts by stage. `until` stops after that stage; `reuse` names another run whose finished
-    stages are taken by reference where their fingerprint matches. Raises S2LError for what the user can mend.
+    stages are taken by reference where their fingerprint matches. Raises S2LError for what the user can fix.
     """
     started = time.monotonic()
     names = names_until(until)
@@ -193,7 +193,7 @@ def _run_stage(
 
 
 def _overlap(context: Context) -> Any:
-    """What runs beside the proxy's training: joined here, since no stage knows a later one."""
+    """Overlapped scoring, which the proxy's training starts: joined here, since no stage knows a later one."""
     from s2l_ray.trajectories.overlapped import OverlappedScoring
 
     return OverlappedScoring(context.config, context.inputs["examples"], context.draft.shared)

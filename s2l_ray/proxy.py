@@ -1,7 +1,7 @@
 """The proxy: a small model fine-tuned on the whole pool while T of its states are kept.
 
 A kept checkpoint is a Hugging Face folder, `step-000500/`, whose `checkpoint.json` is written last and lists its files.
-Checkpoint i of T follows step round(i * S / T) of S whatever the number of workers.
+Checkpoint i of T follows step round(i * S / T) of S for any number of workers.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ def save_target(trainer: Any, tokenizer: Any, job: TargetJob, name: str, facts: 
         make_models_whole()
         if ray.train.get_context().get_world_rank() != 0:
             return
-        # The Trainer pickles its arguments beside the model; nobody needs them, and pickles are not shipped.
+        # The Trainer pickles its arguments next to the model; nobody needs them, and pickles are not shipped.
         (Path(trained) / "training_args.bin").unlink(missing_ok=True)
         folder = trained
         if lora is not None and lora.save == "merged":

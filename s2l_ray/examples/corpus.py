@@ -1,4 +1,4 @@
-"""The corpus as its owner has it: which files it consists of, and what identifies it whatever its place.
+"""The corpus as its owner has it: which files it consists of, and what identifies it wherever it lies.
 
 A corpus is files (JSON Lines, JSON, CSV, Parquet), a Hub dataset, or tasks that reasoning-gym generates.
 """

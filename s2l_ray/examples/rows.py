@@ -175,7 +175,7 @@ def join_columns(found: Iterable[tuple[str, Columns]]) -> Columns:
     """The columns of all rows from those of some rows each; `found` pairs them with the name of the place they are from.
 
     Each column gets the narrowest type that holds all its values. The columns are in order of their earliest position in any
-    row, then of name, whatever the order of the rows. Raises DataError naming a column whose types cannot be joined, and
+    row, then of name, for any order of the rows. Raises DataError naming a column whose types cannot be joined, and
     where they are.
     """
     types: dict[str, tuple[pa.DataType, str]] = {}

@@ -208,7 +208,7 @@ def need(training: Training, setting: Setting) -> Need:
     loading = 4 * shape.parameters * (1 if is_sharded_at_once else training.workers_per_node)
     if stage == 3 and not is_sharded_at_once:
         most = max(most, w * shape.parameters)
-    # Adapters are merged, at the end, into the whole model in float32 on the first worker, beside what is still offloaded.
+    # Adapters are merged, at the end, into the whole model in float32 on the first worker, next to what is still offloaded.
     merging = 4 * shape.parameters if setting.lora_rank else 0
     host = max(loading, training.workers_per_node * offloaded + merging)
     return Need(states, activations, stepping, most + CONTEXT_BYTES, host)
@@ -254,7 +254,7 @@ def logit_bytes(weight_bytes: int) -> int:
 def resume_point_bytes(parameters: float, precision: str, zero_stage: int, trained: float | None = None) -> float:
     """Bytes of one resume point, by what transformers' Trainer writes.
 
-    Without DeepSpeed (`zero_stage` 0): float32 weights and Adam's two moments, whatever the arithmetic. With it: the weights
+    Without DeepSpeed (`zero_stage` 0): float32 weights and Adam's two moments, in any precision. With it: the weights
     as safetensors and, up to stage 2, once more in DeepSpeed's own file; the float32 masters and the moments. Of a
     model with adapters (`trained` parameters) the Trainer writes the adapters' only (`exclude_frozen_parameters`).
     """

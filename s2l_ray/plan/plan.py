@@ -82,7 +82,7 @@ def make_plan(
     try:
         decisions = decide(resolve_revisions(config, place, other), place, other)
     except DataError as error:
-        # A plan for a corpus that is not here (a Hub dataset, somebody else's bucket) still says what it would cost.
+        # A plan for a corpus that is not here (a Hub dataset, somebody else's bucket) still estimates the cost.
         if config.plan.num_examples is None:
             raise
         notes.append(f"WARNING: the corpus cannot be looked at, the config's `plan` section stands in for it: {error}")

@@ -10,7 +10,7 @@ from s2l_ray.training.batches import BatchPlan
 
 
 def num_accelerators_of(config: RunConfig) -> int:
-    """One per worker of the target, the fewest there may be: each then holds most. A full node where nothing says."""
+    """One per worker of the target, the fewest allowed, when each holds most; a full node if the config gives no number."""
     workers = config.machines.target.num_workers
     return min(workers) if isinstance(workers, list) else ACCELERATORS_PER_NODE if workers == "auto" else workers
 
@@ -85,7 +85,7 @@ def _shape(config: RunConfig, parameters: float) -> Shape:
 
 
 def resume_point_lines(config: RunConfig, sizes: Sizes) -> list[str]:
-    """One line: the bytes of resume points, and how many are written in an hour where the config says how often."""
+    """One line: the bytes of resume points, and how many are written in an hour where the config sets how often."""
     target, adapters = config.target, None
     if target.lora is not None and sizes.target_parameters:
         adapters = _shape(config, sizes.target_parameters).adapter_parameters(target.lora.rank)
@@ -96,10 +96,10 @@ def resume_point_lines(config: RunConfig, sizes: Sizes) -> list[str]:
     }
     if config.proxy.checkpoints:
         del stored["proxy"]
-    said = []
+    parts = []
     for name, num_bytes in stored.items():
         minutes = getattr(config.machines, name).checkpoint_every_minutes
         if num_bytes:
             hourly = "" if minutes == "auto" else f" every {minutes:g} minutes ({size(num_bytes * 60 / minutes)} an hour)"
-            said.append(f"{name} {size(num_bytes)}{hourly}")
-    return [f"Resume points, two kept at a time: {', '.join(said)}."] if said else []
+            parts.append(f"{name} {size(num_bytes)}{hourly}")
+    return [f"Resume points, two kept at a time: {', '.join(parts)}."] if parts else []

@@ -32,7 +32,7 @@ def build_report(run_dir: str) -> str:
     """
     run = Storage(run_dir)
     if not any(run.exists(f"{name}/{MANIFEST}") for name in STAGE_NAMES):
-        raise ArtifactError(f"{run.uri}: no finished stage there. Give the directory of a run (`s2l run` says where it is).")
+        raise ArtifactError(f"{run.uri}: no finished stage there. Give the directory of a run (`s2l run` prints it).")
     report = run.child(STAGE_NAMES[-1])
     check_page(report)
     report.write(PAGE, render(read_facts(run)).encode())
@@ -51,7 +51,7 @@ def render(facts: Facts) -> str:
     )
     environment.filters |= {"count": count, "percent": percent, "quantity": quantity, "signed": signed, "duration": duration}
     environment.filters["csp_hash"] = csp_hash
-    # Ours, not the corpus's: the only two strings that go in unescaped beside the figures.
+    # Ours, not the corpus's: apart from the figures the only two strings that go in unescaped.
     style, plotly_js = Markup((_HERE / "style.css").read_text(encoding="utf-8")), Markup(get_plotlyjs())  # noqa: S704
     return environment.get_template("page.html").render(
         facts=facts, figures=figures(facts), num_plotted=NUM_PLOTTED_SOURCES, style=style, plotly_js=plotly_js
@@ -65,7 +65,7 @@ def figures(facts: Facts) -> dict[str, Any]:
     from s2l_ray.report import plots
 
     shares = facts.principal_components
-    drawn = {
+    made = {
         "cost": plots.cost(facts.costs) if facts.costs else None,
         "group_curves": plots.group_curves(facts.groups) if facts.groups else None,
         "group_sizes": plots.group_sizes(facts.groups) if facts.groups else None,
@@ -75,7 +75,7 @@ def figures(facts: Facts) -> dict[str, Any]:
         "target_loss": plots.losses(facts.target_losses) if any(facts.target_losses.values()) else None,
     }
     # Plotly escapes < by itself today; the page must not depend on it.
-    return {name: Markup(figure.to_json().replace("<", "\\u003c")) for name, figure in drawn.items() if figure}  # noqa: S704
+    return {name: Markup(figure.to_json().replace("<", "\\u003c")) for name, figure in made.items() if figure}  # noqa: S704
 
 
 def csp_hash(script: str) -> str:

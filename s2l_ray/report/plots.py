@@ -63,7 +63,7 @@ def cost(costs: Sequence[StageSeconds]) -> go.Figure:
 def group_curves(groups: GroupCurves) -> go.Figure:
     """Every group's mean loss at every checkpoint, coloured by its level.
 
-    One trace a colour and not a group: 1,400 groups are drawn as fast as ten.
+    One trace a colour and not a group: 1,400 groups are plotted as fast as ten.
     """
     import plotly.graph_objects as go
 

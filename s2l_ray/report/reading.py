@@ -271,7 +271,7 @@ def _open(artifact: Artifact, path: str) -> pq.ParquetFile:
 
 
 def _proxy_losses(proxy: Summary, trajectories: Summary) -> dict[str, list[list[float]]]:
-    """The proxy's training loss, and beside it the mean loss over all examples at every checkpoint."""
+    """The proxy's training loss, and the mean loss over all examples at every checkpoint."""
     at_checkpoints = zip(trajectories.get("steps", []), trajectories.get("mean_losses", []), strict=True)
     return {
         "training loss": proxy.get("training_loss") or [],

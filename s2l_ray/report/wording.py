@@ -34,7 +34,7 @@ ENDS = {
 
 
 def verdict(selection: Summary | None, metrics: Mapping[str, Any] | None) -> list[str]:
-    """The result in plain words. A loss of S2L is said as plainly as a win, and that one seed concludes nothing."""
+    """The result in plain words. A loss of S2L is reported as plainly as a win, and one seed is no conclusion."""
     if selection is None:
         return ["Nothing has been chosen yet: this run is unfinished."]
     chosen, pool = selection["rows"], selection["pool"]
@@ -111,7 +111,7 @@ def costs(seconds: Mapping[str, float]) -> list[StageSeconds]:
 
 
 def price(rows: Sequence[StageSeconds], trains_random: bool) -> str | None:
-    """What choosing cost beside training the target; none before both are known."""
+    """What choosing cost, compared with training the target; None before both are known."""
     stages = {row.stage for row in rows}
     if not {"proxy", "trajectories", "target"} <= stages:
         return None

@@ -2,6 +2,6 @@
 
 Takes a trajectory store and `Groups`; gives `selection/selected.parquet` with the corpus's own rows. Read `quotas` (how many
 of each group, in which order), `choosing` (which rows, in a stream), `subsets` (a subset for each budget, with weights),
-`subset_rows` (the corpus's rows beside our columns), and `stage`, which joins them. `alone` is `s2l select`,
+`subset_rows` (the corpus's rows with our columns), and `stage`, which joins them. `alone` is `s2l select`,
 `export` is `s2l export`.
 """

@@ -1,4 +1,4 @@
-"""The corpus's own rows of a subset, on disk in order of ids, and our columns beside theirs. Texts are only streamed."""
+"""The corpus's own rows of a subset, on disk in order of ids, with our columns added. Texts are only streamed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FetchRows = Callable[[pa.Array, NDArray[np.int64]], Iterator[pa.Table]]
 
 @dataclass(frozen=True)
 class SubsetRows:
-    """Rows of the corpus in ascending order of ids, on disk, and what our columns are called beside theirs."""
+    """Rows of the corpus in ascending order of ids, on disk, and the names of our columns among theirs."""
 
     ids: pa.Array
     table: SortedTable

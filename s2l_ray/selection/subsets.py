@@ -110,7 +110,7 @@ def stability(clustering: Artifact, groups: Groups, config: SelectionConfig, num
     """How much of a subset of `num_chosen` examples stays the same when the grouping starts from another seed: the mean share
     that the subsets of two restarts have in common, on a sample. None for one restart.
 
-    The priorities inside the groups stay the same, so that much would be common whatever the groups: `without_groups` is the
+    The priorities inside the groups stay the same, so that much would be common for any groups: `without_groups` is the
     share that the rows of lowest priority, without any groups, have in common with these subsets.
     """
     if RESTARTS not in clustering.manifest["files"]:

@@ -10,7 +10,7 @@ from typing import Any
 
 
 def digest(value: Any, num_bytes: int = 8) -> str:
-    """Hash of a JSON value as `2 * num_bytes` hexadecimal digits, the same whatever the order of its keys."""
+    """Hash of a JSON value as `2 * num_bytes` hexadecimal digits, the same for any order of its keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return content_digest(text.encode(), num_bytes)
 

@@ -15,7 +15,7 @@ import numpy as np
 from s2l_ray.errors import ConfigError, DataError
 from s2l_ray.examples.ids import priorities
 
-# The most rows of a forward pass where the config says `auto`.
+# The most rows of a forward pass with `auto`.
 DEVICE_BATCH = 32
 # Stands in the length-balanced order where a worker is a row short.
 NO_ROW = -1

@@ -46,7 +46,7 @@ class Head:
                 halves = [head.logits(hidden_PH, 0, cut), head.logits(hidden_PH, cut, head.vocab_size)]
                 difference, largest = (torch.cat(halves, 1) - whole_BLV[0]).abs().max(), whole_BLV.abs().max()
         except (AttributeError, IndexError, KeyError, RuntimeError, StopIteration, TypeError, ValueError):
-            return None  # another kind of forward: whatever it stumbled over, it has to be taken whole
+            return None  # another kind of forward, which has to be run whole
         return head if difference <= 1e-4 * largest.clamp(min=1) and largest.isfinite() else None
 
     def cast(self, dtype: torch.dtype) -> None:

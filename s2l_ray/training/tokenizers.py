@@ -77,7 +77,7 @@ def train_tokenizer(config: TrainedTokenizer, examples: Artifact) -> Any:
 
     end = "<|endoftext|>"
     tokenizer = Tokenizer(models.BPE())
-    # Digits one by one: numbers then share their pieces, whatever their length.
+    # Digits one by one: numbers of any length then share their tokens.
     split = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
     tokenizer.decoder = decoders.ByteLevel()

@@ -111,7 +111,7 @@ def convert(saved: Path, universal: Path) -> str | None:
     folders = {"input_folder": str(saved / tag), "output_folder": str(universal / tag)}
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            # Without tensor parallelism the resume point says nothing of its layout, and need not.
+            # Without tensor parallelism the resume point does not describe its layout, and need not.
             main(argparse.Namespace(**folders, **options, inject_missing_state=True))
     except UNKNOWN as error:
         return f"DeepSpeed cannot convert it ({type(error).__name__}: {str(error)[:200]})"

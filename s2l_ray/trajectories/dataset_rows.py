@@ -92,7 +92,7 @@ def tokens_of(row: Mapping[str, Any], name: str) -> tuple[NDArray[np.int32], NDA
     if (labels != ids)[is_label].any():
         raise DataError(f"{name}: {_not_causal('labels that are not the tokens of input_ids at their places')}")
     is_label[:1] = False  # nothing comes before it to predict it from
-    # What follows the last label changes no loss: padding, where no mask says so.
+    # What follows the last label changes no loss: padding, where there is no mask.
     stop = int(np.flatnonzero(is_label)[-1]) + 1 if is_label.any() else 0
     return ids[:stop].astype(np.int32), is_label[:stop]
 

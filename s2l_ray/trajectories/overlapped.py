@@ -18,7 +18,7 @@ from s2l_ray.trajectories.stage import Scorer, ScoringJob
 
 # How often finished checkpoints and idle machines are looked for while the proxy is trained.
 POLL_SECONDS = 2.0
-# A training that says nothing for so long may be down, and waiting for the machines that scoring holds.
+# A training without an event for so long may be down, and waiting for the machines that scoring holds.
 SILENT_SECONDS = 30.0
 # Units per call while the training goes on: between calls its needs are looked at again.
 UNITS_PER_CALL = 16
@@ -40,7 +40,7 @@ class OverlappedScoring:
         self.num_units = 0
 
     def on_event(self, proxy: Storage) -> None:
-        """To be called whenever the training says something: it holds its workers."""
+        """To be called at every event of the training: it holds its workers."""
         self._last_event = time.monotonic()
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, args=(proxy,), daemon=True)
