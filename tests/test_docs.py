@@ -60,6 +60,11 @@ def test_metrics_that_documents_name_are_exported():
     assert named <= exported
 
 
+def test_the_page_of_the_tests_lists_every_test_file():
+    files = {file.name for file in (ROOT / "tests").glob("test_*.py")}
+    assert set(re.findall(r"^\| `(test_\w+\.py)`", (ROOT / "tests/README.md").read_text(), re.MULTILINE)) == files
+
+
 def test_the_picture_of_the_report_is_small():
     assert 0 < (ROOT / ".github/report.png").stat().st_size < 200_000
 

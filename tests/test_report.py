@@ -387,6 +387,22 @@ def test_a_win_a_loss_and_a_draw_are_said_as_they_are(run: Storage, corpus: Corp
     assert "S2L loses by 0.1000 (8.3%)" in page_of(run).text
 
 
+@pytest.mark.parametrize("tasks", [{}, {"arc_easy": {"acc": 0.25}}])
+def test_a_run_that_holds_nothing_out_has_no_table_of_losses_but_says_so(run: Storage, corpus: Corpus, tasks: Any) -> None:
+    write_run(run, corpus, until="target")
+    target = Artifact.find(run.child("target"))
+    assert target is not None
+    draft = Draft.open(run, Key("evaluation", 1, {"seed": 6}, {"target": target.identity}))
+    nothing = {"loss_per_token": None, "loss_macro": None, "loss_by_source": {}, "tasks": tasks}
+    draft.write("metrics.json", json.dumps(dict.fromkeys(("untrained", "selected", "random"), nothing)).encode())
+    draft.publish({"rows": 0, "sources": {}})
+    text = page_of(run).text
+    assert "no rows were held out to evaluate on" in text
+    assert "No held-out row was evaluated, so there is no loss to compare." in text
+    assert "Loss in nats per response token; lower is better" not in text
+    assert ("arc_easy: acc" in text) == bool(tasks)
+
+
 def test_the_better_of_selected_and_random_is_marked_by_the_metrics_direction() -> None:
     def model(loss: float, accuracy: float) -> dict[str, Any]:
         tasks = {"gsm8k": {"exact_match": accuracy, "perplexity": loss, "rows": 7, "exact_match_stderr": accuracy}}

@@ -139,13 +139,13 @@ def sizes_of(config: RunConfig, decisions: list[Decision], notes: list[str]) -> 
     )
     limit = config.proxy.max_tokens
     notes.append(
-        f"{_say(rows)} pool examples of {_say(tokens)} tokens; proxy {_say(proxy)} parameters, target {_say(target)}"
+        f"{_count(rows)} pool examples of {_count(tokens)} tokens; proxy {_count(proxy)} parameters, target {_count(target)}"
         + (f" ({target / proxy:.0f}x)." if proxy and target else ".")
     )
     return Sizes(rows, None if tokens is None else min(tokens, limit), proxy, target, held_out)
 
 
-def _say(number: float | None) -> str:
+def _count(number: float | None) -> str:
     return "?" if number is None else f"{number:,.0f}"
 
 

@@ -70,7 +70,10 @@ def _outcome(advantage: float, reference: float | None = None) -> str:
 
 
 def measures(metrics: Mapping[str, Any], held_out: Mapping[str, int]) -> list[Measure]:
-    """The evaluation table: the loss overall, averaged over sources and by source, then the tasks' metrics."""
+    """The evaluation table: the loss overall, averaged over sources and by source, then the tasks' metrics.
+
+    Without held-out rows there is no loss, and no row for it.
+    """
 
     def values(*path: str) -> dict[str, float | None]:
         return {model: value_at(metrics[model], path) for model in MODELS if model in metrics}
@@ -82,6 +85,7 @@ def measures(metrics: Mapping[str, Any], held_out: Mapping[str, int]) -> list[Me
         Measure("all held-out rows", "loss", values("loss_per_token"), sum(held_out.values()) or None),
         Measure("mean over sources", "loss", values("loss_macro")),
     ]
+    rows = [row for row in rows if any(value is not None for value in row.values.values())]
     rows += [Measure(name, "loss", values("loss_by_source", name), held_out.get(name)) for name in keys("loss_by_source")]
     for task in keys("tasks"):
         # `rows`: how many were generated and scored, the same for every model.
