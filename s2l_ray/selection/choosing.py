@@ -18,9 +18,11 @@ from s2l_ray.errors import ConfigError
 from s2l_ray.examples.ids import priority_cut
 from s2l_ray.progress import get_log
 from s2l_ray.selection.quotas import Integers, quotas, ranks, selection_order
-from s2l_ray.trajectories.store import TOKENS
+from s2l_ray.trajectories.store import NUM_RESPONSE_TOKENS
 
-NO_TOKENS = f"selection.budget: a budget in tokens needs the column {TOKENS}. Add it, or give a number of examples."
+NO_TOKENS = (
+    f"selection.budget: a budget in tokens needs the column {NUM_RESPONSE_TOKENS}. Add it, or give a number of examples."
+)
 _log = get_log("selection")
 
 Budget = int | float | dict[str, int]
@@ -42,7 +44,7 @@ def select_rows(
     """
     columns = {"cluster_id": cluster_ids_N, "priority": priorities_N, "row": np.arange(len(cluster_ids_N))}
     if num_response_tokens_N is not None:
-        columns[TOKENS] = num_response_tokens_N
+        columns[NUM_RESPONSE_TOKENS] = num_response_tokens_N
     sizes_K = np.bincount(cluster_ids_N, minlength=0 if strata_K is None else len(strata_K))
     chosen = choose(lambda: [pa.table(columns)], sizes_K, [budget], strata_K=strata_K, defer_up_to=defer_up_to)[0]
     return np.asarray(chosen["row"].to_numpy())
@@ -95,9 +97,9 @@ def _first_guess(rows: Callable[[], Iterable[pa.Table]], budgets: Sequence[Budge
         return largest
     total = 0
     for block in rows():
-        if TOKENS not in block.column_names:
+        if NUM_RESPONSE_TOKENS not in block.column_names:
             raise ConfigError(NO_TOKENS)
-        total += int(block[TOKENS].to_numpy().sum(dtype=np.int64))
+        total += int(block[NUM_RESPONSE_TOKENS].to_numpy().sum(dtype=np.int64))
     return max(largest, min(num_rows, int(1.1 * num_rows * tokens / max(total, 1)) + 1_000))
 
 
@@ -140,7 +142,7 @@ def _num_taken(budget: Budget, found: pa.Table, order_M: Integers, num_rows: int
     if not isinstance(budget, dict):
         count = _num_examples(budget, num_rows)
     else:
-        totals_M = np.cumsum(found[TOKENS].to_numpy()[order_M], dtype=np.int64)
+        totals_M = np.cumsum(found[NUM_RESPONSE_TOKENS].to_numpy()[order_M], dtype=np.int64)
         count = int(np.searchsorted(totals_M, budget["tokens"], side="right"))
         if count == 0:
             raise ConfigError(

@@ -28,7 +28,7 @@ from s2l_ray.storage.layout import ASSIGNMENTS, RANDOM, SELECTED, further_subset
 from s2l_ray.storage.stages import Context
 from s2l_ray.trajectories.files import streamed
 from s2l_ray.trajectories.sorting import SortedTable
-from s2l_ray.trajectories.store import BLOCK_ROWS, TOKENS, Trajectories, TrajectoryStore
+from s2l_ray.trajectories.store import BLOCK_ROWS, NUM_RESPONSE_TOKENS, Trajectories, TrajectoryStore
 
 _log = get_log("selection")
 
@@ -177,9 +177,9 @@ def _summary(store: TrajectoryStore, subset: Subset, control: pa.Table | None) -
         return None if rows is None else np.bincount(rows["source"].to_numpy(), minlength=len(names)).tolist()
 
     def tokens(tables: Iterable[pa.Table] | None) -> int | None:
-        if tables is None or not store.has(TOKENS):
+        if tables is None or not store.has(NUM_RESPONSE_TOKENS):
             return None
-        return sum(int(table[TOKENS].to_numpy().sum(dtype=np.int64)) for table in tables)
+        return sum(int(table[NUM_RESPONSE_TOKENS].to_numpy().sum(dtype=np.int64)) for table in tables)
 
     pool = store.counts_of("source").tolist() if names else []
     selected, random = (counts(subset.rows), counts(control)) if names else ([], None)
@@ -196,7 +196,7 @@ def _summary(store: TrajectoryStore, subset: Subset, control: pa.Table | None) -
             if selected is not None
         },
         "num_response_tokens": {
-            "pool": tokens(store.blocks(TOKENS)),
+            "pool": tokens(store.blocks(NUM_RESPONSE_TOKENS)),
             "selected": tokens([subset.rows]),
             "random": tokens(None if control is None else [control]),
         },

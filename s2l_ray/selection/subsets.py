@@ -19,7 +19,7 @@ from s2l_ray.selection.choosing import NO_TOKENS, Budget, choose, select_rows
 from s2l_ray.selection.quotas import Integers
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.layout import RESTARTS
-from s2l_ray.trajectories.store import TOKENS, TrajectoryStore
+from s2l_ray.trajectories.store import NUM_RESPONSE_TOKENS, TrajectoryStore
 
 LabelBlocks = Callable[[], Iterator[NDArray[np.int32]]]
 """Streams the group of every row of a store, in its blocks."""
@@ -68,7 +68,7 @@ def check_columns(config: SelectionConfig, store: TrajectoryStore) -> None:
     """Raise ConfigError where a budget or a minimum needs a column that is not there: before anything is grouped."""
     if config.min_per_source and "source" not in store.names:
         raise ConfigError("selection.min_per_source: these trajectories have no column source. Add it, or leave this out.")
-    if any(isinstance(budget, dict) for budget in (config.budget, *config.more_budgets)) and not store.has(TOKENS):
+    if any(isinstance(budget, dict) for budget in (config.budget, *config.more_budgets)) and not store.has(NUM_RESPONSE_TOKENS):
         raise ConfigError(NO_TOKENS)
 
 
@@ -139,10 +139,10 @@ def _pool(
     store: TrajectoryStore, labels: LabelBlocks, priorities_of: Callable[[pa.Table], NDArray[np.uint64]]
 ) -> Iterator[pa.Table]:
     """The rows to choose from, block by block, with their groups and priorities."""
-    wanted = ("example_id", "priority", "source", TOKENS, "position")
+    wanted = ("example_id", "priority", "source", NUM_RESPONSE_TOKENS, "position")
     for block, labels_M in zip(store.blocks(*wanted), labels(), strict=True):
         columns = {"example_id": block["example_id"], "cluster_id": labels_M, "priority": priorities_of(block)}
-        columns |= {name: block[name] for name in ("position", TOKENS) if store.has(name)}
+        columns |= {name: block[name] for name in ("position", NUM_RESPONSE_TOKENS) if store.has(name)}
         if "source" in store.names:
             columns["source"] = store.codes(block, "source")
         yield pa.table(columns)

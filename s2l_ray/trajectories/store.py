@@ -39,7 +39,7 @@ MAX_LOSS = 1e9
 # What a row without a source is called.
 NO_SOURCE = "(none)"
 BLOCK_ROWS = 65_536
-TOKENS = "num_response_tokens"
+NUM_RESPONSE_TOKENS = "num_response_tokens"
 # More values than this are no strata: an id, say, given for a source.
 MAX_NAMES = 100_000
 
@@ -217,17 +217,17 @@ class TrajectoryStore:
 
     def has(self, column: str) -> bool:
         """Whether there is such a column."""
-        return column in self.rows.schema.names or (column == TOKENS and self.tokens_N is not None)
+        return column in self.rows.schema.names or (column == NUM_RESPONSE_TOKENS and self.tokens_N is not None)
 
     def blocks(self, *columns: str) -> Iterator[pa.Table]:
         """The rows in order, block by block; of the columns those that there are."""
         known = [name for name in dict.fromkeys((*columns, "example_id")) if name in self.rows.schema.names]
-        if self.tokens_N is None or TOKENS not in columns:
+        if self.tokens_N is None or NUM_RESPONSE_TOKENS not in columns:
             yield from self.rows.blocks(BLOCK_ROWS, known)
             return
         start = 0
-        for block in self.rows.blocks(BLOCK_ROWS, [name for name in known if name != TOKENS]):
-            yield block.append_column(TOKENS, pa.array(self.tokens_N[start : start + len(block)]))
+        for block in self.rows.blocks(BLOCK_ROWS, [name for name in known if name != NUM_RESPONSE_TOKENS]):
+            yield block.append_column(NUM_RESPONSE_TOKENS, pa.array(self.tokens_N[start : start + len(block)]))
             start += len(block)
 
     def names_of(self, column: str) -> list[str]:
