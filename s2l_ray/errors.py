@@ -77,6 +77,7 @@ _ON_DISK = {
     errno.EROFS: "is on a read-only filesystem. Give another directory.",
     errno.EISDIR: "is a directory where a file is needed. Give the path of a file.",
     errno.ENOTDIR: "has a file where a directory is needed. Give another directory.",
+    errno.ENAMETOOLONG: "has a name that is too long. Give a shorter one.",
     errno.EEXIST: "is a file where a directory is needed. Give another directory.",
 }
 # What the stores' libraries report, in words instead of error numbers: the first pattern that matches counts.
@@ -120,10 +121,10 @@ def storage_problem(error: BaseException, place: str = "", host: str = "") -> st
         return f"Ray's directory for objects, on {host} or another node: {_ON_DISK[errno.ENOSPC]}"
     if "No space left on device" in text:  # safetensors and others have errors of their own for it
         return f"{getattr(error, 'filename', None) or place or 'writing'} on {host}: {_ON_DISK[errno.ENOSPC]}"
-    if not isinstance(error, OSError):
+    if not isinstance(error, OSError) or (isinstance(error, FileNotFoundError) and "specified bucket" not in text):
         return None
-    if isinstance(error, FileNotFoundError) and "specified bucket" not in text:
-        return None
+    if error.errno is None and text.endswith("is a directory"):  # Arrow's own
+        return f"{place or text} on {host}: {_ON_DISK[errno.EISDIR]}"
     reported = re.search(r"AWS Error (.*)|google::cloud::Status\((.*?)(?: error_info|$)|(Bucket '.*' not found.*)", text)
     if reported is not None:
         detail = " ".join(next(filter(None, reported.groups())).split())

@@ -163,6 +163,12 @@ def test_an_unknown_kind_of_uri_is_refused():
         Storage("ftp://host/dir").exists()
 
 
+@pytest.mark.parametrize("uri", ["s3://", "gs:///"])
+def test_object_storage_without_a_bucket_is_refused(uri):
+    with pytest.raises(ConfigError, match="names no bucket"):
+        Storage(uri)
+
+
 def test_a_folder_is_checked_file_by_file(tmp_path):
     run = Storage(str(tmp_path))
     draft = Draft.open(run, key("proxy", seed=1))

@@ -220,3 +220,11 @@ def test_a_shipped_config_is_valid_and_short(path):
 
 def test_template_fields_are_found_in_order():
     assert template_fields("### {instruction}\n{{json}} {input}") == ["instruction", "input"]
+
+
+@pytest.mark.parametrize("text", ["name: 0b_", "name: 1:2:x", "a: &a [*a]", "name: " + "[" * 5000])
+def test_a_file_that_yaml_cannot_build_is_one_error(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError):
+        load_config(path)

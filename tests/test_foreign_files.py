@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import tempfile
@@ -190,6 +191,36 @@ def test_an_export_replaces_the_file_that_it_names_and_refuses_a_directory_by_na
     assert (tmp_path / "folder" / "notes.py").read_bytes() == b"mine"
     assert s2l("export", out, "--format", "jsonl", "--output", tmp_path / "subset.jsonl") == 0
     assert len((tmp_path / "subset.jsonl").read_bytes().splitlines()) == 4
+
+
+@pytest.mark.parametrize("name", ["run.json", "selection/manifest.json", "linked/manifest.json", "clustering/centroids.npy"])
+def test_an_export_never_replaces_what_a_run_wrote(tmp_path, trajectories, s2l, capsys, name):
+    out = tmp_path / "out"
+    select_trajectories(str(trajectories), str(out), CLUSTERING, SELECTION)
+    (out / "linked").symlink_to(out / "selection")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert s2l("export", out, "--format", "jsonl", "--output", out / name) == 2
+    assert "would replace what a run wrote" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_an_export_into_a_pipe_is_refused_instead_of_replacing_it(tmp_path, trajectories, s2l, capsys):
+    select_trajectories(str(trajectories), str(tmp_path / "out"), CLUSTERING, SELECTION)
+    os.mkfifo(tmp_path / "pipe")
+    assert s2l("export", tmp_path / "out", "--format", "jsonl", "--output", tmp_path / "pipe") == 2
+    assert f"{tmp_path}/pipe: is a device or a pipe" in capsys.readouterr().err
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_files_behind_a_linked_directory_are_never_removed(tmp_path):
+    """Their names are a stage's own, the directory is not."""
+    put(tmp_path, {"mine/model.safetensors": b"of mine"})
+    run = Storage(str(tmp_path / "run"))
+    Draft.open(run, key("proxy", {"examples": "old"}))
+    (tmp_path / "run" / "proxy" / "step-000100").symlink_to(tmp_path / "mine")
+    with pytest.raises(ArtifactError, match="step-000100"):
+        Draft.open(run, key("proxy", {"examples": "new"}))
+    assert (tmp_path / "mine" / "model.safetensors").read_bytes() == b"of mine"
 
 
 # --- what an earlier run left --------------------------------------------------------------------------------------

@@ -232,7 +232,7 @@ def test_recording_needs_neither_torch_nor_ray():
         (IDS, [1, float("nan"), 2, float("inf")], r"step 5: losses: NaN, infinite.*'a', 'b'"),
         (IDS, [1, None, 2, 3], r"NaN, infinite, missing.*'a'"),
         (["a", "b", "a", "b"], [1, 2, 3, 4], r"step 5: example_id occurs more than once: 'a', 'b'"),
-        (["a", 1, "b", 2], [1, 2, 3, 4], r"step 5: example_ids are not all strings, or all integers"),
+        (["a", 1, "b", 2], [1, 2, 3, 4], r"step 5: example_ids: the values have no common type"),
         ([1.0, 2.0, 3.0, 4.0], [1, 2, 3, 4], r"example_id' is double, expected string or integer"),
         (["a", None, "b", "c"], [1, 2, 3, 4], r"example_id is missing in 1 rows"),
     ],

@@ -422,3 +422,12 @@ def test_a_part_that_vanishes_while_it_is_read_is_named(tmp_path: Path, monkeypa
     monkeypatch.setattr(trajectory_files, "_checked_columns", and_then_gone)
     with pytest.raises(DataError, match=r"2.parquet: cannot be read"):
         read_trajectories(str(tmp_path))
+
+
+def test_a_column_that_occurs_twice_is_refused_by_name(tmp_path: Path) -> None:
+    table = pa.table(
+        [pa.array(["a"]), pa.array([[1.0, 2.0]]), pa.array([1]), pa.array([2])], ["example_id", "losses", "x", "x"]
+    )
+    pq.write_table(table, tmp_path / "t.parquet")
+    with pytest.raises(DataError, match="column 'x' occurs more than once"):
+        read_trajectories(str(tmp_path / "t.parquet"))

@@ -127,7 +127,7 @@ class _Loader(yaml.SafeLoader):
         """A scalar with its text, the text alone where it only looks like a date."""
         try:
             return _Scalar(yaml.SafeLoader.yaml_constructors[node.tag](self, node), node.value)
-        except ValueError:
+        except (AttributeError, IndexError, KeyError, ValueError):
             return node.value
 
 
@@ -137,7 +137,10 @@ for _kind in ("int", "float", "bool", "timestamp"):
 
 def _read_yaml(text: str, types: list[Any]) -> Any:
     """A value of these types from YAML. Raises yaml.YAMLError."""
-    return _typed(yaml.load(text, _Loader), types)  # noqa: S506 - it is a SafeLoader
+    try:
+        return _typed(yaml.load(text, _Loader), types)  # noqa: S506 - it is a SafeLoader
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply, or in itself") from None
 
 
 def _typed(value: Any, types: list[Any]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from pyarrow import fs
 from s2l_ray.errors import ArtifactError, ConfigError
 from s2l_ray.progress import get_log
 from s2l_ray.storage.artifacts import Artifact
+from s2l_ray.storage.layout import RUN, STAGE_NAMES, WORK
 from s2l_ray.storage.places import Storage, absolute_uri
 
 # Rows become Python objects so many at a time; a file is copied and hashed in pieces of so many bytes.
@@ -36,8 +38,10 @@ def export_subset(run_dir: str, file_format: str, output: str, subset: str = "se
         known = ", ".join(path.removesuffix(".parquet") for path in selection.manifest["files"])
         raise ArtifactError(f"{run_dir}: has no subset '{subset}'. There are: {known}.{hint}")
     folder, name = _place_of(output)
-    if f"{folder.uri}/".startswith(f"{selection.root.uri}/"):
-        raise ConfigError(f"--output {output}: lies in {selection.root.uri}, which is finished. Give another place.")
+    run = Storage(run_dir)
+    for own in (selection.root, run.child(RUN), *(run.child(one) for one in (*STAGE_NAMES, WORK))):
+        if f"{_resolved(folder, name)}/".startswith(f"{_resolved(own)}/"):
+            raise ConfigError(f"--output {output}: would replace what a run wrote in {own.uri}. Give another place.")
     with folder.atomic_path(name) as local, local.open("wb") as file:
         for piece in _checked_pieces(selection, path):
             if file_format == "parquet":
@@ -61,7 +65,14 @@ def _place_of(output: str) -> tuple[Storage, str]:
             raise ConfigError(f"--output {output}: there is no directory {parent}. Make it first, or give another place.")
         if not Path(folder.path()).is_dir():
             raise ConfigError(f"--output {output}: {parent} is a file. Give another directory.")
+        if Path(folder.path(name)).exists() and not Path(folder.path(name)).is_file():
+            raise ConfigError(f"--output {output}: is a device or a pipe. Give the file to write.")
     return folder, name
+
+
+def _resolved(place: Storage, name: str = "") -> str:
+    """A place with all links followed."""
+    return os.path.realpath(place.path(name)) if place.is_local else f"{place.uri}/{name}".rstrip("/")
 
 
 def _checked_pieces(artifact: Artifact, path: str) -> Iterator[bytes]:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from s2l_ray.errors import ArtifactError
 from s2l_ray.storage.artifacts import Artifact, Key, refusal
 from s2l_ray.storage.layout import BUILDING, MANIFEST, SCHEMA, is_unrenamed
-from s2l_ray.storage.ownership import check_stage, clear_stage, read_building, scratch_of, write_building
+from s2l_ray.storage.ownership import check_stage, clear_stage, is_linked, read_building, scratch_of, write_building
 from s2l_ray.storage.places import Storage
 from s2l_ray.storage.provenance import provenance
 from s2l_ray.storage.records import FileRecord
@@ -58,7 +58,7 @@ class Draft:
             work.delete()
             write_building(storage, key)
         for name in storage.names(recursive=True):
-            if is_unrenamed(key.stage, name):  # a killed attempt was writing it
+            if is_unrenamed(key.stage, name) and not is_linked(storage, name):  # a killed attempt was writing it
                 storage.delete(name)
         return cls(storage, key, work, still_held)
 

@@ -90,7 +90,7 @@ _STAGE_FILES = {
     "proxy": rf"({TOKENIZER}|step-\d{{6,}})/({_MODEL_FILE}|{re.escape(CHECKPOINT)})",
     "trajectories": PARTS + _PART,
     "clustering": "|".join([ASSIGNMENTS + _PART, *map(re.escape, (CENTROIDS, FEATURE_CENTROIDS, RESTARTS))]),
-    "selection": rf"selected(-[^/]+)?\.parquet|{re.escape(RANDOM)}",
+    "selection": rf"selected(-(tokens-)?[0-9.e+-]+)?\.parquet|{re.escape(RANDOM)}",
     "target": rf"({'|'.join(MODEL_FOLDERS.values())})/({_MODEL_FILE}|{re.escape(MODEL_RECORD)})",
     "evaluation": f"{re.escape(METRICS)}|{re.escape(PREDICTIONS)}",
     "report": re.escape(PAGE),

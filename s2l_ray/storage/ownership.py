@@ -162,6 +162,12 @@ def scratch_folder(work: Storage) -> Iterator[Path]:
         shutil.rmtree(folder_here, ignore_errors=True)
 
 
+def is_linked(storage: Storage, name: str) -> bool:
+    """Whether a file lies behind a link to another directory: it is not ours, whatever its name."""
+    folders = [str(folder) for folder in Path(name).parents if str(folder) != "."]
+    return storage.is_local and any(Path(storage.path(folder)).is_symlink() for folder in folders)
+
+
 def clear_stage(storage: Storage, stage: str) -> None:
     """Remove what an attempt wrote into a stage's directory, its building mark excepted, file by file.
 
@@ -169,7 +175,7 @@ def clear_stage(storage: Storage, stage: str) -> None:
     """
     names = storage.names(recursive=True)
     for name in names:
-        if not is_stage_file(stage, name):
+        if not is_stage_file(stage, name) or is_linked(storage, name):
             raise foreign(storage, name)
     with ThreadPoolExecutor(_AT_ONCE) as pool:  # in object storage each is a request
         list(pool.map(storage.delete, (name for name in names if name != BUILDING)))

@@ -62,6 +62,9 @@ class Storage:
         if has_credentials(self.uri):
             kind = self.uri.partition("://")[0]
             raise ConfigError(f"{kind}://...: credentials in a URI would end up in logs. Put them into the environment.")
+        scheme, separator, rest = self.uri.partition("://")
+        if separator and not rest.strip("/"):
+            raise ConfigError(f"{self.uri}: names no bucket. Give {scheme}://bucket/folder.")
         # A worker has another working directory than the command: a relative path is made absolute where it is given.
         object.__setattr__(self, "uri", absolute_uri(self.uri))
 
@@ -196,7 +199,8 @@ class Storage:
             else:
                 self._upload_file(path, name)
         finally:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it must not hide what was wrong with the place
+                path.unlink(missing_ok=True)
 
     def _upload_file(self, path: Path, name: str) -> None:
         """Copy a local file to object storage; what an error cut short is removed: closing the stream publishes it."""

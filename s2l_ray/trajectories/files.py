@@ -121,7 +121,7 @@ def _rows_of(
             integers = ids.type if pa.types.is_integer(ids.type) else None
             if not id_column(found["example_id"], part.name, integers).equals(ids[first:last]):
                 raise _changed(source)
-            yield pa.table({"example_id": ids[first:last], "row": _as_struct(found, schema)})
+            yield pa.table({"example_id": ids[first:last], "row": _as_struct(found, schema, part.name)})
 
 
 def _plain(batch: pa.RecordBatch) -> pa.RecordBatch:
@@ -151,11 +151,17 @@ def _common_schema(parts: list[Part], source: str | Artifact, ids: pa.DataType) 
         raise DataError(f"{place_name(source)}: the parts have different columns ({error}).") from error
 
 
-def _as_struct(batch: pa.RecordBatch, schema: pa.Schema) -> pa.Array:
-    columns = [
-        batch[field.name].cast(field.type) if field.name in batch.schema.names else pa.nulls(len(batch), field.type)
-        for field in schema
-    ]
+def _as_struct(batch: pa.RecordBatch, schema: pa.Schema, where: str) -> pa.Array:
+    columns = []
+    for field in schema:
+        try:
+            known = field.name in batch.schema.names
+            columns.append(batch[field.name].cast(field.type) if known else pa.nulls(len(batch), field.type))
+        except pa.ArrowException as error:
+            raise DataError(
+                f"{where}: column '{field.name}' is {batch.schema.field(field.name).type}, other parts need {field.type} "
+                f"({error}). Write it as one type everywhere, or leave it out."
+            ) from error
     return pa.StructArray.from_arrays(columns, fields=list(schema))
 
 
@@ -192,6 +198,8 @@ def _wanted_columns(part: Part, stratify_by: str | None) -> list[str]:
     """The columns of a part that are read. Raises where one is missing that must be there."""
     names = part.schema().names
     listed = ", ".join(names)
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(f"{part.name}: column '{twice[0]}' occurs more than once (columns: {listed}). Give each its own name.")
     for name in ("example_id", "losses"):
         if name not in names:
             raise DataError(f"{part.name}: column '{name}' is missing (columns: {listed}).")
@@ -205,7 +213,7 @@ def _integers_of(parts: list[Part]) -> pa.DataType:
     """The type of integer ids in all parts: int64 unless one of them is above 2**63 - 1."""
     for part in parts:
         schema = part.schema()
-        may_have = "example_id" in schema.names and schema.field("example_id").type == pa.uint64()
+        may_have = schema.names.count("example_id") == 1 and schema.field("example_id").type == pa.uint64()
         if may_have and any(has_large(batch["example_id"]) for _, batch in part.batches(["example_id"])):
             return pa.uint64()
     return pa.int64()

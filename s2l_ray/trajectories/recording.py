@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from s2l_ray.errors import ArtifactError, ConfigError, DataError
-from s2l_ray.examples.ids import id_column, name_examples, not_unique, of_one_type, one_array, repeated
+from s2l_ray.examples.ids import column_of, id_column, name_examples, not_unique, of_one_type, one_array, repeated
 from s2l_ray.progress import get_log
 from s2l_ray.storage.artifacts import Artifact, Key
 from s2l_ray.storage.drafts import Draft, table_bytes
@@ -84,11 +84,7 @@ def record_losses(
 
 def unique_ids(example_ids: Any, where: str) -> pa.Array:
     """Ids in any form as strings, int64 or uint64, in their order. Raises DataError for repeated ones and for mixed types."""
-    values = _plain(example_ids)
-    try:
-        column = one_array(values if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(values))
-    except (pa.ArrowException, TypeError, ValueError) as error:
-        raise DataError(f"{where}: example_ids are not all strings, or all integers ({error}).") from error
+    column = column_of(_plain(example_ids), f"{where}: example_ids")
     ids = id_column(column if len(column) else column.cast(pa.string()), where)
     twice = repeated(ids)
     if len(twice):
