@@ -27,6 +27,7 @@ from s2l_ray.storage.drafts import Draft
 from s2l_ray.storage.layout import STAGE_NAMES
 from s2l_ray.storage.ownership import GENERATOR, check_run, scratch_of
 from s2l_ray.storage.places import Storage
+from s2l_ray.trajectories.files import read_trajectories
 from s2l_ray.trajectories.recording import finish_recording, forget_steps, record_losses
 
 CLUSTERING, SELECTION = ClusteringConfig(num_clusters=2, num_restarts=1), SelectionConfig(budget=4)
@@ -180,6 +181,15 @@ def test_a_page_of_the_users_own_is_not_replaced_by_the_report(tmp_path):
         build_report(str(tmp_path))
     assert (tmp_path / "report" / "index.html").read_bytes() == b"<html>mine</html>"
     assert GENERATOR in (Path(cli.__file__).parent / "report" / "page.html").read_text()
+
+
+@pytest.mark.parametrize("content", [b"[1]", b'{"tool": "another"}'])
+def test_another_tools_run_json_is_not_reported_as_the_config_and_hides_no_trajectories(tmp_path, trajectories, content):
+    put(tmp_path, {"theirs/run.json": content, "theirs/trajectories/t.parquet": trajectories.read_bytes()})
+    assert read_trajectories(str(tmp_path / "theirs" / "trajectories")).losses_NT.shape == (12, 3)
+    Draft.open(Storage(str(tmp_path / "theirs")), key("clustering")).publish({"rows": 0})
+    with pytest.raises(ArtifactError, match=r"run\.json: not written by s2l_ray"):
+        build_report(str(tmp_path / "theirs"))
 
 
 def test_an_export_replaces_the_file_that_it_names_and_refuses_a_directory_by_name(tmp_path, trajectories, s2l, capsys):

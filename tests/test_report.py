@@ -534,7 +534,9 @@ def test_numbers_read_well() -> None:
 def test_credentials_in_a_uri_do_not_reach_the_page(run: Storage, corpus: Corpus) -> None:
     assert without_credentials("at s3://key:secret@bucket/x, to a@b.c") == "at s3://***@bucket/x, to a@b.c"
     write_run(run, corpus, until="examples")
-    run.write_json("run.json", {"name": "planted", "examples": {"dataset": "s3://key:secret@bucket/rows"}})
+    run.write_json(
+        "run.json", {"schema": "s2l_ray/1", "name": "planted", "examples": {"dataset": "s3://key:secret@bucket/rows"}}
+    )
     text = page_of(run).text
     assert "secret" not in text
     assert "s3://***@bucket/rows" in text

@@ -37,7 +37,8 @@ from s2l_ray.report.wording import (
     without_credentials,
 )
 from s2l_ray.storage.artifacts import Artifact
-from s2l_ray.storage.layout import ASSIGNMENTS, BUILDING, CENTROIDS, METRICS, RUN, SELECTED
+from s2l_ray.storage.layout import ASSIGNMENTS, BUILDING, CENTROIDS, METRICS, SELECTED
+from s2l_ray.storage.ownership import read_run
 from s2l_ray.storage.places import Storage
 
 NUM_MEMBERS = 4
@@ -45,9 +46,9 @@ NUM_MEMBERS = 4
 
 def read_facts(run: Storage) -> Facts:
     """Everything the page shows of a run. Raises ArtifactError naming a damaged file."""
-    config = run.read_json(RUN)
+    config = read_run(run)
     states, artifacts = read_stages(run)
-    config = {key: value for key, value in (config or {}).items() if key not in {"schema", "provenance"}}
+    config = {key: value for key, value in config.items() if key not in {"schema", "provenance"}}
     summaries = {name: artifact.summary for name, artifact in artifacts.items()}
     evaluation, target = artifacts.get("evaluation"), summaries.get("target", {})
     metrics = json.loads(evaluation.read_bytes(METRICS)) if evaluation else None

@@ -165,7 +165,7 @@ def find_artifact(uri: str) -> Artifact | None:
     if storage.size("") is not None:
         return None
     manifest = storage.read_json(MANIFEST)
-    if isinstance(manifest, dict) and str(manifest.get("schema")).startswith("s2l_ray/"):
+    if _is_ours(manifest):
         artifact = Artifact.read(storage)
         if artifact.stage != "trajectories":
             raise ArtifactError(f"{uri}: holds the stage '{artifact.stage}'. Give the run's trajectories/ directory.")
@@ -177,7 +177,7 @@ def find_artifact(uri: str) -> Artifact | None:
             f"`s2l_ray.finish_recording({uri!r})` finishes it."
         )
     run = Storage(storage.uri.rpartition("/")[0])
-    is_of_run = storage.uri.endswith("/trajectories") and run.exists(RUN)
+    is_of_run = storage.uri.endswith("/trajectories") and _is_ours(run.read_json(RUN))
     if manifest is None and (storage.exists(BUILDING) or is_of_run):
         from s2l_ray.trajectories.units import missing_units
 
@@ -186,6 +186,11 @@ def find_artifact(uri: str) -> Artifact | None:
             "shows how far it is)."
         )
     return None
+
+
+def _is_ours(content: Any) -> bool:
+    """Whether this package wrote a JSON file; another tool's may have the same name."""
+    return isinstance(content, dict) and str(content.get("schema")).startswith("s2l_ray/")
 
 
 def recorded_files(storage: Storage) -> dict[int, list[str]]:
