@@ -197,7 +197,7 @@ def test_a_run_directory_that_cannot_be_written_is_refused(s2l, tmp_path):
     write_rows(tmp_path, good_rows(5))
     (tmp_path / "file").write_text("a file, not a directory")
     result = s2l("run", write_config(tmp_path), "--run-dir", tmp_path / "file" / "run")
-    check_refused(result, r"file/run: cannot be written \(Not a directory\)\. Give another --run-dir", tmp_path)
+    check_refused(result, r"file/run: cannot be written \(Not a directory\)\. Give another directory", tmp_path)
     result = s2l("run", write_config(tmp_path), "--run-dir", tmp_path / "file")
     check_refused(result, r"file: cannot be written", tmp_path)
     assert (tmp_path / "file").read_text() == "a file, not a directory"
@@ -526,6 +526,17 @@ def test_the_subset_is_exported_with_its_columns(s2l, selected, tmp_path):
     assert pq.read_table(tmp_path / "subset.parquet").to_pylist() == expected
 
 
+def test_bytes_are_exported_as_parquet_and_never_as_the_text_that_stands_for_them(s2l, tmp_path):
+    table = pa.table({"example_id": ["a", "b"], "losses": [[2.0, 1.0], [3.0, 1.5]], "image": [b"\x89PNG", b"\xff"]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    assert s2l("select", tmp_path / "t.parquet", "--budget", 2, "--num-clusters", 1, "--output", tmp_path / "out").code == 0
+    result = s2l("export", tmp_path / "out", "--format", "jsonl", "--output", tmp_path / "subset.jsonl")
+    assert (result.code, (tmp_path / "subset.jsonl").exists()) == (2, False)
+    assert "Use --format parquet" in result.err
+    assert s2l("export", tmp_path / "out", "--format", "parquet", "--output", tmp_path / "subset.parquet").code == 0
+    assert set(pq.read_table(tmp_path / "subset.parquet")["image"].to_pylist()) == {b"\x89PNG", b"\xff"}
+
+
 def test_each_of_several_budgets_is_exported_with_its_own_number_of_rows(s2l, tmp_path):
     path = write_trajectories(tmp_path / "t.parquet", falling_losses(30))
     options = ["--budget", 6, "--budget", 20, "--num-clusters", 3, "--output", tmp_path / "out"]
@@ -581,7 +592,7 @@ def test_an_export_that_cannot_be_made_is_refused(s2l, selected, tmp_path):
     check_refused(s2l("export", selected, *options, tmp_path / "none" / "a.jsonl"), r"there is no directory .*none\. Make it")
     assert not (tmp_path / "none").exists()
     inside = selected / "selection" / "selected.parquet"
-    check_refused(s2l("export", selected, *options, inside), r"lies in .*selection, which is finished\. Give another place")
+    check_refused(s2l("export", selected, *options, inside), r"would replace what a run wrote in .*selection\. Give another place")
     data = selected / "selection" / "selected.parquet"
     data.write_bytes(data.read_bytes()[:-1] + b"?")
     check_refused(s2l("export", selected, *options, tmp_path / "a.jsonl"), r"selection/selected\.parquet: damaged")

@@ -97,13 +97,20 @@ def _json_lines(artifact: Artifact, path: str) -> Iterator[bytes]:
         for batch in pq.ParquetFile(source).iter_batches(_BATCH_ROWS):
             for row in batch.to_pylist():
                 try:
-                    line = json.dumps(row, ensure_ascii=False, allow_nan=False, default=str)
+                    line = json.dumps(row, ensure_ascii=False, allow_nan=False, default=_as_text)
                 except ValueError:
                     num_changed += 1
-                    line = json.dumps(_without_nan(row), ensure_ascii=False, allow_nan=False, default=str)
+                    line = json.dumps(_without_nan(row), ensure_ascii=False, allow_nan=False, default=_as_text)
                 yield f"{line}\n".encode()
     if num_changed:
         _log.warning("%s rows have numbers that are NaN or infinite, which JSON lacks: written as null", f"{num_changed:,}")
+
+
+def _as_text(value: Any) -> str:
+    """A date, a time or a decimal number as text. Raises ConfigError for bytes: their text would not be what they hold."""
+    if isinstance(value, bytes):
+        raise ConfigError("--format jsonl: the rows have binary values, which JSON cannot hold. Use --format parquet.")
+    return str(value)
 
 
 def _without_nan(value: Any) -> Any:

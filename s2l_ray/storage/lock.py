@@ -82,7 +82,7 @@ def _file_held(place: Storage) -> Iterator[Callable[[], None]]:
         scratch_of(place)
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held for the whole run
     except OSError as error:
-        raise ArtifactError(f"{place.uri}: cannot be written ({error.strerror}). Give another --run-dir.") from error
+        raise ArtifactError(f"{place.uri}: cannot be written ({error.strerror}). Give another directory.") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -91,7 +91,7 @@ def _file_held(place: Storage) -> Iterator[Callable[[], None]]:
             raise _refusal(place, file.read().strip()) from None
         except OSError as error:  # some mounts of network file systems
             raise ArtifactError(
-                f"{path}: files cannot be locked there ({error.strerror}). Mount it with locks, or give another --run-dir."
+                f"{path}: files cannot be locked there ({error.strerror}). Mount it with locks, or give another directory."
             ) from error
         file.truncate(0)
         file.write(f"{_self()}\n")
