@@ -592,7 +592,9 @@ def test_an_export_that_cannot_be_made_is_refused(s2l, selected, tmp_path):
     check_refused(s2l("export", selected, *options, tmp_path / "none" / "a.jsonl"), r"there is no directory .*none\. Make it")
     assert not (tmp_path / "none").exists()
     inside = selected / "selection" / "selected.parquet"
-    check_refused(s2l("export", selected, *options, inside), r"would replace what a run wrote in .*selection\. Give another place")
+    check_refused(
+        s2l("export", selected, *options, inside), r"would replace what a run wrote in .*selection\. Give another place"
+    )
     data = selected / "selection" / "selected.parquet"
     data.write_bytes(data.read_bytes()[:-1] + b"?")
     check_refused(s2l("export", selected, *options, tmp_path / "a.jsonl"), r"selection/selected\.parquet: damaged")

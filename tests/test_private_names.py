@@ -9,6 +9,8 @@ import ast
 import importlib
 import inspect
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -87,7 +89,7 @@ def test_the_installed_transformers_names_a_models_attention_where_we_look():
         assert attention_of(model) == name
 
 
-def test_the_installed_accelerate_keeps_a_models_own_forward_where_we_look():
+def a_prepared_model_and_its_own_forward() -> None:
     own = torch.nn.Linear(2, 3)
     prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(torch.nn.Linear(2, 3))
     mixed, ones = prepared.forward, torch.ones(1, 2) * 1.001
@@ -96,6 +98,12 @@ def test_the_installed_accelerate_keeps_a_models_own_forward_where_we_look():
         assert torch.equal(prepared(ones), torch.nn.functional.linear(ones, prepared.weight, prepared.bias))
     assert prepared.forward == mixed
     assert "forward" not in vars(own)
+
+
+def test_the_installed_accelerate_keeps_a_models_own_forward_where_we_look():
+    """In a process of its own: Accelerate keeps one precision for all of a process, and other tests train in this one."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        pool.submit(a_prepared_model_and_its_own_forward).result()
 
 
 def test_versions_that_nobody_has_tried_are_not_installed():
