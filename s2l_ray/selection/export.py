@@ -29,7 +29,8 @@ def export_subset(run_dir: str, file_format: str, output: str, subset: str = "se
 
     `subset`: `selected`, `random`, or `selected-BUDGET`. Memory is for one row group (about 64 MB of rows at most). JSON is
     strict: NaN and infinite numbers, which it does not know, become null, with a warning. Raises ArtifactError for an
-    unknown subset and, with nothing written, for a damaged one; ConfigError for an `output` that cannot be a file.
+    unknown subset and, with nothing written, for a damaged one; ConfigError for an `output` that cannot be a file or
+    is a run's own, and for bytes, which JSON cannot hold.
     """
     selection = Artifact.read(Storage(run_dir).child("selection"))
     path = f"{subset}.parquet"
