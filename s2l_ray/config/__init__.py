@@ -21,6 +21,7 @@ from s2l_ray.config.sections import (
     ExamplesConfig,
     ReasoningGym,
     ReasoningGymDataset,
+    ReportConfig,
     SelectionConfig,
     TrajectoriesConfig,
     template_fields,

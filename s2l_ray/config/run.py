@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from s2l_ray.config.machines import MachinesConfig
 from s2l_ray.config.section import Positive, Section
-from s2l_ray.config.sections import ClusteringConfig, EvaluationConfig, ExamplesConfig, SelectionConfig, TrajectoriesConfig
+from s2l_ray.config.sections import (
+    ClusteringConfig,
+    EvaluationConfig,
+    ExamplesConfig,
+    ReportConfig,
+    SelectionConfig,
+    TrajectoriesConfig,
+)
 from s2l_ray.config.training import ProxyConfig, ScratchModel, TargetConfig
 from s2l_ray.errors import has_credentials
 
@@ -39,8 +46,12 @@ class RunConfig(Section):
     selection: SelectionConfig
     target: TargetConfig
     evaluation: EvaluationConfig = EvaluationConfig()
+    report: ReportConfig = ReportConfig()
     machines: MachinesConfig = MachinesConfig()
     plan: PlanConfig = PlanConfig()
+
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default_factory=list)
+    """Where the trainings of the proxy and of the target also report their losses (`pip install 's2l_ray[trackers]'`)."""
 
     @model_validator(mode="before")
     @classmethod

@@ -43,8 +43,9 @@ class ExamplesConfig(Section):
     """Where the corpus is and which of its fields are prompt, response and source."""
 
     dataset: str | list[str] | ReasoningGymDataset
-    """Files (JSON Lines, JSON, CSV, Parquet; gzip allowed), directories, globs or URIs of them; a Hub dataset id;
-    or an embedded reasoning-gym corpus. A relative path is taken from where the command runs."""
+    """Files (JSON Lines, JSON, CSV, Parquet; compressed or not), directories, globs or URIs of them; `FOLDER/#NAME` for a
+    dataset of LLaMA-Factory's `dataset_info.json` in that folder; a Hub dataset id; or an embedded reasoning-gym corpus.
+    A relative path is taken from where the command runs."""
 
     revision: str | None = None
     """Commit, tag or branch of a Hub dataset. Give a commit: a branch moves."""
@@ -71,7 +72,17 @@ class ExamplesConfig(Section):
     """Field with the response that is learned."""
 
     messages_field: str | None = None
-    """Field with a conversation: a list of `{role, content}`. Every assistant message is learned."""
+    """Field with a conversation: a list of messages (`role`/`content` or ShareGPT's `from`/`value`), or its JSON text.
+    Every message of the assistant is learned, but for those marked otherwise (`weight: 0`, `train: false`)."""
+
+    tools_field: str | None = None
+    """Field with the tools that a conversation may call; without it the row's `tools` or `functions`, if it has one."""
+
+    system_field: str | None = None
+    """Field with a system message that goes before the prompt or the conversation, where the row has one."""
+
+    history_field: str | None = None
+    """Field with earlier turns, a list of [prompt, response] (LLaMA-Factory's Alpaca form): they are learned, too."""
 
     source_field: str | None = None
     """Field that names the sub-dataset a row comes from; without it every row's source is the file's name."""
@@ -82,6 +93,13 @@ class ExamplesConfig(Section):
     held_out_fraction: Fraction = 0.02
     """Share of the prompts kept for evaluation, chosen by a hash of the prompt with its numbers masked, so that
     near-copies of one prompt stay on one side. Split off before the budget is counted."""
+
+    on_bad_row: Literal["error", "drop"] = "error"
+    """What a row that cannot be read or understood does: stop the run with a message that names it, or be dropped and
+    counted by reason and source. A row that the tokenizer's chat template refuses counts as one, too."""
+
+    max_dropped: Fraction = 0.1
+    """With `on_bad_row: drop`: the largest share of the rows that may be dropped so; beyond it the run is refused."""
 
     rows_per_part: Positive | Literal["auto"] = "auto"
     """Rows in one part, the unit of restart; auto: 512 up to half a million rows, then so that there are about 1,000
@@ -225,6 +243,9 @@ class EvaluationConfig(Section):
     summary_sources: list[str] = Field(default_factory=list)
     """Sources whose responses are summaries: scored by ROUGE-L and BLEU."""
 
+    bert_score_model: str | None = None
+    """Model (Hub id or path) with which summaries are also scored by BERTScore (`pip install 's2l_ray[bert-score]'`)."""
+
     max_generations: Annotated[int, Field(ge=0)] = 200
     """Held-out rows per source for which answers are generated, lowest priority first."""
 
@@ -247,3 +268,11 @@ class EvaluationConfig(Section):
             if groups != 1:
                 raise ValueError(f"needs exactly one group, found {groups}: 'The answer is (.+)'")
         return pattern
+
+
+class ReportConfig(Section):
+    """What of the corpus may be seen outside the run's own parts."""
+
+    texts: Literal["all", "selected", "none"] = "all"
+    """Whose texts stand in the report and in predictions: all examples', those of selected ones, or none at all (for corpora
+    under a data use agreement; then no text of the corpus stands in logs, errors and cards either)."""

@@ -88,7 +88,10 @@ class TrainingConfig(Section):
     """Share of the steps in which the learning rate rises from zero (paper: 0.03)."""
 
     max_tokens: Annotated[int, Field(ge=2)] = 512
-    """Longest example in tokens; the rest is cut off on the right (paper: 512)."""
+    """Longest row in tokens (paper: 512); longer ones are cut."""
+
+    truncation: Literal["right", "left_prompt"] = "right"
+    """Where a longer row is cut: on the right, or first at the start of its prompt, so that the response stays."""
 
     precision: Precision = "float32"
     """Arithmetic of the training. The optimizer works in float32; DeepSpeed also keeps, and saves, bfloat16 weights."""
