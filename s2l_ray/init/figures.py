@@ -1,0 +1,159 @@
+"""What a corpus amounts to: examples, copies, learned turns, tokens; and examples as pieces of text, learned or not."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from s2l_ray.config import ExamplesConfig
+from s2l_ray.examples.fields import normalise
+from s2l_ray.init.sampling import CorpusLook
+from s2l_ray.plan.costs import CHARACTERS_PER_TOKEN
+
+SAMPLE_ROWS = 2000
+"""Examples whose tokens are counted."""
+NO_LIMIT = 2**20
+SHOWN = 3
+
+Pieces = list[tuple[str, bool]]
+"""A row's text in pieces, each with whether it is learned."""
+
+
+@dataclass(frozen=True)
+class ReadExamples:
+    """The examples in the rows that were read."""
+
+    table: pa.Table
+    """prompt, response, source, and of conversations messages and tools as JSON text."""
+    dropped: Counter[str]
+
+    def sample(self, most: int) -> pa.Table:
+        """At most so many of them, from all over the table."""
+        step = max(1, -(-self.table.num_rows // most))
+        return self.table.take(pa.array(range(0, self.table.num_rows, step), pa.int64()))
+
+    def num_copies(self) -> int:
+        """Examples that are equal to an earlier one in what is learned."""
+        columns = [self.table[name].to_pylist() for name in ("prompt", "response", "messages") if name in self.names]
+        return self.table.num_rows - len({hash(tuple(map(str, row))) for row in zip(*columns, strict=True)})
+
+    def sources(self) -> dict[str, int]:
+        """Rows of every source, the largest first."""
+        return dict(Counter(self.table["source"].to_pylist()).most_common())
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.table.column_names)
+
+
+def read_examples(look: CorpusLook, config: ExamplesConfig) -> ReadExamples:
+    """The examples in the rows that were read; rows that are none are counted. Raises DataError as the run would."""
+    wanted = ("source", "prompt", "response", "messages", "tools")
+    tables, dropped = [], Counter[str]()
+    for rows in look.blocks:
+        examples = normalise(rows, config)
+        tables.append(examples.table.select([name for name in wanted if name in examples.table.column_names]))
+        dropped.update(examples.dropped)
+    return ReadExamples(pa.concat_tables(tables, promote_options="permissive"), dropped)
+
+
+@dataclass(frozen=True)
+class Turns:
+    """The messages of some conversations."""
+
+    roles: Counter[str]
+    num_learned: int
+    num_context: int
+    """Answers that are marked as not to be learned."""
+    num_calls: int
+    """Learned answers that call tools."""
+    num_with_tools: int
+    """Conversations that offer tools."""
+
+
+def turns_of(table: pa.Table) -> Turns | None:
+    """What is learned in the conversations of a table; None where it has none."""
+    if "messages" not in table.column_names:
+        return None
+    roles: Counter[str] = Counter()
+    learned = context = calls = 0
+    for messages in filter(None, map(_messages, table["messages"].to_pylist())):
+        roles.update(str(message["role"]) for message in messages)
+        answers = [message for message in messages if message["role"] == "assistant"]
+        marked = [message for message in answers if message.get("weight") == 0]
+        learned, context = learned + len(answers) - len(marked), context + len(marked)
+        calls += sum(bool(message.get("tool_calls")) and message.get("weight") != 0 for message in answers)
+    tools = table["tools"].to_pylist() if "tools" in table.column_names else []
+    return Turns(roles, learned, context, calls, sum(map(bool, tools))) if roles else None
+
+
+def _messages(value: Any) -> list[dict[str, Any]]:
+    return json.loads(value) if isinstance(value, str) else value or []
+
+
+# --- tokens --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """The tokens of some examples."""
+
+    lengths: np.ndarray
+    """Tokens of each, shape (examples,)."""
+    learned_fraction: float
+    how: str
+    """How they were counted, in words."""
+
+    def quantile(self, share: float) -> int:
+        return int(np.quantile(self.lengths, share, method="higher"))
+
+    def share_over(self, max_tokens: int) -> float:
+        """The share of the examples that are longer."""
+        return float(np.mean(self.lengths > max_tokens))
+
+
+def count_tokens(table: pa.Table, tokenizer: Any | None, whose: str) -> TokenCounts:
+    """The tokens of the examples in a table: exactly with a tokenizer, which is called `whose`, else by characters."""
+    if tokenizer is None:
+        prompts, responses = ([len(text or "") for text in table[name].to_pylist()] for name in ("prompt", "response"))
+        lengths = np.ceil(np.add(prompts, responses) / CHARACTERS_PER_TOKEN).astype(np.int64) + 1
+        learned = sum(responses) / max(1, sum(prompts) + sum(responses))
+        return TokenCounts(lengths, learned, f"at {CHARACTERS_PER_TOKEN} characters a token, an assumption: {whose}")
+    from s2l_ray.training.tokens import encode_table
+
+    rows = encode_table(tokenizer, table, NO_LIMIT)
+    return TokenCounts(rows.lengths, float(rows.is_label.mean()) if len(rows.ids) else 0.0, f"counted with {whose}")
+
+
+def pieces_of(table: pa.Table, tokenizer: Any | None) -> list[Pieces]:
+    """Every example of a table as text, learned or not: what the tokens say, without a tokenizer what the fields say."""
+    if tokenizer is None:
+        return [_fields_as_pieces(row) for row in table.to_pylist()]
+    from s2l_ray.training.tokens import encode_table
+
+    rows = encode_table(tokenizer, table, NO_LIMIT)
+    return [_decoded(tokenizer, *rows[row]) for row in range(len(rows))]
+
+
+def _decoded(tokenizer: Any, ids: np.ndarray, is_label: np.ndarray) -> Pieces:
+    borders = [0, *(np.flatnonzero(np.diff(is_label)) + 1).tolist(), len(ids)]
+    runs = [(start, stop) for start, stop in zip(borders, borders[1:], strict=False) if stop > start]
+    return [(tokenizer.decode(ids[start:stop].tolist()), bool(is_label[start])) for start, stop in runs]
+
+
+def _fields_as_pieces(row: dict[str, Any]) -> Pieces:
+    messages = _messages(row.get("messages"))
+    if not messages:
+        return [(row["prompt"], False), (row["response"], True)]
+    pieces: Pieces = []
+    for message in messages:
+        said = [message.get("reasoning_content"), message.get("content")]
+        said += [json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls") or []]
+        is_learned = message["role"] == "assistant" and message.get("weight") != 0
+        pieces += [(f"{message['role']}: ", False), ("\n".join(filter(None, said)), is_learned), ("\n", False)]
+    return pieces
