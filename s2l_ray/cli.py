@@ -23,7 +23,6 @@ app = typer.Typer(
 )
 
 
-
 def _completed(incomplete: str) -> list[tuple[str, str]]:
     """What the shell offers after `--set`."""
     from s2l_ray.config.completion import settings
@@ -41,7 +40,9 @@ def _complete_behind_equals() -> None:
         sys.exit(0)
 
 
-Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A run's YAML config, or a shipped one's name: `s2l init --list`.")]
+Config = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="A run's YAML config, or a shipped one's name: `s2l init --list`.")
+]
 RunDir = Annotated[str | None, typer.Option("--run-dir", metavar="URI", help="Run directory, local or URI; default runs/NAME.")]
 Set = Annotated[
     list[str] | None,
@@ -184,6 +185,36 @@ def export(
 
     rows = export_subset(run_dir, format_, output, subset)
     print(f"{output}: {rows:,} examples")
+
+
+@app.command()
+def init(
+    data: Annotated[
+        list[str] | None, typer.Argument(metavar="DATA", help="Files, a folder, a glob, FOLDER/#NAME, a URI or a Hub id.")
+    ] = None,
+    target: Annotated[str | None, typer.Option(metavar="MODEL", help="The model to fine-tune: a path, URI or Hub id.")] = None,
+    output: Annotated[str | None, typer.Option(metavar="CONFIG", help="The file to write; default NAME.yaml, here.")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="Name the configs that come with s2l, and write nothing.")] = False,
+) -> None:
+    """Look at a corpus, and write a commented config to start from."""
+    if list_:
+        from s2l_ray.config.shipped import configs_folder, listing
+
+        print("\n".join(f"{name:<28} {about}" for name, about in listing()))
+        print(f"\ns2l run NAME takes one as it is. To change one, copy it from {configs_folder()}")
+        return
+    from s2l_ray.init.screen import show
+    from s2l_ray.init.start import start
+
+    show(*start(data or [], target, output))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a config, for editors and other programs."""
+    from s2l_ray.config.schema import schema_text
+
+    print(schema_text(), end="")
 
 
 def main() -> None:

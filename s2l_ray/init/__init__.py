@@ -2,7 +2,6 @@
 
 Nothing is guessed in silence: what cannot be told from the rows becomes a line marked `CHOOSE`, in the file and on the screen.
 
-Read `sampling` (the rows that are looked at), `layout` (which field is what), `figures` (counts and tokens), `target` and
-`proxies` (models), `advice` (numbers, each with its reason), `config_text` (the file), `screen` (what a user sees), `start` (all
-of it in order).
+Read `sampling` (rows), `layout` (which field is what), `figures` (counts and tokens), `target` and `proxies` (models), `advice`
+(numbers, each with its reason), `config_text` (the file), `summary` and `screen` (what a user sees), `start` (all in order).
 """

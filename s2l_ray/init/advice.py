@@ -12,7 +12,7 @@ from s2l_ray.init.target import TargetModel
 
 EPOCHS = 3
 LIMITS = (64, 128, 256, 512, 1024, 2048, 4096)
-COVERED = 0.99
+COVERED = 0.98
 """The share of the examples that should fit into `max_tokens`."""
 TOKENS_PER_PASS = 8192
 """Tokens of a forward and backward pass of the proxy that a usual GPU or a laptop has memory for."""
@@ -57,17 +57,13 @@ def advise(facts: CorpusFacts, target: TargetModel | None) -> Advice:
     batch = batch_for(pool)
     share = budget_for(pool)
     limits = Setting("max_tokens", limit, _limit_reason(facts.tokens, limit))
-    proxy_passes, target_passes = min(batch, max(1, TOKENS_PER_PASS // limit)), min(batch, max(1, TOKENS_PER_PASS // 4 // limit))
     sections = {
         "proxy": _proxy_settings(proxy, pool, batch, limits),
         "clustering": _group_settings(pool, facts.sources),
         "selection": [Setting("budget", share, _budget_reason(share, pool))],
         "target": [*targets, *_target_settings(target, pool, share, limits)],
         "evaluation": _evaluation_settings(target),
-        "machines": [
-            Setting("proxy", {"device_batch_size": proxy_passes}, f"{proxy_passes} rows of {limit} tokens at once; raise it"),
-            Setting("target", {"device_batch_size": target_passes}, "see `s2l plan --accelerator` for what fits"),
-        ],
+        "machines": _machine_settings(target, (batch, batch_for(max(1, int(pool * share)))), limit),
     }
     return Advice(sections, limit)
 
@@ -100,7 +96,11 @@ def budget_for(pool: int) -> float:
 
 
 def _budget_reason(share: float, pool: int) -> str:
-    why = "the paper: a tenth of a large corpus did as well as all of it" if share == 0.1 else "of a small pool a tenth is too few"
+    why = (
+        "the paper: a tenth of a large corpus did as well as all of it"
+        if share == 0.1
+        else "of a small pool a tenth is too few"
+    )
     return f"{max(1, int(share * pool)):,} examples; {why}"
 
 
@@ -146,11 +146,25 @@ def _group_settings(pool: int, sources: dict[str, int]) -> list[Setting]:
 def _target_settings(target: TargetModel | None, pool: int, share: float, limits: Setting) -> list[Setting]:
     batch = batch_for(max(1, int(pool * share)))
     rate = (1e-3, "from scratch") if target is None else (2e-5, "the paper's")
+    large = [] if target is None else [Setting("precision", "bfloat16", "on GPUs, and for the proxy, too", is_set=False)]
     return [
         Setting("epochs", EPOCHS),
         Setting("global_batch_size", batch, "a subset is small: smaller batches give it more steps"),
         Setting("learning_rate", rate[0], rate[1]),
         limits,
+        *large,
+    ]
+
+
+def _machine_settings(target: TargetModel | None, batches: tuple[int, int], limit: int) -> list[Setting]:
+    """`batches`: of the proxy and of the target. A named target is taken to be much larger than a proxy."""
+    rows = max(1, TOKENS_PER_PASS // limit)
+    passes, targets = min(batches[0], rows), min(batches[1], rows if target is None else max(1, rows // 4))
+    return [
+        Setting(
+            "proxy", {"device_batch_size": passes}, f"about {TOKENS_PER_PASS:,} tokens at once; more where there is memory"
+        ),
+        Setting("target", {"device_batch_size": targets}, "`s2l plan --accelerator NAME` tells what fits"),
     ]
 
 

@@ -32,7 +32,8 @@ def _line(setting: Setting) -> str:
     remark = plain(f"{mark}{setting.reason}")
     value = f"{setting.key}: {_yaml(setting.value)}"
     if not setting.is_set:
-        return f"  # {plain(f'{mark}{value}' if setting.value is not None else mark.rstrip())} {plain(setting.reason)}".rstrip()
+        what = "" if setting.value is None else f"{value} - "
+        return f"  # {plain(f'{mark}{what}{setting.reason}')}"
     return f"  {value} # {remark}" if remark else f"  {value}"
 
 
@@ -40,7 +41,10 @@ def _yaml(value: Any) -> str:
     """A value as YAML in one line."""
     if isinstance(value, float):  # as YAML 1.1 and 1.2 read it alike: 2.0e-05
         return re.sub(r"^(-?\d+)(e.*)$", r"\1.0\2", repr(value))
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=True, sort_keys=False)
+    quotes = '"' if isinstance(value, str) and not value.isprintable() else None
+    text = yaml.safe_dump(
+        value, default_flow_style=True, default_style=quotes, width=10**9, allow_unicode=True, sort_keys=False
+    )
     return str(text).removesuffix("\n").removesuffix("\n...")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ import numpy as np
 import pyarrow as pa
 
 from s2l_ray.config import ExamplesConfig
+from s2l_ray.examples.dropped import Dropped
 from s2l_ray.examples.fields import normalise
+from s2l_ray.examples.layouts import Layout
 from s2l_ray.init.sampling import CorpusLook
 from s2l_ray.plan.costs import CHARACTERS_PER_TOKEN
 
@@ -31,16 +34,22 @@ class ReadExamples:
     table: pa.Table
     """prompt, response, source, and of conversations messages and tools as JSON text."""
     dropped: Counter[str]
+    """Reason -> rows that are none."""
+    first: dict[str, str]
+    """Reason -> the message of the first row that cannot be read or understood."""
+    num_bad: int
+    """How many such rows there are."""
 
     def sample(self, most: int) -> pa.Table:
         """At most so many of them, from all over the table."""
-        step = max(1, -(-self.table.num_rows // most))
-        return self.table.take(pa.array(range(0, self.table.num_rows, step), pa.int64()))
+        rows = np.linspace(0, self.table.num_rows - 1, min(most, self.table.num_rows)).round().astype(np.int64)
+        return self.table.take(pa.array(rows))
 
     def num_copies(self) -> int:
         """Examples that are equal to an earlier one in what is learned."""
         columns = [self.table[name].to_pylist() for name in ("prompt", "response", "messages") if name in self.names]
-        return self.table.num_rows - len({hash(tuple(map(str, row))) for row in zip(*columns, strict=True)})
+        num_distinct = len({hash(tuple(map(str, row))) for row in zip(*columns, strict=True)})
+        return int(self.table.num_rows) - num_distinct
 
     def sources(self) -> dict[str, int]:
         """Rows of every source, the largest first."""
@@ -51,15 +60,13 @@ class ReadExamples:
         return list(self.table.column_names)
 
 
-def read_examples(look: CorpusLook, config: ExamplesConfig) -> ReadExamples:
+def read_examples(look: CorpusLook, config: ExamplesConfig, layout: Layout) -> ReadExamples:
     """The examples in the rows that were read; rows that are none are counted. Raises DataError as the run would."""
-    wanted = ("source", "prompt", "response", "messages", "tools")
-    tables, dropped = [], Counter[str]()
-    for rows in look.blocks:
-        examples = normalise(rows, config)
-        tables.append(examples.table.select([name for name in wanted if name in examples.table.column_names]))
-        dropped.update(examples.dropped)
-    return ReadExamples(pa.concat_tables(tables, promote_options="permissive"), dropped)
+    wanted = ["source", "prompt", "response", "messages", "tools"]
+    found = [normalise(rows, config, layout) for rows in look.blocks]
+    dropped = Dropped.joined(one.dropped for one in found)
+    table = pa.concat_tables([one.table.select(wanted) for one in found])
+    return ReadExamples(table, dropped.by_reason, dropped.first, dropped.num_bad)
 
 
 @dataclass(frozen=True)
@@ -124,9 +131,7 @@ def count_tokens(table: pa.Table, tokenizer: Any | None, whose: str) -> TokenCou
         lengths = np.ceil(np.add(prompts, responses) / CHARACTERS_PER_TOKEN).astype(np.int64) + 1
         learned = sum(responses) / max(1, sum(prompts) + sum(responses))
         return TokenCounts(lengths, learned, f"at {CHARACTERS_PER_TOKEN} characters a token, an assumption: {whose}")
-    from s2l_ray.training.tokens import encode_table
-
-    rows = encode_table(tokenizer, table, NO_LIMIT)
+    rows = _encoded(table, tokenizer)
     return TokenCounts(rows.lengths, float(rows.is_label.mean()) if len(rows.ids) else 0.0, f"counted with {whose}")
 
 
@@ -134,15 +139,22 @@ def pieces_of(table: pa.Table, tokenizer: Any | None) -> list[Pieces]:
     """Every example of a table as text, learned or not: what the tokens say, without a tokenizer what the fields say."""
     if tokenizer is None:
         return [_fields_as_pieces(row) for row in table.to_pylist()]
-    from s2l_ray.training.tokens import encode_table
-
-    rows = encode_table(tokenizer, table, NO_LIMIT)
+    rows = _encoded(table, tokenizer)
     return [_decoded(tokenizer, *rows[row]) for row in range(len(rows))]
+
+
+def _encoded(table: pa.Table, tokenizer: Any) -> Any:
+    """The tokens of every example, uncut."""
+    from s2l_ray.training.tokens import encode, encode_conversations
+
+    if "messages" in table.column_names and table["messages"].null_count < table.num_rows:
+        return encode_conversations(tokenizer, list(map(_messages, table["messages"].to_pylist())), NO_LIMIT)
+    return encode(tokenizer, table["prompt"].to_pylist(), table["response"].to_pylist(), NO_LIMIT)
 
 
 def _decoded(tokenizer: Any, ids: np.ndarray, is_label: np.ndarray) -> Pieces:
     borders = [0, *(np.flatnonzero(np.diff(is_label)) + 1).tolist(), len(ids)]
-    runs = [(start, stop) for start, stop in zip(borders, borders[1:], strict=False) if stop > start]
+    runs = [(start, stop) for start, stop in itertools.pairwise(borders) if stop > start]
     return [(tokenizer.decode(ids[start:stop].tolist()), bool(is_label[start])) for start, stop in runs]
 
 

@@ -59,6 +59,8 @@ class SeenField:
     name: str
     kinds: Counter[str] = field(default_factory=Counter)
     characters: int = 0
+    num_lists_as_text: int = 0
+    """Texts that look like a list or an object."""
 
     @property
     def kind(self) -> str:
@@ -79,6 +81,7 @@ def found_layout(records: Sequence[dict[str, Any]]) -> FoundLayout:
             one = seen.setdefault(name, SeenField(name))
             one.kinds[kind_of_value(value)] += 1
             one.characters += len(value) if isinstance(value, str) else 0
+            one.num_lists_as_text += isinstance(value, str) and value.lstrip()[:1] in {"[", "{"}
     named = {name.lower(): one for name, one in reversed(seen.items())}
     return _preferences(named) or _prompt_and_completion(named) or _conversation(seen, named) or _pair(seen, named)
 
@@ -148,7 +151,11 @@ def _prompt_and_completion(named: dict[str, SeenField]) -> FoundLayout | None:
 
 def _conversation(seen: dict[str, SeenField], named: dict[str, SeenField]) -> FoundLayout | None:
     """A field with messages."""
-    candidates = [one.name for one in seen.values() if one.kind == "messages"]
+    # A text that only looks like messages is meant as such by its name; whether it can be read is asked later.
+    looks_so = {
+        name for name in CONVERSATIONS if name in named and 2 * named[name].num_lists_as_text > named[name].kinds["text"]
+    }
+    candidates = [one.name for one in seen.values() if one.kind == "messages" or one.name.lower() in looks_so]
     if not candidates:
         return None
     usual = [named[name].name for name in CONVERSATIONS if name in named and named[name].name in candidates]
@@ -171,11 +178,11 @@ def _pair(seen: dict[str, SeenField], named: dict[str, SeenField]) -> FoundLayou
     context = _context(prompts, named)
     prompts = [one for one in prompts if one is not context]
     texts = [one.name for one in seen.values() if one.is_text]
-    settings = _prompt_settings(prompts, context, texts) + [_response_setting(responses, texts)]
+    settings = [*_prompt_settings(prompts, context, texts), _response_setting(responses, texts)]
     if any(one.value == OPEN for one in settings):
         return FoundLayout("not clear which field is the prompt and which the response", settings + _companions(named))
     parts = [one.name for one in (prompts[0], context) if one is not None]
-    text = f"pairs of {' and '.join(f'`{part}`' for part in parts)} and `{settings[-1].value}`"
+    text = f"pairs: the prompt is {' and '.join(f'`{part}`' for part in parts)}, the response `{settings[-1].value}`"
     return FoundLayout(text, settings + _companions(named))
 
 
@@ -238,7 +245,7 @@ def source_setting(columns: dict[str, list[Any]]) -> list[Setting]:
         if values and all(isinstance(value, str) and value for value in values):
             distinct = len(set(values))
             if distinct <= min(MOST_SOURCES, max(2, len(values) // 5)):
-                return [Setting("source_field", names[usual], f"{distinct:,} of them")]
+                return [Setting("source_field", names[usual], f"{distinct:,} source{'s' if distinct > 1 else ''}")]
     maybe = [names[name] for name in (*SOURCES, *MAYBE_SOURCES) if name in names]
     remarks = [(name, len(set(map(repr, columns[name])))) for name in maybe]
     remarks = [(name, count) for name, count in remarks if 1 < count <= min(MOST_SOURCES, len(columns[name]) // 5)]

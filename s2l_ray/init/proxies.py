@@ -30,7 +30,11 @@ class Family:
     reason: str = "of the target's family, with its tokenizer"
 
 
-_PYTHIA = {"EleutherAI/pythia-70m-deduped": 70e6, "EleutherAI/pythia-160m-deduped": 162e6, "EleutherAI/pythia-410m-deduped": 405e6}
+_PYTHIA = {
+    "EleutherAI/pythia-70m-deduped": 70e6,
+    "EleutherAI/pythia-160m-deduped": 162e6,
+    "EleutherAI/pythia-410m-deduped": 405e6,
+}
 FAMILIES = [
     Family(r"pythia", _PYTHIA),
     Family(r"smollm2", {"HuggingFaceTB/SmolLM2-135M": 135e6, "HuggingFaceTB/SmolLM2-360M": 362e6}, "-Instruct"),

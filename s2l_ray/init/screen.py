@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 import unicodedata
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from s2l_ray.init.figures import Pieces
+from s2l_ray.init.start import Start
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -25,7 +28,7 @@ def shown_example(pieces: Pieces, *, in_colour: bool) -> Text:
 
     text = Text()
     for piece, is_learned in pieces:
-        shown = _shortened(visible(piece))
+        shown = visible(_shortened(piece))
         if is_learned and not in_colour:
             shown = f"{OPENING}{shown}{CLOSING}"
         text.append(shown, LEARNED_STYLE if is_learned and in_colour else "")
@@ -53,12 +56,39 @@ def _shortened(text: str) -> str:
     return f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
 
 
-def labelled(label: str, text: str) -> str:
-    """A line of the summary, as a stage's line in a log. Lines of more than one stay under the first."""
-    first, *rest = text.splitlines() or [""]
-    return "\n".join([f"{label:<13} {first}", *(f"{'':<13} {line}" for line in rest)])
+def show(found: Start, path: Path) -> None:
+    """Print what was found, a few examples, the advice with its reasons, and what is left to decide."""
+    from rich.console import Console
+
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    console = Console(highlight=False, soft_wrap=True)
+    in_colour = console.is_terminal and not console.no_color and not console.is_dumb_terminal
+    for label, text in found.summary:
+        console.print(_labelled(label, text))
+    marks = "in green" if in_colour else f"between {OPENING} and {CLOSING}"
+    for number, pieces in enumerate(found.shown, 1):
+        console.rule(f"example {number} of {len(found.shown)}, what is learned {marks}", style="", characters="-", align="left")
+        console.print(shown_example(pieces, in_colour=in_colour))
+    console.rule("recommended", style="", characters="-", align="left")
+    for place, setting in found.advice.settings.items():
+        if setting.is_set and setting.reason:
+            console.print(_labelled(f"{place} {short(setting.value)}", setting.reason, 48))
+    for place, question in found.questions.items():
+        console.print(_labelled("CHOOSE", f"{place}: {question.reason}"))
+    console.print(_labelled("written", f"{path}. Next: s2l plan {shlex.quote(str(path))}"))
 
 
-def joined(parts: Iterable[str]) -> str:
-    """Sentences in a line, empty ones left out."""
-    return "; ".join(filter(None, parts))
+def _labelled(label: str, text: str, width: int = 13) -> Text:
+    """A line of the summary, as a stage's line in a log. What follows in other lines stands under it."""
+    from rich.text import Text
+
+    first, *rest = visible(text).splitlines() or [""]
+    return Text("\n".join([f"{label:<{width}} {first}".rstrip(), *(f"{'':<{width}} {line}" for line in rest)]))
+
+
+def short(value: Any) -> str:
+    """A value of the config in a few words."""
+    if isinstance(value, dict) and "scratch" in value:
+        shape = value["scratch"]
+        return f"from scratch, {shape['layers']} layers of {shape['hidden']}"
+    return ", ".join(f"{key} {inner}" for key, inner in value.items()) if isinstance(value, dict) else str(value)
