@@ -31,7 +31,7 @@ ROLES = {
 
 _ROLE_KEYS, _CONTENT_KEYS = ("role", "from"), ("content", "value", "text")
 _LISTS = ("messages", "conversations", "conversation")
-_MARKS = ("weight", "train", "training", "loss_mask", "loss", "output_with_loss", "masked")
+_MARKS = ("weight", "train", "training", "loss_mask", "loss", "loss_scale", "output_with_loss", "masked")
 _DETAILS = ("train_detail", "training_detail")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _REMEDY = "Fix the row, or set examples.on_bad_row=drop."
@@ -120,7 +120,7 @@ def read_conversation(value: Any, dialect: Dialect, loss_mask: Any = None) -> Co
     if value is not None and not isinstance(value, list):
         raise RowProblem("wrong_type", f"is {kind_in_words(value)}, not a list of messages. {_FIELD_REMEDY}")
     messages = read_messages(value or [], dialect, loss_mask)
-    return Conversation(with_system(messages, system), read_tools(tools))
+    return Conversation(with_system(messages, system), read_tools(tools or _tools_of_system(value)))
 
 
 _FIELD_REMEDY = "Set examples.messages_field to the field with the conversation."
@@ -137,6 +137,11 @@ def _listed(text: str) -> Any:
     if not isinstance(value, list | dict):
         raise RowProblem("wrong_type", f"is JSON text of {kind_in_words(value)}, not of messages. {_FIELD_REMEDY}")
     return value
+
+
+def _tools_of_system(items: list[Any] | None) -> Any:
+    """The tools that the first message brings along, as GLM's and Phi's corpora have them beside its content."""
+    return items[0].get("tools") if items and isinstance(items[0], dict) else None
 
 
 def with_system(messages: list[dict[str, Any]], system: Any) -> list[dict[str, Any]]:
@@ -168,7 +173,7 @@ def learned_text(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) ->
 def _nothing_learned(messages: list[dict[str, Any]]) -> RowProblem:
     roles = list(dict.fromkeys(message["role"] for message in messages))
     if ANSWER in roles:
-        return RowProblem("nothing_learned", f"every answer is marked as not to be learned. {_REMEDY}")
+        return RowProblem("nothing_learned", f"no answer is learned: all are marked so, or context. {_REMEDY}")
     found = f"messages of {', '.join(roles)} only" if roles else "no messages"
     return RowProblem("no_assistant_message", f"found {found}; learned is what the assistant says. {_REMEDY}")
 
@@ -187,7 +192,7 @@ def _shown(message: dict[str, Any]) -> str:
 
 def read_messages(items: Sequence[Any], dialect: Dialect, loss_mask: Any = None) -> list[dict[str, Any]]:
     """Items of a list as canonical messages. Raises RowProblem naming the message by its number."""
-    is_learned = _read_mask(loss_mask, len(items))
+    is_learned = None if loss_mask is None else _read_mask(loss_mask, len(items))
     messages: list[dict[str, Any]] = []
     for number, item in enumerate(items):
         message = dialect.plain(item)
@@ -207,10 +212,9 @@ def unlearned(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [message | {"weight": 0} if message["role"] == ANSWER else message for message in messages]
 
 
-def _read_mask(loss_mask: Any, num_messages: int) -> list[bool] | None:
+def _read_mask(loss_mask: Any, num_messages: int) -> list[bool]:
     """Whether each message is learned, by a row's `loss_mask`."""
-    if loss_mask is None:
-        return None
+    loss_mask = from_json_text(loss_mask) if isinstance(loss_mask, str) else loss_mask
     if not isinstance(loss_mask, list) or len(loss_mask) != num_messages:
         found = f"{len(loss_mask):,} values" if isinstance(loss_mask, list) else kind_in_words(loss_mask)
         needed = f"loss_mask has one 0 or 1 for each of the {num_messages:,} messages, found {found}"

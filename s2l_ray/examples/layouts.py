@@ -10,6 +10,7 @@ A system message, earlier turns (`history`) or tools make a pair a conversation,
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,7 +96,15 @@ def row_reader(layout: Layout, nulls_are_absent: bool = False) -> Callable[[Row]
     `nulls_are_absent`: for rows of a table, whose nested objects have every key in every row.
     """
     reader = _RowReader(layout, nulls_are_absent)
-    return reader.conversation if layout.messages_field else reader.pair
+    read_row = reader.conversation if layout.messages_field else reader.pair
+
+    def read(row: Row) -> LearnedText:
+        try:
+            return read_row(row)
+        except RecursionError:
+            raise RowProblem("too_deep", "a field is nested too deeply. Fix or remove the row.") from None
+
+    return read
 
 
 class _RowReader:
@@ -127,6 +136,10 @@ class _RowReader:
             return _pair_of_texts(prompt, response, self.layout)
         context = self.messages(prompt, "user", self.layout.prompt_field)
         answers = self.messages(response, "assistant", self.layout.response_field)
+        if answers and answers[0]["role"] in ("system", "user"):
+            name = names_in_words([self.layout.response_field])
+            found = f"is a conversation that begins with a message of {answers[0]['role']}, not an answer"
+            raise RowProblem("wrong_type", f"field '{name}' {found}. Set examples.messages_field={name}.")
         messages = with_system(self.history(row) + unlearned(context), self.system(row))
         try:
             return learned_text(messages + answers, self.tools(row))
@@ -193,7 +206,7 @@ class _RowReader:
     def system(self, row: Row) -> str | None:
         """The system message of a row, None where it has none."""
         name = self.layout.system_field
-        value = None if name is None else row.get(name)
+        value = None if name is None else _optional(row, name, "system_field")
         if value is not None and not isinstance(value, str):
             raise wrong_type(name or "", "system_field", value)
         return value
@@ -204,7 +217,7 @@ class _RowReader:
         names = TOOLS_FIELDS if given is None else (given,)
         name = next((name for name in names if row.get(name) is not None), None)
         if name is None:
-            return []
+            return [] if not given else read_tools(_optional(row, given, "tools_field"))
         try:
             return read_tools(self.nested(row, name))
         except RowProblem as problem:
@@ -214,8 +227,8 @@ class _RowReader:
     def history(self, row: Row) -> list[dict[str, Any]]:
         """The earlier turns of a row: [[prompt, response], ...], or messages."""
         name = self.layout.history_field
-        value = None if name is None else self.nested(row, name)
-        if name is None or value is None or value is MISSING or value in ("", []):
+        value = None if name is None else _optional(row, name, "history_field")
+        if name is None or value is None or value in ("", []):
             return []
         try:
             turns = from_json_text(value) if isinstance(value, str) else value
@@ -259,6 +272,22 @@ def text_of(row: Row, name: str, key: str, value: Any) -> str:
     if value is MISSING:
         raise missing_field(row, name, key)
     raise wrong_type(name, key, value)
+
+
+def _optional(row: Row, name: str, key: str) -> Any:
+    """The value of a field that only some rows have, None in the others. Raises RowProblem where its name looks misspelt."""
+    value = row.get(name, MISSING)
+    if value is not MISSING:
+        return value
+    if _is_misspelt(name, tuple(row)):
+        raise missing_field(row, name, key)
+    return None
+
+
+@functools.lru_cache(maxsize=64)
+def _is_misspelt(name: str, fields: tuple[str, ...]) -> bool:
+    # `system_id` is another field than `system` (0.8), `systems` the same (0.92).
+    return bool(difflib.get_close_matches(name, fields, n=1, cutoff=0.85))
 
 
 def _template_value(row: Row, name: str) -> str:

@@ -22,6 +22,7 @@ DATASET_INFO = "dataset_info.json"
 _PAIR = {"prompt": "instruction", "query": "input", "response": "output", "history": None, "system": None, "tools": None}
 _CHAT = {"messages": "conversations", "system": None, "tools": None}
 _PREFERENCES, _MEDIA = ("chosen", "rejected", "kto_tag"), ("images", "videos", "audios")
+_NEEDED = ("prompt", "response", "messages")
 _TAGS = tuple(f"{field.name}_tag" for field in dataclasses.fields(Tags))
 _FIELDS = {name: f"{name}_field" for name in ("prompt", "response", "messages", "history", "system", "tools")}
 
@@ -104,7 +105,7 @@ def _where(entry: dict[str, Any], folder: str, here: str) -> dict[str, Any]:
         elsewhere = [key for key in ("ms_hub_url", "om_hub_url") if entry.get(key)]
         what = f"only {elsewhere[0]}, which is not supported" if elsewhere else "neither file_name nor hf_hub_url"
         raise ConfigError(f"{here}: has {what}. Give file_name or hf_hub_url.")
-    return found | {key: entry[key] for key in ("subset", "split") if entry.get(key) is not None}
+    return found | {key: entry[key] for key in ("subset", "split", "revision") if entry.get(key) is not None}
 
 
 def _which_fields(entry: dict[str, Any], here: str) -> dict[str, Any]:
@@ -125,7 +126,8 @@ def _which_fields(entry: dict[str, Any], here: str) -> dict[str, Any]:
     media = next((key for key in _MEDIA if key in columns), None)
     if media is not None:
         raise ConfigError(f"{here}: column '{media}': only text is learned. Remove it, or take another dataset.")
-    names = usual | columns
+    # As LLaMA-Factory has it: where an entry names columns, the others are not there. Without these three it has no rows.
+    names = {key: value for key, value in usual.items() if not columns or key in _NEEDED} | columns
     found: dict[str, Any] = {_FIELDS[key]: value for key, value in names.items() if key in _FIELDS and value is not None}
     return found | ({"query_field": names["query"]} if names.get("query") else {})
 

@@ -63,9 +63,13 @@ def kind_in_words(value: Any) -> str:
 
 
 def names_in_words(names: Iterable[Any], longest: int = LONGEST_NAME) -> str:
-    """Names for a message, each cut to a length, not more than MOST_NAMES of them; `none` without any."""
+    """Names for a message, each cut to a length, not more than MOST_NAMES of them; `none` without any.
+
+    What a terminal would obey or could not show is escaped.
+    """
     known = [str(name) for name in names]
     shown = [name if len(name) <= longest else f"{name[:longest]}..." for name in known[:MOST_NAMES]]
+    shown = [name if name.isprintable() else name.encode("unicode_escape").decode() for name in shown]
     return ", ".join(shown + ["..."] * (len(known) > MOST_NAMES)) or "none"
 
 
