@@ -21,6 +21,8 @@ from s2l_ray.plan.costs import CHARACTERS_PER_TOKEN
 SAMPLE_ROWS = 2000
 """Examples whose tokens are counted."""
 NO_LIMIT = 2**20
+TOKENS_PER_BORDER = 6
+"""About the tokens that a chat template puts around a learned text."""
 SHOWN = 3
 
 Pieces = list[tuple[str, bool]]
@@ -127,10 +129,14 @@ class TokenCounts:
 def count_tokens(table: pa.Table, tokenizer: Any | None, whose: str) -> TokenCounts:
     """The tokens of the examples in a table: exactly with a tokenizer, which is called `whose`, else by characters."""
     if tokenizer is None:
-        prompts, responses = ([len(text or "") for text in table[name].to_pylist()] for name in ("prompt", "response"))
-        lengths = np.ceil(np.add(prompts, responses) / CHARACTERS_PER_TOKEN).astype(np.int64) + 1
-        learned = sum(responses) / max(1, sum(prompts) + sum(responses))
-        return TokenCounts(lengths, learned, f"at {CHARACTERS_PER_TOKEN} characters a token, an assumption: {whose}")
+        texts = pieces_of(table, None)
+        lengths = [
+            sum(len(text) / CHARACTERS_PER_TOKEN + TOKENS_PER_BORDER * is_learned for text, is_learned in row) for row in texts
+        ]
+        learned = sum(len(text) for row in texts for text, is_learned in row if is_learned)
+        share = learned / max(1, sum(len(text) for row in texts for text, _ in row))
+        how = f"at {CHARACTERS_PER_TOKEN} characters a token, an assumption: {whose}"
+        return TokenCounts(np.ceil(lengths).astype(np.int64), share, how)
     rows = _encoded(table, tokenizer)
     return TokenCounts(rows.lengths, float(rows.is_label.mean()) if len(rows.ids) else 0.0, f"counted with {whose}")
 

@@ -15,7 +15,7 @@ from s2l_ray.examples.corpus import find_files
 from s2l_ray.examples.cutting import cut_corpus
 from s2l_ray.examples.pieces import Piece
 from s2l_ray.examples.rows import CorpusRows
-from s2l_ray.storage.hub import hub_id
+from s2l_ray.storage.hub import hub_commit, hub_id
 
 MOST_BYTES = 32 * 2**20
 """Of a larger corpus only pieces of about this size together are read."""
@@ -56,10 +56,16 @@ class CorpusLook:
 
 
 def look_at(config: ExamplesConfig) -> CorpusLook:
-    """Rows of the corpus from all over it. Raises DataError for one that is missing, empty or no corpus."""
+    """Rows of the corpus from all over it.
+
+    Raises DataError for one that is missing, empty or no corpus, ConfigError for a name that the Hub does not have.
+    """
+    hub = hub_id(config.dataset)
+    if hub is not None:
+        hub_commit("dataset", hub, config.revision)  # tells at once where there is no Hub
     pieces = [piece for shard in cut_corpus(config) for piece in shard]
     total = sum(piece.size for piece in pieces)
-    are_rows = isinstance(config.dataset, str) and bool(hub_id(config.dataset))
+    are_rows = hub is not None
     wanted = max(1, round(len(pieces) * min(1.0, (MOST_ROWS if are_rows else MOST_BYTES) / max(total, 1))))
     chosen = pieces[:: -(-len(pieces) // wanted)]
     blocks: list[CorpusRows] = []
@@ -70,7 +76,10 @@ def look_at(config: ExamplesConfig) -> CorpusLook:
         is_whole &= ended
     num_read = sum(map(len, blocks))
     if not num_read:
-        raise DataError(f"{config.dataset}: the corpus is empty: no row in it.")
+        problem = next(
+            (bad.message for rows in blocks for bad in rows.bad), f"{config.dataset}: the corpus is empty: no row in it."
+        )
+        raise DataError(problem)
     if is_whole and len(chosen) == len(pieces):
         return CorpusLook(blocks, num_read, num_read, True)
     counted = total if are_rows else _rows_in_footers(config)

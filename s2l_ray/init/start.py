@@ -122,8 +122,8 @@ def _fields_of(look: CorpusLook) -> tuple[FoundLayout, list[Setting]]:
     found = found_layout(records)
     if not found.is_known and sum(kind == "text" for kind in _kinds(records).values()) < 2:
         raise DataError(
-            f"no field of the rows looks like a prompt and a response, or like a conversation (fields: "
-            f"{names_in_words(all_fields(records))}). Give a corpus of rows with texts to learn."
+            f"{look.blocks[0].source}: no field of the rows looks like a prompt and a response, or like a conversation "
+            f"(fields: {names_in_words(all_fields(records))}). Give a corpus of rows with texts to learn."
         )
     used = set(map(str, found.config_values().values()))
     columns = {name: list(look.values(name)) for name in all_fields(records) if name not in used}

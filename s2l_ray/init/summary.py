@@ -38,13 +38,13 @@ def summary_lines(
 
 def _turns_in_words(turns: Turns, counted: int, read: int) -> str:
     roles = ", ".join(f"{count:,} {role}" for role, count in turns.roles.most_common())
-    parts = [f"{turns.num_learned:,} answers in {counted:,} conversations" + (f" of {read:,}" if counted < read else "")]
+    parts = [f"answers in {counted:,} conversations{f' of {read:,}' if counted < read else ''}: {turns.num_learned:,}"]
     if turns.num_context:
-        parts.append(f"{turns.num_context:,} answers are marked as context and are not learned")
+        parts.append(f"marked as context, not learned: {turns.num_context:,}")
     if turns.num_calls:
-        parts.append(f"{turns.num_calls:,} answers call tools")
+        parts.append(f"calls of tools: {turns.num_calls:,}")
     if turns.num_with_tools:
-        parts.append(f"{turns.num_with_tools:,} conversations offer tools")
+        parts.append(f"conversations with tools: {turns.num_with_tools:,}")
     return "; ".join([*parts, f"messages: {roles}"])
 
 
