@@ -19,7 +19,16 @@ from s2l_ray.examples.row_problems import names_in_words
 from s2l_ray.init.advice import Advice, CorpusFacts, advise, held_out_fraction, laptop_tokenizer
 from s2l_ray.init.config_text import config_text
 from s2l_ray.init.figures import SAMPLE_ROWS, SHOWN, Pieces, ReadExamples, count_tokens, pieces_of, read_examples
-from s2l_ray.init.layout import FoundLayout, Setting, all_fields, found_layout, id_setting, source_setting, split_setting
+from s2l_ray.init.layout import (
+    FoundLayout,
+    Setting,
+    all_fields,
+    found_layout,
+    id_setting,
+    kind_of_value,
+    source_setting,
+    split_setting,
+)
 from s2l_ray.init.sampling import CorpusLook, look_at
 from s2l_ray.init.summary import summary_lines
 from s2l_ray.init.target import TargetModel, find_target
@@ -120,7 +129,8 @@ def _fields_of(look: CorpusLook) -> tuple[FoundLayout, list[Setting]]:
     """The layout, and the fields of source, id and split."""
     records = look.records(LAYOUT_ROWS)
     found = found_layout(records)
-    if not found.is_known and sum(kind == "text" for kind in _kinds(records).values()) < 2:
+    texts = {name for one in records for name, value in one.items() if kind_of_value(value) in {"text", "texts", "messages"}}
+    if not found.is_known and len(texts) < 2:
         raise DataError(
             f"{look.blocks[0].source}: no field of the rows looks like a prompt and a response, or like a conversation "
             f"(fields: {names_in_words(all_fields(records))}). Give a corpus of rows with texts to learn."
@@ -128,16 +138,6 @@ def _fields_of(look: CorpusLook) -> tuple[FoundLayout, list[Setting]]:
     used = set(map(str, found.config_values().values()))
     columns = {name: list(look.values(name)) for name in all_fields(records) if name not in used}
     return found, [*source_setting(columns), *id_setting(columns, look.is_all), *split_setting(columns)]
-
-
-def _kinds(records: list[dict[str, Any]]) -> dict[str, str]:
-    """The kind of every field in its first row that has it."""
-    kinds: dict[str, str] = {}
-    for record in records:
-        for name, value in record.items():
-            if isinstance(value, str):
-                kinds.setdefault(name, "text")
-    return kinds
 
 
 def _read(look: CorpusLook, config: ExamplesConfig, found: FoundLayout, layout: Layout) -> ReadExamples:
