@@ -136,6 +136,10 @@ class _RowReader:
             return _pair_of_texts(prompt, response, self.layout)
         context = self.messages(prompt, "user", self.layout.prompt_field)
         answers = self.messages(response, "assistant", self.layout.response_field)
+        if answers and answers[0]["role"] in ("system", "user"):
+            name = names_in_words([self.layout.response_field])
+            found = f"is a conversation that begins with a message of {answers[0]['role']}, not an answer"
+            raise RowProblem("wrong_type", f"field '{name}' {found}. Set examples.messages_field={name}.")
         messages = with_system(self.history(row) + unlearned(context), self.system(row))
         try:
             return learned_text(messages + answers, self.tools(row))
