@@ -126,6 +126,19 @@ def damaged_page() -> bytes:
     return bytes(data)
 
 
+def spoilt(data: bytes) -> bytes:
+    """Bytes with zeros in their middle."""
+    middle = len(data) // 2
+    return data[:middle] + bytes(40) + data[middle + 40 :]
+
+
+def twice() -> bytes:
+    """A Parquet file with two columns of one name."""
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_arrays([pa.array([MARK])] * 3, names=["prompt", "prompt", "response"]), sink)
+    return sink.getvalue()
+
+
 LONG = lines(*(row | {"n": n} for n in range(2000) for row in GOOD))
 CHINESE = json.dumps(
     {"prompt": "请把下面的句子翻译成英文并且说明理由", "response": "今天的天气非常好我们一起去公园散步"}, ensure_ascii=False
@@ -176,6 +189,7 @@ NO_ROWS = {
 # --- fields of pairs ---------------------------------------------------------------------------------------------
 
 OLD = {"system_field": "system", "history_field": "history"}
+TEMPLATE = {"prompt_template": "{prompt}!"}
 IDS, SOURCES = {"id_field": "id"}, {"source_field": "source"}
 PAIRS = {
     "no response": second({"prompt": MARK}, "missing_field", "'response' is missing (fields: prompt)"),
@@ -202,10 +216,8 @@ PAIRS = {
         lambda: lines(GOOD[0] | {"source": "s"}, GOOD[0] | {"source": None}, GOOD[1] | {"source": "s"}),
         config=SOURCES, place=" line 2", words=("'source' is empty",), dropped={"no_source": 1},
     ),
-    "a template's field that is a list": pair("wrong_type", "is a list", config={"prompt_template": "{prompt}!"}, prompt=[MARK]),
-    "a template's field that is missing": second(
-        {"response": MARK}, "missing_field", "examples.prompt_template", prompt_template="{prompt}!"
-    ),
+    "a template's field that is a list": pair("wrong_type", "is a list", config=TEMPLATE, prompt=[MARK]),
+    "a template's field that is missing": second({"response": MARK}, "missing_field", "examples.prompt_template", **TEMPLATE),
     "a system message that is a number": pair("wrong_type", "'system' is a number", config=OLD, system=1950),
     "a history that is no pairs": pair("bad_history", "'history': turn 1", config=OLD, history=[[MARK]]),
     "a history that is text": pair("bad_json_text", "'history' is not JSON", config=OLD, history=MARK),
@@ -223,7 +235,13 @@ CONVERSATIONS = {
     "a list of lists": chat([says()], "not_a_message", "found a list"),
     "a message that is null": chat([ASKS, None, ANSWERS], "not_a_message", "message 2: a message is an object, found null"),
     "a message without a role": chat([{"content": MARK}, ANSWERS], "not_a_message", "message 1"),
-    "a pair among conversations": second({"prompt": MARK, "response": MARK}, "missing_field", "'messages'", **CHATS),
+    "a pair among conversations": Malformed(
+        lambda: lines(GOOD_CHATS[0], GOOD[0], GOOD_CHATS[1]),
+        config=CHATS,
+        place=" line 2",
+        words=("'messages' is missing (fields: prompt, response)",),
+        dropped={"missing_field": 1},
+    ),
     "a role that nobody knows": chat([ASKS, {"role": "narrator", "content": MARK}], "unknown_role", "narrator", "known are"),
     "a role that is a number": chat([{"role": 1, "content": MARK}, ANSWERS], "unknown_role", "a number"),
     "content that is a number": chat(asks(1950), "wrong_type", "message 1", "a number"),
@@ -308,9 +326,6 @@ OTHER_ROWS = {
         lambda: parquet({"prompt": [MARK], "response": [b"\xff\x00"]}), "corpus.parquet", place=" row 1",
         words=("'response' is bytes",), dropped={"wrong_type": 1}, kept=0,
     ),
-    "a Parquet column of times": Malformed(
-        lambda: parquet({"prompt": [MARK], "response": pa.array([0], pa.date32())}), "corpus.parquet", kept=1,
-    ),
     "a Parquet file of other columns": Malformed(
         lambda: parquet({"x": [1]}), "corpus.parquet", place=" row 1", words=("(fields: x)",),
         dropped={"missing_field": 1}, kept=0,
@@ -321,18 +336,20 @@ OTHER_ROWS = {
 
 WHOLE_FILES = {
     "a gzipped file that was cut off": whole("corpus.jsonl.gz", lambda: gzip.compress(LONG)[:-900], "gzip"),
-    "a gzipped file with other bytes in it": whole("corpus.jsonl.gz", lambda: _spoilt(gzip.compress(LONG)), "gzip"),
+    "a gzipped file with other bytes in it": whole("corpus.jsonl.gz", lambda: spoilt(gzip.compress(LONG)), "gzip"),
     "a text that is called gzipped": whole("corpus.jsonl.gz", lambda: LONG, "gzip"),
     "a bzip2 file that was cut off": whole("corpus.jsonl.bz2", lambda: bz2.compress(LONG)[:-90], "bz2"),
     "an xz file that was cut off": whole("corpus.jsonl.xz", lambda: lzma.compress(LONG)[:-90], "xz"),
     "a Zstandard file that was cut off": whole("corpus.jsonl.zst", lambda: zstd(LONG)[:-90], "zstd"),
     "a text that is called Zstandard": whole("corpus.jsonl.zst", lambda: LONG, "zstd"),
     "an array that was cut off": whole("corpus.json", lambda: json.dumps(GOOD).encode()[:-9], "not JSON", place=" line 1"),
-    "an array without its end": whole("corpus.json", lambda: json.dumps(GOOD).encode()[:-1], "no end", place=" line 1"),
+    "an array without its end": whole("corpus.json", lambda: json.dumps(GOOD).encode()[:-1], "the end of the array is missing", place=" line 1"),
     "an array without a comma": whole(
         "corpus.json", lambda: json.dumps(GOOD, indent=1).replace("},", "}").encode(), "comma", place=" line 6"
     ),
-    "an array with something behind it": whole("corpus.json", lambda: json.dumps(GOOD).encode() + b" [", "follows", place=" line 1"),
+    "an array with something behind it": whole(
+        "corpus.json", lambda: json.dumps(GOOD).encode() + b" [", "follows", place=" line 1"
+    ),
     "two arrays": whole("corpus.json", lambda: json.dumps(GOOD).encode() * 2, "follows", place=" line 1"),
     "an empty file": whole("corpus.jsonl", lambda: b"", "empty"),
     "a CSV file with a name given twice": whole(
@@ -342,29 +359,16 @@ WHOLE_FILES = {
         "corpus.csv", lambda: csv("prompt,response", "a,b", f'"{MARK},b', "c,d"), "not CSV", place=" line 3"
     ),
     "a CSV file in GBK": whole(
-        "corpus.csv", lambda: f"prompt,response\n{CHINESE[12:30]},{CHINESE[44:60]}\n".encode("gbk"), "not UTF-8", place=" line 2"
+        "corpus.csv", lambda: csv("prompt,response", CHINESE[12:60]).decode().encode("gbk"), "not UTF-8", place=" line 2"
     ),
     "a Parquet file that was cut off": whole("corpus.parquet", lambda: parquet()[:-20], "not a parquet file"),
-    "a Parquet file without its first half": whole("corpus.parquet", lambda: b"PAR1", "not a parquet file"),
+    "a Parquet file of its first bytes alone": whole("corpus.parquet", lambda: b"PAR1", "not a parquet file"),
     "a text that is called Parquet": whole("corpus.parquet", lambda: LONG, "not a parquet file"),
     "a Parquet file with spoilt pages": whole("corpus.parquet", damaged_page, "not a parquet file"),
-    "a Parquet file with a name given twice": whole(
-        "corpus.parquet", lambda: _twice(), "prompt"  # noqa: PLW0108 - defined below
-    ),
+    "a Parquet file with a name given twice": whole("corpus.parquet", twice, "several columns are called prompt"),
     "a file of a format that is not read": whole("corpus.docx", lambda: LONG, "unknown file format"),
     "no file": Malformed(None, words=("no such file",)),
 }  # fmt: skip
-
-
-def _spoilt(data: bytes) -> bytes:
-    middle = len(data) // 2
-    return data[:middle] + bytes(40) + data[middle + 40 :]
-
-
-def _twice() -> bytes:
-    sink = io.BytesIO()
-    pq.write_table(pa.Table.from_arrays([pa.array([MARK])] * 3, names=["prompt", "prompt", "response"]), sink)
-    return sink.getvalue()
 
 
 # --- odd, and read nonetheless -------------------------------------------------------------------------------------
@@ -383,14 +387,18 @@ READ = {
     "a byte-order mark in the middle": Malformed(lambda: lines(GOOD[0]) + b"\xef\xbb\xbf" + lines(GOOD[1])),
     "a byte-order mark before an array": Malformed(lambda: b"\xef\xbb\xbf" + json.dumps(GOOD).encode(), "corpus.json"),
     "UTF-16 with its mark": Malformed(lambda: lines(*GOOD).decode().encode("utf-16")),
-    "a CSV file in UTF-16 with its mark": Malformed(lambda: csv("prompt,response", "a,b", "c,d").decode().encode("utf-16"), "c.csv"),
+    "a CSV file in UTF-16 with its mark": Malformed(
+        lambda: csv("prompt,response", "a,b", "c,d").decode().encode("utf-16"), "corpus.csv"
+    ),
     "UTF-32 with its mark": Malformed(lambda: lines(*GOOD).decode().encode("utf-32")),
     "carriage returns": Malformed(lambda: lines(*GOOD).replace(b"\n", b"\r\n")),
     "blank lines": Malformed(lambda: b"\n \n" + lines(GOOD[0]) + b"\t\n\r\n" + lines(GOOD[1]) + b"\n"),
     "blank lines alone": Malformed(lambda: b"\n \n\n", kept=0),
     "an empty array": Malformed(lambda: b"[]", "corpus.json", kept=0),
     "no line break at the end": Malformed(lambda: lines(*GOOD)[:-1]),
-    "a line separator in a text": Malformed(lambda: lines(json.dumps(GOOD[0] | {"x": "a\u2028b"}, ensure_ascii=False), GOOD[1])),
+    "a line separator in a text": Malformed(
+        lambda: lines(json.dumps(GOOD[0] | {"x": "a\u2028b"}, ensure_ascii=False), GOOD[1])
+    ),
     "a key given twice": Malformed(lambda: lines(f'{{"prompt": "x", "prompt": "{MARK}", "response": "y"}}', GOOD[1])),
     "a number beyond 64 bits": beside(x=10**40),
     "a number beyond doubles": Malformed(lambda: lines('{"prompt": "a", "response": "b", "x": 1e999}', GOOD[1])),
@@ -408,6 +416,9 @@ READ = {
     "a CSV file with empty columns at the end": Malformed(lambda: csv("prompt,response", "a,b,,", "c,d"), "corpus.csv"),
     "a CSV file of its header alone": Malformed(lambda: csv("prompt,response"), "corpus.csv", kept=0),
     "a Parquet file without a row": Malformed(lambda: parquet({"prompt": pa.array([], pa.string())}), "corpus.parquet", kept=0),
+    "a Parquet column of dates as the response": Malformed(
+        lambda: parquet({"prompt": ["a"], "response": pa.array([0], pa.date32())}), "corpus.parquet", kept=1
+    ),
     "a Parquet file with a time that Python does not have": Malformed(
         lambda: parquet({"prompt": ["a", "b"], "response": ["c", "d"], "x": pa.array([2**60] * 2, pa.timestamp("us"))}),
         "corpus.parquet",
