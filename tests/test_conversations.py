@@ -459,7 +459,7 @@ def test_of_several_texts_the_preferred_one_is_learned():
         ({"prompt": "q", "response": None}, "empty_response", "the response is empty"),
         ({"prompt": None, "response": "a"}, "empty_prompt", "the prompt is empty"),
         ({"prompt": "q", "response": "a\udc00"}, "half_surrogate", "field 'response' has half a surrogate pair"),
-        ({"prompt": [ASKS], "response": CHAT}, "wrong_type", "begins with a message of user, not an answer. Set examples.messages"),
+        ({"prompt": [ASKS], "response": CHAT}, "wrong_type", "begins with a message of user, not an answer. Set ex"),
         ({"prompt": [ASKS], "response": [{"role": "tool", "content": "t"}]}, "no_assistant_message", "user, tool only"),
     ],
 )

@@ -25,8 +25,11 @@ from hypothesis import strategies as st
 
 from s2l_ray.config import ExamplesConfig
 from s2l_ray.errors import DataError, S2LError
+from s2l_ray.examples.columns import join_columns
 from s2l_ray.examples.cutting import cut_corpus
+from s2l_ray.examples.parts import PartColumns
 from s2l_ray.examples.shards import ShardIndex, read_shard, row_groups
+from s2l_ray.storage.drafts import table_bytes
 
 MARK = "zebra"
 GOOD = [{"prompt": f"{MARK} one", "response": f"{MARK} two"}, {"prompt": f"{MARK} red", "response": f"{MARK} blue"}]
@@ -440,8 +443,16 @@ def read(corpus: Malformed, folder: Path, **config: Any) -> tuple[int, Counter[s
     config = {"held_out_fraction": 0.0} | corpus.config | config
     section = ExamplesConfig(dataset=str(path), **config)
     tables = [read_shard(shard, section) for shard in cut_corpus(section)]
-    dropped = sum((ShardIndex.of(row_groups(table)).dropped.by_reason for table in tables), Counter[str]())
-    return sum(len(table) for table in tables), dropped
+    indexes = [ShardIndex.of(row_groups(table)) for table in tables]
+    columns = join_columns(index.columns for index in indexes).type
+    made = PartColumns(columns, any(index.has_json for index in indexes), any(index.num_conversations for index in indexes))
+    kept = [len(stored(made.of(stored(table)))) for table in tables if len(table)]
+    return sum(kept), sum((index.dropped.by_reason for index in indexes), Counter[str]())
+
+
+def stored(table: pa.Table) -> pa.Table:
+    """A table after its way through a file."""
+    return pq.read_table(io.BytesIO(table_bytes(table)))
 
 
 def check(message: str, corpus: Malformed) -> None:
@@ -509,7 +520,10 @@ VALUES = st.recursive(
     ATOMS, lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(KEYS, inner, max_size=4)), max_leaves=8
 )
 FIELDS = st.sampled_from(["prompt", "response", "messages", "tools", "loss_mask", "system", "history", "id", "source", "meta"])
-MANY_ROWS = st.lists(st.dictionaries(FIELDS, VALUES, max_size=5), min_size=1, max_size=4)
+ROW = st.dictionaries(st.one_of(FIELDS, st.text(st.characters(codec="utf-8"), max_size=3)), VALUES, max_size=5)
+# Rows that are mostly good, with something odd beside it: only those get as far as a file.
+MOSTLY_GOOD = st.builds(lambda row, texts: row | texts, ROW, st.sampled_from([*GOOD, {}, GOOD_CHATS[0]]))
+MANY_ROWS = st.lists(MOSTLY_GOOD, min_size=1, max_size=4)
 CONFIGS: list[dict[str, Any]] = [
     {},
     CHATS,
