@@ -69,7 +69,7 @@ def _check_bad_rows(dropped: Dropped, num_good: int, config: ExamplesConfig) -> 
         most = max(dropped.first, key=lambda reason: counts[reason])
         raise DataError(
             f"{dropped.num_bad:,} rows ({share:.1%}: {reasons}) cannot be read or understood, more than examples.max_dropped="
-            f"{config.max_dropped:g} allows. Fix the corpus or the fields, or allow more. The first {most}: {dropped.first[most]}"
+            f"{config.max_dropped:g} allows. Fix the corpus or the fields, or allow more. First {most}: {dropped.first[most]}"
         )
 
 
