@@ -106,7 +106,7 @@ def whole(name: str, data: Callable[[], bytes], *words: str, place: str = "", **
 
 def parquet(columns: dict[str, Any] | None = None, **options: Any) -> bytes:
     sink = io.BytesIO()
-    table = pa.table(columns or {name: [row[name] for row in GOOD] for name in GOOD[0]})
+    table = pa.table({name: [row[name] for row in GOOD] for name in GOOD[0]} if columns is None else columns)
     pq.write_table(table, sink, **options)
     return sink.getvalue()
 
@@ -159,6 +159,9 @@ NO_ROWS = {
     "two objects": second(json.dumps(GOOD[0]) * 2, "not_json", "not JSON"),
     "undefined": second('{"prompt": undefined, "response": "x"}', "not_json", "not JSON"),
     "an unescaped control character": second('{"prompt": "a\tb", "response": "x"}', "not_json", "control character"),
+    "zero bytes before the rows": Malformed(
+        lambda: bytes(40) + lines(*GOOD, GOOD[0]), place=" line 1", words=("not JSON",), dropped={"not_json": 1},
+    ),
     "zero bytes": second(b"\0" * 40, "not_json", "not JSON"),
     "nested too deeply": second(f'{{"prompt": {"[" * 100_000}', "not_json", "not JSON"),
     "nested too deeply where nothing reads it": second(
@@ -183,9 +186,6 @@ NO_ROWS = {
     "a pointer of Git LFS": Malformed(
         lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", place=" line 1", words=("not JSON",),
         dropped={"not_json": 3}, kept=0,
-    ),
-    "UTF-16 without its mark": Malformed(
-        lambda: lines(*GOOD).decode().encode("utf-16-le"), place=" line 1", words=("UTF-16",), kept=-1,
     ),
 }  # fmt: skip
 
@@ -346,7 +346,9 @@ WHOLE_FILES = {
     "a Zstandard file that was cut off": whole("corpus.jsonl.zst", lambda: zstd(LONG)[:-90], "zstd"),
     "a text that is called Zstandard": whole("corpus.jsonl.zst", lambda: LONG, "zstd"),
     "an array that was cut off": whole("corpus.json", lambda: json.dumps(GOOD).encode()[:-9], "not JSON", place=" line 1"),
-    "an array without its end": whole("corpus.json", lambda: json.dumps(GOOD).encode()[:-1], "the end of the array is missing", place=" line 1"),
+    "an array without its end": whole(
+        "corpus.json", lambda: json.dumps(GOOD).encode()[:-1], "the end of the array is missing", place=" line 1"
+    ),
     "an array without a comma": whole(
         "corpus.json", lambda: json.dumps(GOOD, indent=1).replace("},", "}").encode(), "comma", place=" line 6"
     ),
@@ -354,7 +356,6 @@ WHOLE_FILES = {
         "corpus.json", lambda: json.dumps(GOOD).encode() + b" [", "follows", place=" line 1"
     ),
     "two arrays": whole("corpus.json", lambda: json.dumps(GOOD).encode() * 2, "follows", place=" line 1"),
-    "an empty file": whole("corpus.jsonl", lambda: b"", "empty"),
     "a CSV file with a name given twice": whole(
         "corpus.csv", lambda: csv("prompt,response,prompt", "a,b,c"), "'prompt' is the name of columns 1 and 3", place=" line 1"
     ),
@@ -407,7 +408,6 @@ READ = {
     "a number beyond doubles": Malformed(lambda: lines('{"prompt": "a", "response": "b", "x": 1e999}', GOOD[1])),
     "NaN where nothing reads it": beside(x=float("nan")),
     "half a surrogate pair where nothing reads it": beside(x="\ud83d"),
-    "half a surrogate pair in a name": beside(**{"\ud83d": 1}),
     "a name that is empty": beside(**{"": 1}),
     "an object without a key": beside(x={}),
     "kinds that differ": Malformed(lambda: lines(GOOD[0] | {"x": 1}, GOOD[1] | {"x": {"y": [MARK, 1]}})),

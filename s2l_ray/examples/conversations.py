@@ -319,9 +319,9 @@ def _is_one(value: Any, what: str) -> bool:
 def _read_pair(present: dict[str, Any]) -> list[dict[str, Any]]:
     """A pair of turns, `input` and `output` with perhaps a `system`, as messages (xtuner's form)."""
     if "output" not in present:
-        found = f"found the keys {names_in_words(present)}"
-        known = f"one of {', '.join(_ROLE_KEYS)} and one of {', '.join(_CONTENT_KEYS)}"
-        raise RowProblem("not_a_message", f"a message has {known}, {found}. {_REMEDY}")
+        found, known = names_in_words(present), f"{', '.join(_ROLE_KEYS)}; {', '.join(_CONTENT_KEYS)}"
+        problem = f"a message has a role and a content, found the keys {found}; known are {known}"
+        raise RowProblem("not_a_message", f"{problem}. {_REMEDY}")
     messages = []
     for key, role in (("system", "system"), ("input", "user"), ("output", ANSWER)):
         value = present.get(key)
