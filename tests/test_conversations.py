@@ -113,6 +113,11 @@ def test_what_people_see_of_a_conversation_is_all_before_the_first_learned_answe
     assert (text.prompt, text.response) == ("s\nq\na\nq", "a\na")
 
 
+def test_a_conversation_may_begin_with_a_greeting():
+    text = read({"messages": [ANSWERS, ASKS, ANSWERS]}, messages_field="messages")
+    assert (text.prompt, text.response) == ("a\nq", "a\na")
+
+
 @pytest.mark.parametrize(
     ("value", "reason", "words"),
     [
@@ -311,6 +316,20 @@ def test_sharegpt_s_role_for_calls_is_an_answer_that_calls():
         problem = problem_of([ASKS, {"from": "function_call", "value": content}])
         assert problem.reason == reason
         assert "message 2" in problem.message
+
+
+def test_calls_one_after_the_other_are_one_answer():
+    calls = [{"role": "tool_call", "content": json.dumps({"name": name})} for name in "fgh"]
+    found = messages_of([ASKS, *calls, {"role": "tool_response", "content": "t"}, calls[0], ANSWERS])
+    assert [[call["function"]["name"] for call in message.get("tool_calls", ())] for message in found] == [
+        [],
+        [*"fgh"],
+        [],
+        ["f"],
+        [],
+    ]
+    marked = messages_of([ASKS, calls[0], calls[1] | {"loss": False}, ANSWERS])
+    assert [message.get("weight") for message in marked] == [None, 0, None]
 
 
 def test_a_call_shows_its_function_s_name_to_people():
