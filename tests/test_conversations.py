@@ -601,6 +601,12 @@ def test_its_tags_are_known_beside_the_usual_names(folder):
     assert pickle.loads(pickle.dumps(layout)) == layout
 
 
+def test_a_name_may_be_given_from_inside_its_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    for dataset, file in (("./#alpaca", "./alpaca.json"), ("dataset_info.json#alpaca", "alpaca.json")):
+        assert resolved(ExamplesConfig(dataset=dataset))[0].dataset == file
+
+
 def test_an_entry_may_name_a_dataset_of_the_hub_or_a_uri(folder):
     config, _ = resolved(ExamplesConfig(dataset=f"{folder}/#hub"))
     assert (config.dataset, config.subset, config.split, config.revision) == ("org/name", "main", "test", "abc")
