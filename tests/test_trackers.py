@@ -99,7 +99,7 @@ def mlflow_losses(folder: Path, name: str) -> list[float]:
 
 
 def wandb_records(file: Path) -> list[Any]:
-    """What Weights & Biases would send to its server: a log in LevelDB's form, of blocks with whole records or parts of them."""
+    """What Weights & Biases would send to its server: a log of LevelDB's, of blocks with whole records or parts of them."""
     from wandb.proto import wandb_internal_pb2
 
     data, place, block, parts, records = file.read_bytes(), 7, 2**15, b"", []
@@ -213,7 +213,7 @@ def test_a_tracker_that_cannot_be_reached_says_what_to_do(tmp_path, monkeypatch)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with (
-        pytest.raises(ConfigError, match="trackers: mlflow cannot be used .*Check MLFLOW_TRACKING_URI"),
+        pytest.raises(ConfigError, match=r"trackers: mlflow cannot be used .*Check MLFLOW_TRACKING_URI"),
         reporting(tracking_of(tmp_path, "proxy", "mlflow"), "proxy", is_first=True),
     ):
         raise AssertionError("it is not begun")

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from s2l_ray.config import RunConfig
+from s2l_ray.config.recipes import predicts_texts
 from s2l_ray.evaluation.generation import generate, run_tasks
 from s2l_ray.evaluation.scores import scorers, summarize
 from s2l_ray.examples.ids import priorities
@@ -90,7 +91,9 @@ def _write_results(context: Context, models: list[str], parts: list[str]) -> dic
         harness = json.loads(draft.work.read(Unit(model, TASKS).path)) if evaluation.tasks else None
         metrics[model] = summarize(rows[model], evaluation, harness)
     draft.write(METRICS, (json.dumps(metrics, indent=2) + "\n").encode())
-    lines = [json.dumps(prediction(model, row), ensure_ascii=False) for model in models for row in rows[model] if row["scores"]]
+    with_texts = predicts_texts(context.config)
+    found = [prediction(model, row, with_texts) for model in models for row in rows[model] if row["scores"]]
+    lines = [json.dumps(line, ensure_ascii=False) for line in found]
     draft.write(PREDICTIONS, "".join(f"{line}\n" for line in lines).encode())
     changed = sum((Counter(json.loads(table.schema.metadata[CHANGED])) for table in tables[UNTRAINED]), Counter[str]())
     counts = Counter(row["source"] for row in rows[UNTRAINED])
@@ -124,9 +127,10 @@ def choose_generated(config: RunConfig, examples: Artifact, parts: list[str]) ->
     return frozenset(chosen)
 
 
-def prediction(model: str, row: dict[str, Any]) -> dict[str, Any]:
-    """A line of predictions.jsonl."""
-    kept = {name: row[name] for name in ("example_id", "source", "prompt", "reference", "prediction")}
+def prediction(model: str, row: dict[str, Any], with_texts: bool) -> dict[str, Any]:
+    """A line of predictions.jsonl; without texts it says which example got which score, and no more."""
+    names = ("example_id", "source", *(("prompt", "reference", "prediction") if with_texts else ()))
+    kept = {name: row[name] for name in names}
     return {"model": model, **kept, "scores": json.loads(row["scores"])}
 
 
