@@ -1,8 +1,8 @@
 """Evaluation: was the subset worth it? The target before and after, on rows that nothing was trained on.
 
 Every model gets the held-out loss per response token, overall, by source and averaged over sources; exact-match accuracy
-by greedy generation where an answer can be verified; ROUGE-L and BLEU where responses are summaries; and the tasks of
-the lm-evaluation-harness that the config names.
+by greedy generation where an answer can be verified; ROUGE-L, BLEU and, with a model for it, BERTScore where responses are
+summaries; and the tasks of the lm-evaluation-harness that the config names.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from s2l_ray.config import RunConfig
 from s2l_ray.config.recipes import predicts_texts
+from s2l_ray.evaluation.bert_scores import BertScore
 from s2l_ray.evaluation.generation import generate, run_tasks
 from s2l_ray.evaluation.scores import scorers, summarize
 from s2l_ray.examples.ids import priorities
@@ -144,6 +145,11 @@ class Evaluator(UnitWorker):
     def _tokenizer(self) -> Any:
         return target_tokenizer(self.job.config.target, self.job.inputs["proxy"])
 
+    @cached_property
+    def _bert_score(self) -> BertScore | None:
+        name = self.job.config.evaluation.bert_score_model
+        return None if name is None else BertScore(name, self.device)
+
     def load(self, model: str) -> Any:
         target = self.job.config.target
         if model == UNTRAINED:
@@ -186,8 +192,14 @@ class Evaluator(UnitWorker):
         wanted = [i for i, row in enumerate(rows) if row["example_id"] in self.job.generated_ids] if score else []
         prompts = [generation_prompt(*tokens[i]) for i in wanted]
         responses = generate(model, self._tokenizer, prompts, self.job.config.evaluation.max_new_tokens)
-        for i, response in zip(wanted, responses, strict=True):
-            found = score(rows[i], response) if score else {}
-            if found:
-                predictions[i], scores[i] = response, json.dumps(found)
+        found = {i: score(rows[i], text) if score else {} for i, text in zip(wanted, responses, strict=True)}
+        answers = dict(zip(wanted, responses, strict=True))
+        summaries = [i for i, of_row in found.items() if "rougeL" in of_row]
+        if summaries and self._bert_score is not None:
+            alike = self._bert_score([answers[i] for i in summaries], [rows[i]["response"] for i in summaries])
+            for i, value in zip(summaries, alike, strict=True):
+                found[i]["bert_score"] = value
+        for i, of_row in found.items():
+            if of_row:
+                predictions[i], scores[i] = answers[i], json.dumps(of_row)
         return predictions, scores
