@@ -23,6 +23,7 @@ import pytest
 from s2l_ray.config import RunConfig, parse_config
 from s2l_ray.errors import S2LError
 from s2l_ray.pipeline import run
+from s2l_ray.report.page import build_report
 
 NUM_ROWS = 120
 MARK = re.compile(rb"mark[0-9a-f]{12}")
@@ -193,6 +194,21 @@ def test_a_bad_row_is_named_without_its_text(tmp_path, ray_session, kind):
     assert not MARK.search(said.encode())
     assert "1234567" not in said
     assert marks_below(tmp_path / "run") == {}
+
+
+def test_rows_that_are_dropped_are_shown_with_the_first_of_each_kind_and_without_their_text(tmp_path, ray_session):
+    corpus = write_corpus(tmp_path / "corpus.jsonl", *BAD_ROWS.values())
+    place = tmp_path / "run"
+    with logged() as lines:
+        made = run(config_of(corpus, "none", on_bad_row="drop"), str(place), until="examples")["examples"]
+        build_report(str(place))
+    assert sum(made.summary["dropped"].values()) == len(BAD_ROWS)
+    page = (place / "report" / "index.html").read_text()
+    for reason in made.summary["dropped"]:
+        assert f"<code>{reason}</code>: {corpus} line 1" in page
+    assert not MARK.search("\n".join(lines).encode())
+    assert marks_below(place) == {}
+    assert not MARK.search((place / "examples" / "manifest.json").read_bytes())
 
 
 def test_values_of_many_kinds_in_a_column_that_is_only_passed_on_are_not_quoted(tmp_path, ray_session):
