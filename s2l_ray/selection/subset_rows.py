@@ -83,6 +83,12 @@ class SubsetRows:
             yield rows
 
     @property
+    def added(self) -> list[str]:
+        """Those of our columns that the corpus does not have itself."""
+        theirs = [field.name for field in self.table.schema.field("row").type]
+        return [name for name in self.names.values() if name not in theirs]
+
+    @property
     def has_json(self) -> bool:
         """Whether every row comes with its own JSON text."""
         if "row_json" not in self.table.schema.names:
