@@ -56,7 +56,7 @@ def made_run(
     run = Storage(str(folder))
     rows = pa.table({"example_id": ids} | _columns(ids, talks, tools or {}))
     original = original or {"key": ids}
-    rows = rows.append_column("original", pa.table({k: v for k, v in original.items()}).to_struct_array())
+    rows = rows.append_column("original", pa.table(original).to_struct_array())
     if texts is not None:
         rows = rows.append_column("row_json", pa.array([texts[one] for one in ids]))
     draft = Draft.open(run, Key("examples", 1, {"corpus": corpus}, {}))

@@ -20,7 +20,7 @@ ROWS = {
     "b": '{"response": "é 🙂", "prompt":"order", "n": 3.0, "meta": {}, "tags": []}',
     "c": '{"prompt": "absent",   "response": "\\u0041", "n": null, "": "no name", "a.b": 1, "big": 9007199254740993}',
 }
-PAIRS = {name: ("prompt", "response") for name in ROWS}
+PAIRS = dict.fromkeys(ROWS, ("prompt", "response"))
 CHATS = {
     "calls": [user("w?"), answer(None, tool_calls=[CALL]), result("5"), answer("five", reasoning_content="so")],
     "context": [user("a"), answer("b", weight=0), user("c"), answer("d"), user("e"), answer("f")],

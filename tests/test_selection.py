@@ -292,7 +292,7 @@ def test_selected_rows_are_the_corpus_columns_as_they_were_and_ours(tmp_path: Pa
 def test_no_random_control_unless_asked_for(tmp_path: Path) -> None:
     pq.write_table(corpus().drop_columns(["source", "num_response_tokens"]), tmp_path / "t.parquet")
     artifact = built(tmp_path, str(tmp_path / "t.parquet"), random_control=False)
-    assert list(artifact.manifest["files"]) == ["selected.parquet"]
+    assert list(artifact.manifest["files"]) == ["README.md", "selected.parquet"]
     assert artifact.summary["sources"] == {}
     assert artifact.summary["num_response_tokens"] == {"pool": None, "selected": None, "random": None}
 

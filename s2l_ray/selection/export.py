@@ -13,7 +13,7 @@ from s2l_ray.errors import ArtifactError, ConfigError
 from s2l_ray.selection.destination import Destination
 from s2l_ray.selection.subset_files import check_file, subset_lines, write_parquet
 from s2l_ray.selection.trainers import TRAINERS, TrainerRows
-from s2l_ray.selection.turns import DataPlace, Shape, open_examples
+from s2l_ray.selection.turns import DataPlace, Contents, open_examples
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.layout import as_written
 from s2l_ray.storage.places import Storage
@@ -103,16 +103,16 @@ def _path_of(selection: Artifact, subset: str, run_dir: str) -> str:
 
 
 def _export_for_trainer(run: Storage, selection: Artifact, path: str, name: str, output: str, hub: str | None) -> Exported:
-    names = TRAINERS[name].companions(Shape(), DataPlace())
+    names = TRAINERS[name].companions(Contents(), DataPlace())
     place = Destination.of_trainer(output) if names else Destination.file(output)
     place.check(run, selection.root, names)
     check_file(selection, path)
     examples = open_examples(run, selection, path)
-    rows = TrainerRows(name, examples, Shape.of(examples()))
-    companions = TRAINERS[name].companions(rows.shape, DataPlace(hub or place.place, place.name, hub is not None))
+    rows = TrainerRows(name, examples, Contents.of(examples()))
+    companions = TRAINERS[name].companions(rows.contents, DataPlace(hub or place.place, place.name, hub is not None))
     place.write(lambda local: _write_lines(rows.lines(), local), companions)
     rows.report()
-    features = TRAINERS[name].features(rows.shape)
+    features = TRAINERS[name].features(rows.contents)
     return Exported(output, rows.num_examples, rows.num_rows, place.name, tuple(companions), features)
 
 

@@ -16,7 +16,7 @@ from s2l_ray.selection.turns import (
     DataPlace,
     InexpressibleError,
     Notes,
-    Shape,
+    Contents,
     SubsetExample,
     as_conversation,
     is_learned,
@@ -24,27 +24,27 @@ from s2l_ray.selection.turns import (
 )
 
 
-def axolotl_rows(example: SubsetExample, shape: Shape, notes: Notes) -> list[dict[str, Any]]:
+def axolotl_rows(example: SubsetExample, contents: Contents, notes: Notes) -> list[dict[str, Any]]:
     """An example as Axolotl's row. Raises InexpressibleError for arguments of a tool call that are no object."""
-    if not shape.has_conversations:
+    if not contents.has_conversations:
         return [{"prompt": example.prompt, "response": example.response}]
     messages = as_conversation(example, notes)
     calls = [call for message in messages for call in message.get("tool_calls") or ()]
     if not all(isinstance(call["function"].get("arguments", {}), dict) for call in calls):
         raise InexpressibleError("a tool call whose arguments are no JSON object")
     marked = [plain | {"train": is_learned(message)} for plain, message in zip(without_weight(messages), messages, strict=True)]
-    if shape.is_plain:
+    if contents.is_plain:
         return [{"messages": marked}]
     tools = None if example.tools is None else json.dumps(example.tools, ensure_ascii=False)
     return [{"messages": json.dumps(marked, ensure_ascii=False), "tools": tools}]
 
 
-def axolotl_companions(shape: Shape, place: DataPlace) -> dict[str, str]:
+def axolotl_companions(contents: Contents, place: DataPlace) -> dict[str, str]:
     """The `datasets:` block of Axolotl's config."""
     here = {"path": f"{place.folder}/{place.name}", "ds_type": "json"}
     dataset: dict[str, Any] = {"path": place.folder, "split": "train"} if place.is_on_hub else here
     config: dict[str, Any] = {"datasets": [dataset]}
-    if shape.has_conversations:
+    if contents.has_conversations:
         dataset |= {
             "type": "chat_template",
             "field_messages": "messages",

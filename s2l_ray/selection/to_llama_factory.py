@@ -17,7 +17,7 @@ from s2l_ray.selection.turns import (
     InexpressibleError,
     Message,
     Notes,
-    Shape,
+    Contents,
     SubsetExample,
     as_conversation,
     unrolled,
@@ -34,15 +34,15 @@ _TAGS = {"user": "human", "assistant": "gpt", "tool": "observation"}
 _ASKING, _ANSWERING = ("human", "observation"), ("gpt", "function_call")
 
 
-def llama_factory_rows(example: SubsetExample, shape: Shape, notes: Notes) -> list[dict[str, Any]]:
+def llama_factory_rows(example: SubsetExample, contents: Contents, notes: Notes) -> list[dict[str, Any]]:
     """An example as LLaMA-Factory's rows. Raises InexpressibleError where its turns do not have the form above."""
-    if not shape.has_conversations:
+    if not contents.has_conversations:
         return [{"prompt": example.prompt, "response": example.response}]
     messages = until_last_answer(as_conversation(example, notes), notes)
     system = messages[0]["content"] if messages[0]["role"] == "system" else ""
     tools = "" if not example.tools else json.dumps(example.tools, ensure_ascii=False)
     talks = [messages[1:] if messages[0]["role"] == "system" else messages]
-    if shape.has_context_turns:
+    if contents.has_context_turns:
         talks = [before + learned for before, learned in unrolled(talks[0])]
         if len(talks) > 1:
             notes["conversations became a row for each learned turn, since LLaMA-Factory cannot leave out single turns"] += 1
@@ -80,9 +80,9 @@ def _turn(message: Message) -> dict[str, str]:
     return {"from": "function_call", "value": thought + json.dumps(calls, ensure_ascii=False)}
 
 
-def llama_factory_companions(shape: Shape, place: DataPlace) -> dict[str, str]:
+def llama_factory_companions(contents: Contents, place: DataPlace) -> dict[str, str]:
     """The entry of `dataset_info.json`, and what its training must set."""
-    if shape.has_conversations:
+    if contents.has_conversations:
         entry: dict[str, Any] = {
             "formatting": "sharegpt",
             "columns": {"messages": "conversations", "system": "system", "tools": "tools"},
@@ -92,7 +92,7 @@ def llama_factory_companions(shape: Shape, place: DataPlace) -> dict[str, str]:
     source = {"hf_hub_url": place.folder} if place.is_on_hub else {"file_name": place.name}
     info = {NAME: {"comment": MARK} | source | entry}
     where = "." if place.is_on_hub else place.folder
-    settings = {"stage": "sft", "dataset_dir": where, "dataset": NAME, "mask_history": shape.has_context_turns}
+    settings = {"stage": "sft", "dataset_dir": where, "dataset": NAME, "mask_history": contents.has_context_turns}
     note = f"# {MARK}: for LLaMA-Factory's config, to which the template of your model belongs. With mask_history only\n"
     note += "# the last answer of a row is learned; the rows are made for it.\n"
     return {

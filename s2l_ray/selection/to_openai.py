@@ -9,7 +9,7 @@ from s2l_ray.selection.turns import (
     InexpressibleError,
     Message,
     Notes,
-    Shape,
+    Contents,
     SubsetExample,
     as_conversation,
     is_learned,
@@ -19,7 +19,7 @@ from s2l_ray.selection.turns import (
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-def openai_rows(example: SubsetExample, _shape: Shape, notes: Notes) -> list[dict[str, Any]]:
+def openai_rows(example: SubsetExample, _shape: Contents, notes: Notes) -> list[dict[str, Any]]:
     """An example as OpenAI's row. Raises InexpressibleError for reasoning, other roles, and results without a call."""
     messages = until_last_answer(as_conversation(example, notes), notes)
     waiting: list[str] = []

@@ -16,7 +16,7 @@ from s2l_ray.selection.turns import (
     DataPlace,
     InexpressibleError,
     Notes,
-    Shape,
+    Contents,
     SubsetExample,
     as_conversation,
     unrolled,
@@ -25,13 +25,13 @@ from s2l_ray.selection.turns import (
 from s2l_ray.storage.layout import CARD
 
 
-def trl_rows(example: SubsetExample, shape: Shape, notes: Notes) -> list[dict[str, Any]]:
+def trl_rows(example: SubsetExample, contents: Contents, notes: Notes) -> list[dict[str, Any]]:
     """An example as TRL's rows. Raises InexpressibleError where it begins with a learned message and needs a prompt."""
-    if not shape.has_conversations:
+    if not contents.has_conversations:
         return [{"prompt": example.prompt, "completion": example.response}]
-    tools: dict[str, Any] = {} if shape.is_plain else {"tools": example.tools}
+    tools: dict[str, Any] = {} if contents.is_plain else {"tools": example.tools}
     messages = as_conversation(example, notes)
-    if _is_messages(shape):
+    if _is_messages(contents):
         return [{"messages": without_weight(messages)} | tools]
     rows = []
     for before, learned in unrolled(messages):
@@ -43,20 +43,20 @@ def trl_rows(example: SubsetExample, shape: Shape, notes: Notes) -> list[dict[st
     return rows
 
 
-def trl_features(shape: Shape) -> list[dict[str, Any]] | None:
+def trl_features(contents: Contents) -> list[dict[str, Any]] | None:
     """The columns' types as a card has them; None where any reader infers the right ones."""
-    columns = ["messages"] if _is_messages(shape) else ["prompt", "completion"]
-    return None if shape.is_plain else [{"name": column, "list": "json"} for column in [*columns, "tools"]]
+    columns = ["messages"] if _is_messages(contents) else ["prompt", "completion"]
+    return None if contents.is_plain else [{"name": column, "list": "json"} for column in [*columns, "tools"]]
 
 
-def trl_companions(shape: Shape, place: DataPlace) -> dict[str, str]:
+def trl_companions(contents: Contents, place: DataPlace) -> dict[str, str]:
     """The card, which tells `datasets` how to read the rows, and the config for `trl sft`."""
-    learned = "assistant_only_loss" if _is_messages(shape) else "completion_only_loss"
+    learned = "assistant_only_loss" if _is_messages(contents) else "completion_only_loss"
     config = f"""# {MARK}: trl sft --config trl.yaml --model_name_or_path MODEL --output_dir OUTPUT
 {yaml.safe_dump({"dataset_name": place.folder, learned: True}, sort_keys=False)}"""
-    card = front_matter({"default": place.name}, trl_features(shape)) + "\n# A subset chosen by s2l_ray, for TRL\n"
+    card = front_matter({"default": place.name}, trl_features(contents)) + "\n# A subset chosen by s2l_ray, for TRL\n"
     return {CARD: card, "trl.yaml": config}
 
 
-def _is_messages(shape: Shape) -> bool:
-    return shape.has_conversations and not shape.has_context_turns
+def _is_messages(contents: Contents) -> bool:
+    return contents.has_conversations and not contents.has_context_turns

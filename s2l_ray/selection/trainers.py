@@ -17,7 +17,7 @@ from s2l_ray.selection.to_axolotl import axolotl_companions, axolotl_rows
 from s2l_ray.selection.to_llama_factory import llama_factory_companions, llama_factory_rows
 from s2l_ray.selection.to_openai import openai_rows
 from s2l_ray.selection.to_trl import trl_companions, trl_features, trl_rows
-from s2l_ray.selection.turns import DataPlace, InexpressibleError, Notes, Shape, SubsetExample
+from s2l_ray.selection.turns import DataPlace, InexpressibleError, Notes, Contents, SubsetExample
 
 _log = get_log("export")
 
@@ -26,13 +26,13 @@ _log = get_log("export")
 class TrainerFormat:
     """How a trainer wants its data."""
 
-    rows: Callable[[SubsetExample, Shape, Notes], list[dict[str, Any]]]
+    rows: Callable[[SubsetExample, Contents, Notes], list[dict[str, Any]]]
     """An example as rows; raises InexpressibleError where the format has no form for it."""
 
-    companions: Callable[[Shape, DataPlace], dict[str, str]] = lambda *_: {}
-    """The small files that belong to the data, of the same names for every shape: their names and texts."""
+    companions: Callable[[Contents, DataPlace], dict[str, str]] = lambda *_: {}
+    """The small files that belong to the data, of the same names for every contents: their names and texts."""
 
-    features: Callable[[Shape], list[dict[str, Any]] | None] = lambda _: None
+    features: Callable[[Contents], list[dict[str, Any]] | None] = lambda _: None
     """The types of the columns for a card, where they must not be inferred."""
 
 
@@ -50,7 +50,7 @@ class TrainerRows:
 
     name: str
     examples: Callable[[], Iterator[SubsetExample]]
-    shape: Shape
+    contents: Contents
     num_examples: int = 0
     num_rows: int = 0
     left_out: dict[str, list[str]] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class TrainerRows:
         for example in self.examples():
             notes: Notes = Counter()
             try:
-                rows = TRAINERS[self.name].rows(example, self.shape, notes)
+                rows = TRAINERS[self.name].rows(example, self.contents, notes)
             except InexpressibleError as reason:
                 self.left_out.setdefault(str(reason), []).append(example.example_id)
                 continue

@@ -54,7 +54,7 @@ class SubsetExample:
 
 
 @dataclass(frozen=True)
-class Shape:
+class Contents:
     """What there is in a subset: it decides the form of a whole file, since a trainer wants one form in all rows."""
 
     has_conversations: bool = False
@@ -65,8 +65,8 @@ class Shape:
     """Whether messages have nothing but role and content, and there are no tools."""
 
     @classmethod
-    def of(cls, examples: Iterator[SubsetExample]) -> Shape:
-        """The shape of all these examples together."""
+    def of(cls, examples: Iterator[SubsetExample]) -> Contents:
+        """The contents of all these examples together."""
         has_conversations, has_context_turns, is_plain = False, False, True
         for example in examples:
             for message in example.messages or ():
