@@ -13,7 +13,7 @@ from s2l_ray.errors import ArtifactError, ConfigError
 from s2l_ray.selection.destination import Destination
 from s2l_ray.selection.subset_files import check_file, subset_lines, write_parquet
 from s2l_ray.selection.trainers import TRAINERS, TrainerRows
-from s2l_ray.selection.turns import DataPlace, Contents, open_examples
+from s2l_ray.selection.turns import Contents, DataPlace, open_examples
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.layout import as_written
 from s2l_ray.storage.places import Storage

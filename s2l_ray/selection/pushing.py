@@ -51,6 +51,8 @@ def push_subset(
     if not token:
         raise ConfigError("--push-to-hub: needs HF_TOKEN in the environment, a token that may write datasets.")
     api = huggingface_hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=token)
+    with _explained(name):
+        name = name if "/" in name else f"{api.whoami()['name']}/{name}"
     with tempfile.TemporaryDirectory(prefix="s2l_ray-") as folder:
         is_folder = file_format in TRAINERS and file_format != "openai"
         kind = "parquet" if file_format == "parquet" else "jsonl"

@@ -13,11 +13,11 @@ import yaml
 
 from s2l_ray.selection.card import MARK
 from s2l_ray.selection.turns import (
+    Contents,
     DataPlace,
     InexpressibleError,
     Message,
     Notes,
-    Contents,
     SubsetExample,
     as_conversation,
     unrolled,

@@ -6,10 +6,10 @@ import json
 from typing import Any
 
 from s2l_ray.selection.turns import (
+    Contents,
     InexpressibleError,
     Message,
     Notes,
-    Contents,
     SubsetExample,
     as_conversation,
     is_learned,

@@ -13,10 +13,10 @@ import yaml
 
 from s2l_ray.selection.card import MARK, front_matter
 from s2l_ray.selection.turns import (
+    Contents,
     DataPlace,
     InexpressibleError,
     Notes,
-    Contents,
     SubsetExample,
     as_conversation,
     unrolled,

@@ -17,7 +17,7 @@ from s2l_ray.selection.to_axolotl import axolotl_companions, axolotl_rows
 from s2l_ray.selection.to_llama_factory import llama_factory_companions, llama_factory_rows
 from s2l_ray.selection.to_openai import openai_rows
 from s2l_ray.selection.to_trl import trl_companions, trl_features, trl_rows
-from s2l_ray.selection.turns import DataPlace, InexpressibleError, Notes, Contents, SubsetExample
+from s2l_ray.selection.turns import Contents, DataPlace, InexpressibleError, Notes, SubsetExample
 
 _log = get_log("export")
 
