@@ -40,8 +40,8 @@ def _read_split(artifact: Artifact, part: str, split: str, columns: list[str] | 
 def fetch_rows(artifact: Artifact, ids: pa.Array | Sequence[str]) -> Iterator[pa.Table]:
     """The examples with these ids, part by part, in order of id. Parts without any are not read.
 
-    The tables have the columns `example_id`, `row`, a struct of the corpus's own columns, and for a corpus of JSON
-    `row_json`, each row's own text. Raises ArtifactError naming ids that are not in the corpus.
+    The tables have the columns `example_id`, `row`, a struct of the corpus's own columns, and where rows have a text of their
+    own `row_json`. Raises ArtifactError naming ids that are not in the corpus.
     """
     for table in fetch_examples(artifact, ids, ["original", "row_json"]):
         yield table.rename_columns(["row" if name == "original" else name for name in table.column_names])
