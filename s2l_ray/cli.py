@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from s2l_ray.errors import S2LError, cause_of, storage_problem
+from s2l_ray.errors import ConfigError, S2LError, cause_of, storage_problem
 from s2l_ray.progress import log_to_console
 
 app = typer.Typer(
@@ -176,15 +176,41 @@ def report(run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run
 @app.command()
 def export(
     run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run directory, or the output of `s2l select`.")],
-    format_: Annotated[Literal["jsonl", "parquet"], typer.Option("--format", help="File format.")],
-    output: Annotated[str, typer.Option(metavar="PATH", help="The file to write, local or URI.")],
+    format_: Annotated[
+        Literal["jsonl", "parquet", "trl", "llama-factory", "axolotl", "openai"] | None,
+        typer.Option("--format", help="The corpus's own rows (jsonl, parquet), or the form of a trainer."),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="The file to write, local or URI; for trl, llama-factory and axolotl a directory, or a file ending in .jsonl.",
+        ),
+    ] = None,
     subset: Annotated[str, typer.Option(help="selected, random, or selected-BUDGET of a further budget.")] = "selected",
+    with_columns: Annotated[
+        bool | None,
+        typer.Option(
+            "--with-columns/--without-columns",
+            help="Whether rows end with example_id, cluster_id and weight; jsonl and parquet have them unless told otherwise.",
+        ),
+    ] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Also a dataset on the Hub, with a card; parquet without --format.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="With --push-to-hub: for all to see; else private.")] = False,
 ) -> None:
-    """Write the subset, with the corpus's own columns, for another trainer."""
+    """Write the subset for another trainer: the corpus's own rows, or its conversations in that trainer's form."""
     from s2l_ray.selection.export import export_subset
+    from s2l_ray.selection.pushing import push_subset
 
-    rows = export_subset(run_dir, format_, output, subset)
-    print(f"{output}: {rows:,} examples")
+    if push_to_hub is None and (format_ is None or output is None):
+        raise ConfigError("s2l export: give --format and --output, or --push-to-hub.")
+    chosen = format_ or "parquet"
+    if output is not None:
+        print(export_subset(run_dir, chosen, output, subset, with_columns=with_columns))
+    if push_to_hub is not None:
+        print(push_subset(run_dir, chosen, push_to_hub, subset, with_columns=with_columns, is_public=public))
 
 
 @app.command()

@@ -20,6 +20,7 @@ from s2l_ray.config.sections import (
     ClusteringConfig,
     EvaluationConfig,
     ExamplesConfig,
+    MimicRadiologyDataset,
     ReasoningGym,
     ReasoningGymDataset,
     ReportConfig,

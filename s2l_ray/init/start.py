@@ -20,8 +20,8 @@ from s2l_ray.init.advice import Advice, CorpusFacts, advise, held_out_fraction, 
 from s2l_ray.init.config_text import config_text
 from s2l_ray.init.figures import SAMPLE_ROWS, SHOWN, Pieces, ReadExamples, count_tokens, pieces_of, read_examples
 from s2l_ray.init.layout import (
+    ConfigLine,
     FoundLayout,
-    Setting,
     all_fields,
     found_layout,
     id_setting,
@@ -46,7 +46,7 @@ class Start:
     shown: list[Pieces]
     """A few examples."""
     advice: Advice
-    questions: dict[str, Setting]
+    questions: dict[str, ConfigLine]
     """By its place in the config, what the user has to decide, or to look at."""
     text: str
     """The config's YAML."""
@@ -86,7 +86,7 @@ def look_and_advise(data: list[str], target: str | None, name: str) -> Start:
     values = found.config_values() | {one.key: one.value for one in fields if one.is_set}
     config = config.model_copy(update=values | {"on_bad_row": "drop"})
     examples = _read(look, config, found, layout if is_named(dataset) else Layout.of(config))
-    settings = [Setting("dataset", dataset), *found.settings, *fields, *_bad_row_settings(examples, look)]
+    settings = [ConfigLine("dataset", dataset), *found.settings, *fields, *_bad_row_settings(examples, look)]
     return _advised(_Looked(look, examples, found, settings, model), dataset, name)
 
 
@@ -97,7 +97,7 @@ class _Looked:
     look: CorpusLook
     examples: ReadExamples
     layout: FoundLayout
-    settings: list[Setting]
+    settings: list[ConfigLine]
     target: TargetModel | None
 
 
@@ -111,7 +111,7 @@ def _advised(looked: _Looked, dataset: str | list[str], name: str) -> Start:
     is_chat = "messages" in examples.names and examples.table["messages"].null_count < examples.table.num_rows
     advice = advise(CorpusFacts(num_examples, tokens, is_chat, examples.sources()), target)
     about = f"{names_in_words([dataset] if isinstance(dataset, str) else dataset, 80)}: {look.counted()}; {looked.layout.text}"
-    settings = [*looked.settings, Setting("held_out_fraction", held_out_fraction(num_examples), "kept for evaluation")]
+    settings = [*looked.settings, ConfigLine("held_out_fraction", held_out_fraction(num_examples), "kept for evaluation")]
     shown = pieces_of(examples.sample(SHOWN), tokenizer)[:SHOWN] if looked.layout.is_known else []
     summary = summary_lines(look, examples, looked.layout, tokens, advice)
     if target is not None and target.problem:
@@ -125,7 +125,7 @@ def _advised(looked: _Looked, dataset: str | list[str], name: str) -> Start:
 # --- what the rows are ---------------------------------------------------------------------------------------------
 
 
-def _fields_of(look: CorpusLook) -> tuple[FoundLayout, list[Setting]]:
+def _fields_of(look: CorpusLook) -> tuple[FoundLayout, list[ConfigLine]]:
     """The layout, and the fields of source, id and split."""
     records = look.records(LAYOUT_ROWS)
     found = found_layout(records)
@@ -156,11 +156,11 @@ def _read(look: CorpusLook, config: ExamplesConfig, found: FoundLayout, layout: 
     return examples
 
 
-def _bad_row_settings(examples: ReadExamples, look: CorpusLook) -> list[Setting]:
+def _bad_row_settings(examples: ReadExamples, look: CorpusLook) -> list[ConfigLine]:
     if not examples.num_bad:
         return []
     reason = f"{examples.num_bad:,} of {look.num_read:,} rows cannot be used; without this they stop the run"
-    return [Setting("on_bad_row", "drop", reason, is_open=True, is_set=False)]
+    return [ConfigLine("on_bad_row", "drop", reason, is_open=True, is_set=False)]
 
 
 def _refuse_folder_of_named(dataset: str | list[str]) -> None:
