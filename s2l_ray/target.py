@@ -27,6 +27,7 @@ from s2l_ray.training.fine_tuning import fine_tune, training_loss
 from s2l_ray.training.models import check_positions, count_parameters, make_model, save_model
 from s2l_ray.training.tokenizers import target_tokenizer
 from s2l_ray.training.tokens import pool_tokens, row_counts
+from s2l_ray.training.trackers import Tracking
 from s2l_ray.training.training_run import TrainingRun
 from s2l_ray.training.zero import make_models_whole, sharded_as_it_is_read, zero_config
 
@@ -43,6 +44,7 @@ class TargetJob:
     """Subset -> the ids in it."""
 
     machines: TargetWorkerConfig
+    tracking: Tracking | None = None
 
 
 def build(context: Context) -> Artifact:
@@ -60,7 +62,7 @@ def build(context: Context) -> Artifact:
             f"the subset has {smallest:,} examples, fewer than one batch of {target.global_batch_size} "
             "(target.global_batch_size). Raise selection.budget or use a smaller batch."
         )
-    job = TargetJob(target, inputs["examples"], inputs["proxy"], draft.storage, subsets, machines)
+    job = TargetJob(target, inputs["examples"], inputs["proxy"], draft.storage, subsets, machines, Tracking.of(context))
     if target.zero_stage:
         get_log("target").info("DeepSpeed ZeRO %d; its first use on a machine compiles for half a minute", target.zero_stage)
     result = fit("target", train_target, job, workers, draft.work, resume_minutes=machines.resume_minutes)
@@ -108,7 +110,7 @@ def train_target(job: TargetJob, events: Any) -> dict[str, Any]:
                 trained = f" ({facts['num_trained_parameters']:,} trained)" if config.lora is not None else ""
                 parameters = f"{facts['num_parameters']:,} parameters{trained}"
                 events.put(f"{parameters}, {len(ids):,} examples, {steps:,} steps per model")
-            trainer = fine_tune(run, model, tokenizer, job.machines, events, deepspeed=deepspeed)
+            trainer = fine_tune(run, model, tokenizer, job.machines, events, deepspeed=deepspeed, tracking=job.tracking)
             save_target(trainer, tokenizer, job, name, facts)
             trainer.accelerator.free_memory()
             del trainer, model

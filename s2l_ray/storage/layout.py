@@ -1,7 +1,7 @@
 """What lies where in a run directory; no other file knows these names.
 
     RUN_DIR/
-      run.json  STAGE/manifest.json  STAGE/...  report/index.html  .work/
+      run.json  STAGE/manifest.json  STAGE/...  report/index.html  trackers/  .work/
 
 `.work/` is scratch: locks, tokens, losses that are not joined yet, resume points. It is never read as a result.
 """
@@ -29,6 +29,9 @@ MODEL_FOLDERS, MODEL_RECORD = {"selected": "model", "random": "random_model"}, "
 """Subset -> the folder of the target trained on it, in training order; the file there that is written last."""
 METRICS, PREDICTIONS = "metrics.json", "predictions.jsonl"
 PAGE = "index.html"
+
+# Beside the stages: what trackers keep in files. No stage reads it.
+TRACKERS = "trackers"
 
 # Scratch of the run, and below it what several stages use.
 WORK, TAG = ".work", "CACHEDIR.TAG"
