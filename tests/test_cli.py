@@ -463,7 +463,7 @@ def test_status_says_what_is_finished_unfinished_and_not_begun(s2l, selected):
     Draft.open(Storage(str(selected)), Key("target", 1, {}, {})).write("model/config.json", b"{}")
     result = s2l("status", selected)
     assert result.code == 0
-    assert re.search(r"^selection +finished +6 rows, 1 files, .* [0-9a-f]{16}$", result.out, re.MULTILINE)
+    assert re.search(r"^selection +finished +6 rows, 2 files, .* [0-9a-f]{16}$", result.out, re.MULTILINE)
     assert re.search(r"^target +unfinished +1 files written$", result.out, re.MULTILINE)
     assert re.search(r"^proxy +not begun$", result.out, re.MULTILINE)
 
