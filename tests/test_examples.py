@@ -7,6 +7,8 @@ stage whole.
 from __future__ import annotations
 
 import bz2
+import datetime
+import decimal
 import gzip
 import io
 import json
@@ -323,6 +325,64 @@ def test_categories_of_a_parquet_file_become_text(tmp_path: Path) -> None:
     assert read_all(path).schema.field("original").type.field("kind").type == pa.string()
 
 
+TEXT_TYPES = [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
+A_DAY = datetime.datetime(2024, 2, 29, 12, 30)
+MESSAGE = pa.struct([("role", pa.dictionary(pa.int8(), pa.string())), ("content", pa.large_string())])
+PASSED_ON = {
+    "half": pa.array([1.5], pa.float16()),
+    "decimal": pa.array([decimal.Decimal("1.50")]),
+    "time": pa.array([A_DAY], pa.timestamp("ns", "UTC")),
+    "late": pa.array([253402300800], pa.timestamp("s")),  # the year 10000, which Python does not have
+    "clock": pa.array([5], pa.time64("ns")),
+    "span": pa.array([5], pa.duration("ns")),
+    "day": pa.array([A_DAY.date()]),
+    "bytes": pa.array([b"\xff"], pa.large_binary()),
+    "view": pa.array([b"\xff"], pa.binary_view()),
+    "map": pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64())),
+    "list": pa.array([[1]], pa.list_(pa.int8(), 1)),
+    "nested": pa.array([{"a": [{"b": A_DAY.date()}]}]),
+    "chat": pa.array([[{"role": "user", "content": "x"}]], pa.large_list(MESSAGE)),
+    "nothing": pa.nulls(1),
+    "large": pa.array([2**64 - 1], pa.uint64()),
+    "json": pa.array(["{}"], pa.json_()),
+}
+
+
+@pytest.mark.parametrize("text", TEXT_TYPES, ids=str)
+def test_parquet_of_every_type_is_read_and_passed_on(tmp_path: Path, text: pa.DataType) -> None:
+    path = tmp_path / "rows.parquet"
+    words = {name: pa.array([name]).cast(text) for name in ("prompt", "response")}
+    pq.write_table(pa.table(words | PASSED_ON), path)
+    table = read_all(path)
+    assert table.select(["prompt", "response"]).to_pylist() == [{"prompt": "prompt", "response": "response"}]
+    pq.write_table(table, tmp_path / "stored.parquet")
+    own = pq.read_table(tmp_path / "stored.parquet")["original"].combine_chunks()
+    assert own.field("nested").to_pylist() == [{"a": [{"b": A_DAY.date()}]}]
+    assert own.field("late").cast(pa.string()).to_pylist() == ["10000-01-01 00:00:00.000"]
+
+
+def test_parquet_files_that_differ_in_the_types_of_a_column_keep_its_values(tmp_path: Path) -> None:
+    kinds = [pa.int32(), pa.int64(), pa.uint8(), pa.float64()]
+    times = [pa.timestamp("ns"), pa.timestamp("us"), pa.timestamp("ms"), pa.timestamp("s")]
+    for number, (kind, time) in enumerate(zip(kinds, times, strict=True)):
+        row = {"prompt": [f"p{number}"], "response": ["r"], "n": pa.array([number], kind), "when": pa.array([A_DAY], time)}
+        row |= {"mixed": pa.array([1]) if number else pa.array(["one"])}
+        pq.write_table(pa.table(row), tmp_path / f"{number}.parquet")
+    rows = sorted(read_all(tmp_path).to_pylist(), key=lambda row: row["prompt"])
+    assert [row["original"]["n"] for row in rows] == [0.0, 1.0, 2.0, 3.0]
+    assert all("2024-02-29 12:30:00" in row["original"]["when"] for row in rows)
+    assert [row["original"]["mixed"] for row in rows] == ['"one"', "1", "1", "1"]
+
+
+def test_rows_of_json_and_of_parquet_make_one_corpus(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", [{"prompt": "a", "response": "b", "meta": {"x": 1}}])
+    pq.write_table(pa.table({"prompt": ["c"], "response": ["d"], "when": [A_DAY]}), tmp_path / "b.parquet")
+    first, second = sorted(read_all(tmp_path).to_pylist(), key=lambda row: row["prompt"])
+    assert json.loads(first["row_json"]) == {"prompt": "a", "response": "b", "meta": {"x": 1}}
+    assert json.loads(second["row_json"]) == {"prompt": "c", "response": "d", "when": "2024-02-29 12:30:00.000000"}
+    assert second["original"] == {"prompt": "c", "response": "d", "meta": None, "when": A_DAY}
+
+
 def test_whole_numbers_and_decimals_make_one_column(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", [{"prompt": "a", "response": "b", "score": 1}])
     write_lines(tmp_path / "b.jsonl", [{"prompt": "c", "response": "d", "score": 0.5}])
@@ -464,6 +524,25 @@ def test_a_bad_row_is_named_with_its_line_and_remedy(tmp_path: Path, case: str) 
         read_all(tmp_path / "rows.jsonl", **fields)
     for fragment in fragments:
         assert fragment in str(caught.value)
+
+
+BROKEN = ["{not json}", '{"prompt": "p"}', '{"prompt": 1, "response": "r"}']
+
+
+def test_bad_rows_are_dropped_and_counted_by_reason_and_source_where_the_config_says_so(
+    ray_session: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_lines(tmp_path / "data/good.jsonl", questions(40))
+    bad = write_lines(tmp_path / "data/bad.jsonl", questions(50)[40:])
+    bad.write_text(bad.read_text() + "\n".join(BROKEN) + "\n")
+    summary = build(tmp_path / "run", tmp_path / "data", on_bad_row="drop", held_out_fraction=0).summary
+    assert summary["rows"] == 50
+    assert summary["dropped"] == {"missing_field": 1, "not_json": 1, "wrong_type": 1}
+    assert summary["dropped_by_source"] == {"bad": summary["dropped"]}
+    assert f"{bad} line 11: not JSON" in summary["first_dropped"]["not_json"]
+    assert f"rows dropped as not_json: 1, the first: {bad} line 11" in caplog.text
+    with pytest.raises(DataError, match=r"3 rows \(5\.7%: .*more than examples\.max_dropped=0\.05 allows"):
+        build(tmp_path / "other", tmp_path / "data", on_bad_row="drop", max_dropped=0.05)
 
 
 def test_the_line_is_right_in_a_later_range_of_a_large_file(tmp_path: Path) -> None:
@@ -693,7 +772,8 @@ def test_the_parts_hold_every_example_in_order_of_id(ray_session: None, tmp_path
     expected = [row["original"] for row in table.to_pylist() if row["example_id"] in wanted]
     for ids_of_either_kind in (wanted, pa.array(wanted)):
         rows = pa.concat_tables(fetch_rows(artifact, ids_of_either_kind)).to_pydict()
-        assert rows == {"example_id": sorted(wanted), "row": expected}
+        assert (rows["example_id"], rows["row"]) == (sorted(wanted), expected)
+        assert [json.loads(text) for text in rows["row_json"]] == expected
     assert list(fetch_rows(artifact, [])) == []
     with pytest.raises(ArtifactError, match="no example has the id 'nobody'"):
         list(fetch_rows(artifact, [ids[3], "nobody"]))
@@ -855,9 +935,8 @@ def test_conversations_are_stored_with_their_messages(ray_session: None, tmp_pat
     ]
     artifact = build(tmp_path / "run", write_lines(tmp_path / "rows.jsonl", rows), messages_field="chat", held_out_fraction=0)
     found = read_parts(artifact)
-    assert sorted(json.loads(row["messages"])[1]["content"] for row in found.to_pylist()) == sorted(
-        q["response"] for q in questions(10)
-    )
+    answers = [json.loads(text)[1]["content"] for text in found["messages"].to_pylist()]
+    assert sorted(answers) == sorted(q["response"] for q in questions(10))
 
 
 @pytest.mark.skipif(not (SHARED_DATA / "gsm8k.jsonl").exists(), reason="needs ../shared/data or S2L_SHARED_DATA")

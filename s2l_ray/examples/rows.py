@@ -145,8 +145,9 @@ class TableRows:
 
     def own(self, rows: list[int]) -> tuple[str, pa.Array]:
         fields = [pa.field(field.name, plain_type(field.type)) for field in self.table.schema]
-        taken = self.table.take(pa.array(rows, pa.int64())).cast(pa.schema(fields))
-        return "original", taken.to_struct_array().combine_chunks() if rows else pa.array([], pa.struct(fields))
+        # Cast before anything is taken: of some types (views of text) nothing can be.
+        plain = self.table.cast(pa.schema(fields)).to_struct_array().combine_chunks()
+        return "original", plain.take(pa.array(rows, pa.int64()))
 
     def columns(self, rows: list[int]) -> Columns:
         names = self.table.column_names if rows else []
