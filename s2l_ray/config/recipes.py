@@ -60,7 +60,7 @@ SCHEMAS = {
     "proxy": 2,
     "trajectories": 3,
     "clustering": 3,
-    "selection": 3,
+    "selection": 4,
     "target": 2,
     "evaluation": 3,
 }
