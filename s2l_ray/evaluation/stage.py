@@ -34,9 +34,10 @@ from s2l_ray.storage.layout import METRICS, MODEL_FOLDERS, MODEL_RECORD, PREDICT
 from s2l_ray.storage.stages import Context
 from s2l_ray.training.losses import example_losses
 from s2l_ray.training.models import load_model, make_model
-from s2l_ray.training.token_rows import TokenRows
+from s2l_ray.training.token_pools import check_refused, row_counts
+from s2l_ray.training.token_rows import RowLimit
 from s2l_ray.training.tokenizers import target_tokenizer
-from s2l_ray.training.tokens import encode_table, generation_prompt, learnable, row_counts
+from s2l_ray.training.tokens import PartTokens, encode_table, generation_prompt
 
 UNTRAINED = "untrained"
 # The part name of a unit that runs the tasks of the lm-evaluation-harness.
@@ -155,35 +156,38 @@ class Evaluator(UnitWorker):
         if part == TASKS:
             return json.dumps(run_tasks(model, self._tokenizer, self.job.config.evaluation.tasks)).encode()
         config: RunConfig = self.job.config
-        table, limit = read_held_out(self.job.inputs["examples"], part), config.target.max_tokens
-        tokens, kept, changed = learnable(encode_table(self._tokenizer, table, limit), limit, self._tokenizer.eos_token_id)
-        table = table.take(pa.array(kept))
-        losses = example_losses(model, tokens, tokens_per_batch=TOKENS_PER_BATCH, precision=config.target.precision)
-        rows = table.to_pylist()
-        predictions, scores = self._answer(model, rows, tokens)
+        table = read_held_out(self.job.inputs["examples"], part)
+        found = encode_table(self._tokenizer, table, RowLimit.of(config.target))
+        check_refused(found.refused, config.examples)
+        table = table.filter(pc.is_in(table["example_id"], found.example_ids))
+        losses = example_losses(
+            model, found.tokens, tokens_per_batch=TOKENS_PER_BATCH, precision=config.target.precision, owners=found.owners
+        )
+        predictions, scores = self._answer(model, table.to_pylist(), found)
         columns = {
             "example_id": table["example_id"],
             "source": table["source"],
             "loss": pa.array(losses),
-            "num_response_tokens": pa.array(tokens.num_labels),
+            "num_response_tokens": pa.array(found.num_labels),
             "prompt": table["prompt"],
             "reference": table["response"],
             "prediction": pa.array(predictions, pa.string()),
             "scores": pa.array(scores, pa.string()),
         }
-        scored = pa.table(columns).replace_schema_metadata({CHANGED: json.dumps(changed)})
+        scored = pa.table(columns).replace_schema_metadata({CHANGED: json.dumps(found.changed)})
         return table_bytes(scored)
 
-    def _answer(self, model: Any, rows: list[dict[str, Any]], tokens: TokenRows) -> tuple[list[str | None], list[str | None]]:
+    def _answer(self, model: Any, rows: list[dict[str, Any]], found: PartTokens) -> tuple[list[str | None], list[str | None]]:
         """Generated responses and their scores as JSON, None where a row has none."""
         predictions: list[str | None] = [None] * len(rows)
         scores: list[str | None] = [None] * len(rows)
         score = scorers(self.job.config)
         wanted = [i for i, row in enumerate(rows) if row["example_id"] in self.job.generated_ids] if score else []
-        prompts = [generation_prompt(*tokens[i]) for i in wanted]
+        firsts = np.searchsorted(found.owners, wanted).tolist()  # of an example's several rows the first
+        prompts = [generation_prompt(*found.tokens[row]) for row in firsts]
         responses = generate(model, self._tokenizer, prompts, self.job.config.evaluation.max_new_tokens)
         for i, response in zip(wanted, responses, strict=True):
-            found = score(rows[i], response) if score else {}
-            if found:
-                predictions[i], scores[i] = response, json.dumps(found)
+            values = score(rows[i], response) if score else {}
+            if values:
+                predictions[i], scores[i] = response, json.dumps(values)
         return predictions, scores
