@@ -183,10 +183,13 @@ class ChatTemplate:
         """What a template raised, in words that quote nothing of the corpus: 200 characters of the first line at most."""
         lines = str(error).strip().splitlines()
         said = lines[0][:200] if lines else ""
+        source = self.source(tools).replace("\\'", "'").replace('\\"', '"')
         if type(error) is TemplateError:  # by the template itself, whose words may go on with the row's
-            known = self.source(tools).replace("\\'", "'").replace('\\"', '"')
-            said = next((said[:n] for n in range(len(said), 0, -1) if said[:n] in known), "").strip()
-        elif not isinstance(error, UndefinedError | TypeError):  # these name types and keys only
+            said = next((said[:n] for n in range(len(said), 7, -1) if said[:n] in source), "").strip()
+        elif isinstance(error, UndefinedError):  # names an attribute, which may be the row's
+            names = re.findall(r"'([^']*)'", said)
+            said = said if all(name.endswith(" object") or name in source for name in names) else ""
+        elif not isinstance(error, TypeError):  # which names types
             said = ""
         return said or type(error).__name__
 

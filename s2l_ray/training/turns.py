@@ -9,6 +9,7 @@ of its own, with the history as it is rendered at that turn: what inference will
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -228,8 +229,7 @@ def _end(template: ChatTemplate, text: str, start: int, one: Conversation, turn:
 def _closes_a_message(prompt: str, token: str, one: Conversation, turn: int) -> bool:
     """Whether a token follows the message before an answer, too: then it ends turns."""
     content = str(one.messages[turn - 1].get("content") or "").strip() if turn else ""
-    place = prompt.rfind(content) if content else -1
-    return place >= 0 and prompt[place + len(content) :].lstrip().startswith(token)
+    return bool(content) and re.search(re.escape(content) + r"\s*" + re.escape(token), prompt) is not None
 
 
 def _joined(
