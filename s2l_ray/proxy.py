@@ -146,7 +146,7 @@ def train_proxy(job: ProxyJob, events: Any) -> dict[str, Any]:
     trainer = fine_tune(run, model, tokenizer, job.machines, events, on_keep=keep)
     return {
         "rows": pool.num_examples,
-        **row_counts(pool.changed),
+        **row_counts(pool.changed, pool.refused),
         "steps": kept,
         "total_steps": steps,
         "global_batch_size": config.global_batch_size,

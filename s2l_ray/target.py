@@ -124,7 +124,7 @@ def train_target(job: TargetJob, events: Any) -> dict[str, Any]:
     done = {name: job.storage.read_json(f"{MODEL_FOLDERS[name]}/{MODEL_RECORD}") for name in pools} if is_first else {}
     return {
         "rows": pools["selected"].num_examples,
-        **row_counts(pools["selected"].changed),
+        **row_counts(pools["selected"].changed, pools["selected"].refused),
         "total_steps": steps,
         "num_parameters": next((record["num_parameters"] for record in done.values()), 0),
         "num_trained_parameters": next(

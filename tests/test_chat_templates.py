@@ -307,7 +307,7 @@ def test_calls_that_a_template_does_not_write_are_counted_and_their_empty_answer
     assert learned(tokenizer, part) == ["cold<|eot_id|>"]
     assert part.changed == {"tool_calls_not_learned": 1}
     assert "tool calls that the chat template does not write" in said_counts(part.changed, [])[0]
-    assert row_counts(part.changed) == {"dropped": {}, "shortened": {}, "tool_calls_not_learned": 1}
+    assert row_counts(part.changed, part.refused) == {"dropped": {}, "shortened": {}, "tool_calls_not_learned": 1}
 
 
 # --- refused, split, cut -------------------------------------------------------------------------------------------
@@ -317,7 +317,7 @@ def test_a_conversation_that_the_template_refuses_is_named_with_its_words_or_dro
     tokenizer = chat_tokenizer(TEMPLATES["Gemma 3"])
     good = [[user("a"), assistant("b")]] * 11
     part = encoded(tokenizer, *good, [user("secret"), user("a"), assistant("b")])
-    assert part.refused == [("id11", "Conversation roles must alternate user/assistant/user/assistant/...")]
+    assert part.refused == [("id11", "id11", "Conversation roles must alternate user/assistant/user/assistant/...")]
     assert part.example_ids.to_pylist() == [f"id{number}" for number in range(11)]
     pool = PoolTokens.join([part])
     with pytest.raises(
@@ -326,9 +326,12 @@ def test_a_conversation_that_the_template_refuses_is_named_with_its_words_or_dro
         pool.check("proxy", RowLimit(99), CORPUS)
     dropping = CORPUS.model_copy(update={"on_bad_row": "drop"})
     pool.check("proxy", RowLimit(99), dropping)
-    assert row_counts(pool.changed)["dropped"] == {"refused_by_template": 1}
+    counts = row_counts(pool.changed, pool.refused)
+    assert counts["dropped"] == {"refused_by_template": 1}
+    assert counts["dropped_by_source"] == {"id11": {"refused_by_template": 1}}
+    assert counts["first_dropped"]["refused_by_template"].startswith("example 'id11': the chat template refuses it (Conv")
     assert said_counts(pool.changed, pool.refused)[0].startswith(
-        "dropped: 1 refused_by_template; the first is 'id11' (Conversation"
+        "dropped: 1 refused_by_template, the first: example 'id11': the chat template refuses it"
     )
     with pytest.raises(
         DataError, match=r"proxy: the chat template refuses 1 of 12 examples, more than examples\.max_dropped=0\.05"
@@ -350,7 +353,7 @@ def test_a_conversation_that_the_template_refuses_is_named_with_its_words_or_dro
 def test_no_template_s_fault_is_a_traceback_or_quotes_the_corpus(fault, words):
     tokenizer = chat_tokenizer("{% for m in messages %}" + fault + "{% endfor %}")
     part = encoded(tokenizer, [user("the secret"), assistant("the secret")])
-    [(_, said)] = part.refused
+    [(_, _, said)] = part.refused
     assert "secret" not in said
     assert said == words
     with pytest.raises(DataError, match="the chat template refuses it"):
@@ -365,7 +368,7 @@ def test_an_example_of_several_rows_counts_as_one_and_its_rows_have_names_of_the
     assert part.num_labels.tolist() == [part.tokens.num_labels[part.owners == number].sum() for number in range(3)]
     pool = PoolTokens.join([part])
     assert (pool.num_examples, pool.sizes) == (3, "3 examples in 6 rows")
-    assert row_counts(pool.changed) == {"dropped": {}, "shortened": {}, "split_conversations": 2}
+    assert row_counts(pool.changed, pool.refused) == {"dropped": {}, "shortened": {}, "split_conversations": 2}
 
 
 def test_of_a_split_conversation_the_rows_that_fit_are_kept():

@@ -23,7 +23,9 @@ from s2l_ray.config.recipes import SCHEMAS
 from s2l_ray.errors import DataError
 from s2l_ray.examples import order as order_module
 from s2l_ray.examples import shards as shards_module
+from s2l_ray.examples.columns import Columns
 from s2l_ray.examples.corpus import corpus_identity, examples_recipe
+from s2l_ray.examples.dropped import Dropped
 from s2l_ray.examples.order import (
     INDEX_COLUMNS,
     DropSeen,
@@ -36,7 +38,6 @@ from s2l_ray.examples.order import (
     keep_first,
     refuse_shared_ids,
 )
-from s2l_ray.examples.rows import Columns
 from s2l_ray.examples.shards import ShardIndex, row_groups, shard_path, with_notes
 from s2l_ray.examples.stage import build as build_stage
 from s2l_ray.storage.artifacts import Artifact, Key
@@ -93,8 +94,8 @@ def test_one_id_for_different_contents_is_named_once() -> None:
 
 def shard_of(ids: list[str]) -> ShardIndex:
     """What is known of a shard with these ids."""
-    table = pa.table({"example_id": pa.array(sorted(ids), pa.string())})
-    return ShardIndex.of(row_groups(with_notes(table, Counter(), Columns(pa.struct([]), {}))))
+    table = pa.table({"example_id": pa.array(sorted(ids), pa.string()), "messages": pa.nulls(len(ids), pa.string())})
+    return ShardIndex.of(row_groups(with_notes(table, Dropped(), Columns())))
 
 
 @given(

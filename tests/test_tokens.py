@@ -74,7 +74,7 @@ def test_a_response_that_is_cut_off_whole_is_dropped_and_counted():
     assert found.example_ids.to_pylist() == ["id1", "id2"]
     assert words(found.tokens, 0) == ("what a b", "a b")
     assert found.changed == {"no_response_token": 1, "cut": 1}
-    assert row_counts(found.changed) == {"dropped": {"no_response_token": 1}, "shortened": {"cut": 1}}
+    assert row_counts(found.changed, []) == {"dropped": {"no_response_token": 1}, "shortened": {"cut": 1}}
 
 
 def test_where_no_response_token_is_left_at_all_the_limit_and_the_median_length_are_named():

@@ -51,7 +51,7 @@ RECIPES: dict[str, Callable[[RunConfig], dict[str, Any]]] = {
 }
 
 SCHEMAS = {
-    "examples": 2,
+    "examples": 3,
     "proxy": 3,
     "trajectories": 4,
     "clustering": 3,

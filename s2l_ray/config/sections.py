@@ -11,7 +11,9 @@ from pydantic import Field, field_validator, model_validator
 from s2l_ray.config.section import Fraction, Positive, Precision, Section
 
 FORMATS = {".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
-"""How a file of a corpus is read, by its suffix; all but Parquet may be gzipped."""
+"""How a file of a corpus is read, by its suffix."""
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+"""What may follow such a suffix, but for Parquet, which compresses itself."""
 
 
 class ReasoningGym(Section):

@@ -37,14 +37,14 @@ from s2l_ray.training.models import load_model, make_model
 from s2l_ray.training.token_pools import check_refused, row_counts
 from s2l_ray.training.token_rows import RowLimit
 from s2l_ray.training.tokenizers import target_tokenizer
-from s2l_ray.training.tokens import PartTokens, encode_table, generation_prompt
+from s2l_ray.training.tokens import PartTokens, RefusedExample, encode_table, generation_prompt
 
 UNTRAINED = "untrained"
 # The part name of a unit that runs the tasks of the lm-evaluation-harness.
 TASKS = "tasks"
 TOKENS_PER_BATCH = 4096
-# The field of a unit's schema metadata with the counts of dropped and shortened held-out rows.
-CHANGED = b"changed"
+# The field of a unit's schema metadata with what was counted of its held-out rows.
+COUNTED = b"counted"
 _log = get_log("evaluation")
 
 
@@ -93,10 +93,12 @@ def _write_results(context: Context, models: list[str], parts: list[str]) -> dic
     draft.write(METRICS, (json.dumps(metrics, indent=2) + "\n").encode())
     lines = [json.dumps(prediction(model, row), ensure_ascii=False) for model in models for row in rows[model] if row["scores"]]
     draft.write(PREDICTIONS, "".join(f"{line}\n" for line in lines).encode())
-    changed = sum((Counter(json.loads(table.schema.metadata[CHANGED])) for table in tables[UNTRAINED]), Counter[str]())
+    counted = [json.loads(table.schema.metadata[COUNTED]) for table in tables[UNTRAINED]]
+    changed = sum((Counter(found["changed"]) for found in counted), Counter[str]())
+    refused = [RefusedExample(*one) for found in counted for one in found["refused"]]
     counts = Counter(row["source"] for row in rows[UNTRAINED])
     summary = {"rows": len(rows[UNTRAINED]), "sources": dict(sorted(counts.items())), "predictions": len(lines)}
-    return summary | row_counts(changed)
+    return summary | row_counts(changed, refused)
 
 
 def _read_unit(draft: Draft, unit: Unit) -> pa.Table:
@@ -174,7 +176,9 @@ class Evaluator(UnitWorker):
             "prediction": pa.array(predictions, pa.string()),
             "scores": pa.array(scores, pa.string()),
         }
-        scored = pa.table(columns).replace_schema_metadata({CHANGED: json.dumps(found.changed)})
+        scored = pa.table(columns).replace_schema_metadata(
+            {COUNTED: json.dumps({"changed": found.changed, "refused": found.refused})}
+        )
         return table_bytes(scored)
 
     def _answer(self, model: Any, rows: list[dict[str, Any]], found: PartTokens) -> tuple[list[str | None], list[str | None]]:

@@ -6,15 +6,17 @@ A corpus is files (JSON Lines, JSON, CSV, Parquet), a Hub dataset, or tasks that
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import hashlib
 from typing import Any
 
 from pyarrow import fs
 
 from s2l_ray.config import ExamplesConfig, ReasoningGymDataset
-from s2l_ray.config.sections import FORMATS
+from s2l_ray.config.sections import COMPRESSIONS, FORMATS
 from s2l_ray.errors import DataError
 from s2l_ray.examples.files import CorpusFile
+from s2l_ray.examples.llama_factory import resolved
 from s2l_ray.progress import get_log
 from s2l_ray.storage.hub import hub_commit, hub_id
 from s2l_ray.storage.layout import CORPUS_HASHES
@@ -89,31 +91,35 @@ def _known(file: CorpusFile) -> CorpusFile:
 
 
 def _known_suffixes() -> str:
-    return f"{', '.join(FORMATS)}; all but .parquet also with .gz"
+    return f"{', '.join(FORMATS)}; all but .parquet also with {', '.join(COMPRESSIONS)}"
 
 
 # --- what the corpus is ------------------------------------------------------------------------------------------
 
 
-def corpus_identity(config: ExamplesConfig, run: Storage | None = None) -> str:
+def corpus_identity(given: ExamplesConfig, run: Storage | None = None) -> str:
     """Which corpus it is, by content and not by place: `files:HASH`, `hub:ID@COMMIT`, `reasoning_gym:HASH`.
 
     Hashes of files are remembered in the run's scratch directory by address, size and time of change. Raises DataError for
     a corpus that is missing or empty, ArtifactError where the scratch directory is somebody else's.
     """
+    config, layout = resolved(given)
     if isinstance(config.dataset, ReasoningGymDataset):
         from importlib import metadata
 
         recipe = config.dataset.reasoning_gym.model_dump(mode="json")
         return f"reasoning_gym:{digest([recipe, metadata.version('reasoning-gym')])}"
+    # What an entry of dataset_info.json says is in no other part of the recipe.
+    named = [dataclasses.asdict(layout), config.subset, config.split] if config is not given else []
     hub = hub_id(config.dataset)
     if hub:
-        return f"hub:{hub}@{hub_commit('dataset', hub, config.revision)}"
+        layout_digest = f"#{digest(named)}" if named else ""
+        return f"hub:{hub}@{hub_commit('dataset', hub, config.revision)}{layout_digest}"
     files = find_files(config.dataset)
     hashes = _hashes(files, run)
     # A file's name counts only where it becomes a source.
     parts = sorted([hashes[file.uri], str(file.format), "" if config.source_field else file.source] for file in files)
-    return f"files:{digest(parts, num_bytes=16)}"
+    return f"files:{digest([*parts, *named], num_bytes=16)}"
 
 
 def _hashes(files: list[CorpusFile], run: Storage | None) -> dict[str, str]:

@@ -11,9 +11,13 @@ from collections.abc import Iterator
 from s2l_ray.config import ExamplesConfig, ReasoningGym, ReasoningGymDataset
 from s2l_ray.errors import DataError
 from s2l_ray.examples.corpus import find_files
+from s2l_ray.examples.csv_files import CsvFile
 from s2l_ray.examples.fields import normalise
-from s2l_ray.examples.formats import FilePiece, cut_file
+from s2l_ray.examples.files import BYTE_ORDER_MARK, CorpusFile, marked_encoding
+from s2l_ray.examples.formats import FilePiece, JsonValues, Lines, StreamedLines, cut_row_groups
+from s2l_ray.examples.llama_factory import resolved
 from s2l_ray.examples.pieces import GeneratedRows, HubRows, Shard, load_hub
+from s2l_ray.progress import get_log
 from s2l_ray.storage.hub import hub_id
 
 # A task holds a shard in memory as Python objects. Between the bounds, a small corpus still keeps several tasks busy.
@@ -47,6 +51,7 @@ def sample_corpus(config: ExamplesConfig, num_rows: int) -> tuple[int, list[str]
     Reads a few shards, or a few rows of every generated task. Nothing is known of a Hub dataset before it is downloaded:
     (0, []). Raises DataError as reading it all would.
     """
+    config, layout = resolved(config)
     if hub_id(config.dataset):
         return 0, []
     if isinstance(config.dataset, ReasoningGymDataset):
@@ -56,7 +61,7 @@ def sample_corpus(config: ExamplesConfig, num_rows: int) -> tuple[int, list[str]
     else:
         shards = cut_corpus(config)
         chosen = shards[:: -(-len(shards) // SHARDS_IN_A_SAMPLE)]
-    tables = [normalise(rows, config).table for shard in chosen for piece in shard for rows in piece.read()]
+    tables = [normalise(rows, config, layout).table for shard in chosen for piece in shard for rows in piece.read()]
     columns = [(table["prompt"].to_pylist(), table["response"].to_pylist()) for table in tables]
     texts = [
         f"{prompt}{response}" for prompts, responses in columns for prompt, response in zip(prompts, responses, strict=True)
@@ -103,3 +108,40 @@ def _packed(pieces: list[FilePiece], shard_bytes: int) -> list[Shard]:
         shards[-1].append(piece)
         room -= piece.size
     return [tuple(shard) for shard in shards]
+
+
+# --- one file ----------------------------------------------------------------------------------------------------
+
+
+def cut_file(file: CorpusFile, shard_bytes: int) -> list[FilePiece]:
+    """The pieces of a file, of about `shard_bytes` each where its format can be cut. Raises DataError if it cannot be read.
+
+    What a file is called tells CSV, Parquet and JSON apart; its first bytes tell which kind of JSON it is.
+    """
+    if file.format in {"csv", "tsv"}:
+        return [CsvFile(file)]
+    if file.format == "parquet":
+        return list(cut_row_groups(file, shard_bytes))
+    head = file.head()
+    encoding = marked_encoding(head) or "utf-8"
+    kind = _json_kind(head.decode(encoding, "replace"), file)
+    if kind != "lines":
+        if file.format == "lines":
+            get_log("examples").info(f"{file.name}: not one object a line, but {kind}: read as that")
+        return [JsonValues(file)]
+    if file.format == "json" and head:
+        get_log("examples").info(f"{file.name}: no array, but one object a line: read as that")
+    is_utf8 = encoding.startswith("utf-8")
+    if file.compression or not is_utf8:
+        return [StreamedLines(file, is_utf8)]
+    return [Lines(file, start, min(start + shard_bytes, file.num_bytes)) for start in range(0, file.num_bytes, shard_bytes)]
+
+
+def _json_kind(head: str, file: CorpusFile) -> str:
+    """`lines`, or what a JSON file is instead, by its first characters."""
+    start = head.lstrip(BYTE_ORDER_MARK + " \t\r\n")
+    if start.startswith("["):
+        return "one JSON array"
+    first, newline, _ = start.partition("\n")
+    is_broken_off = file.format == "json" and newline and not first.rstrip().endswith("}")
+    return "objects over several lines" if first.strip() == "{" or is_broken_off else "lines"

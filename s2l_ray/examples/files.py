@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import io
+import lzma
 import os
+import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
-from s2l_ray.config.sections import FORMATS
+from s2l_ray.config.sections import COMPRESSIONS, FORMATS
 from s2l_ray.errors import DataError
 from s2l_ray.storage.places import Storage
+
+# Longer ones first: the mark of UTF-32 begins with that of UTF-16.
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+    codecs.BOM_UTF8: "utf-8-sig",
+}
+BYTE_ORDER_MARK = "\ufeff"
+HEAD_BYTES = 4096
+# So much of a file that is not UTF-8 is looked at to guess what it is.
+_GUESSED_BYTES = 65_536
+# Those that corpora are found in; each contains the older ones of its kind (GBK, Latin-1, Shift JIS).
+_ENCODINGS = ["gb18030", "big5", "cp932", "euc_jp", "cp949", "cp1251", "cp1252"]
 
 
 @dataclass(frozen=True)
@@ -28,28 +47,34 @@ class CorpusFile:
     modified_ns: int
 
     @property
-    def is_gzipped(self) -> bool:
-        return self.name.endswith(".gz")
+    def compression(self) -> str | None:
+        return COMPRESSIONS.get(os.path.splitext(self.name)[1].lower())
 
     @property
     def format(self) -> str | None:
         """How it is read, None for a suffix that is not known."""
-        found = FORMATS.get(os.path.splitext(self.name.removesuffix(".gz"))[1].lower())
-        return None if found == "parquet" and self.is_gzipped else found
+        found = FORMATS.get(os.path.splitext(self._unpacked_name)[1].lower())
+        return None if found == "parquet" and self.compression else found
 
     @property
     def source(self) -> str:
         """The source of rows that name none: the file's name without its suffixes."""
-        return os.path.splitext(os.path.basename(self.name).removesuffix(".gz"))[0]
+        return os.path.splitext(os.path.basename(self._unpacked_name))[0]
+
+    @property
+    def _unpacked_name(self) -> str:
+        return os.path.splitext(self.name)[0] if self.compression else self.name
 
     def open(self) -> Any:
         """The file for random access, as it is stored."""
         return Storage(self.uri).open()
 
-    def stream(self, *, unzipped: bool = False) -> Any:
-        """The file from its start, as it is stored; if `unzipped`, a gzipped one as it was before."""
+    def stream(self, *, unpacked: bool = False) -> Any:
+        """The file from its start, as it is stored; if `unpacked`, a compressed one as it was before."""
         storage = Storage(self.uri)
-        compression = "gzip" if unzipped and self.is_gzipped else None
+        compression = self.compression if unpacked else None
+        if compression == "xz":  # Arrow does not know it
+            return lzma.open(storage.filesystem.open_input_stream(storage.path(), compression=None))
         return storage.filesystem.open_input_stream(storage.path(), compression=compression)
 
     @contextlib.contextmanager
@@ -63,24 +88,55 @@ class CorpusFile:
                 f"{self.name}: not found on {socket.gethostname()}. Put the corpus where every node can read it, "
                 "on a shared filesystem or in object storage."
             ) from error
-        except (OSError, pa.ArrowInvalid) as error:
-            kind = f"a {self.format} file" if self.format == "parquet" else "readable"
+        except (OSError, EOFError, lzma.LZMAError, pa.ArrowException) as error:
+            kind = "a parquet file" if self.format == "parquet" else f"readable as {self.compression or self.format}"
             raise DataError(f"{self.name}: not {kind} ({error}). Replace the file, or leave it out.") from error
 
+    def head(self) -> bytes:
+        """The first bytes of the file, unpacked."""
+        with self.readable(), self.stream(unpacked=True) as stream:
+            return bytes(stream.read(HEAD_BYTES))
+
     def text(self) -> str:
-        """The whole file as text, unzipped. Raises DataError where it is not UTF-8."""
-        with self.readable(), self.stream(unzipped=True) as stream:
-            return decode(stream.read(), True, lambda line: f"{self.name} line {line + 1:,}")
+        """The whole file as text, unpacked. Raises DataError where it is neither UTF-8 nor begins with the mark of another
+        Unicode encoding."""
+        with self.readable(), self.stream(unpacked=True) as stream:
+            data = bytes(stream.read())
+        encoding = marked_encoding(data) or "utf-8"
+        try:
+            return data.decode(encoding)
+        except UnicodeDecodeError as error:
+            line = data.count(b"\n", 0, error.start) + 1
+            raise DataError(f"{self.name} line {line:,}: {not_unicode(data, error.start, encoding)}") from error
 
 
-def decode(data: bytes, is_first: bool, place_of: Callable[[int], str]) -> str:
-    """UTF-8 bytes as text, without the byte-order mark that some editors put at the start of a file (`is_first`).
+def marked_encoding(head: bytes) -> str | None:
+    """The encoding that a byte-order mark at the start of a file names, None without one."""
+    return next((encoding for mark, encoding in _MARKS.items() if head.startswith(mark)), None)
 
-    Raises DataError with `place_of(line)`, lines counted from the start of `data`, for bytes that are not UTF-8.
-    """
-    data = data.removeprefix(b"\xef\xbb\xbf") if is_first else data
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        where = place_of(data.count(b"\n", 0, error.start))
-        raise DataError(f"{where}: not UTF-8 text ({error.reason}). Convert the file: iconv -f latin1 -t utf-8.") from error
+
+def not_unicode(data: bytes, position: int, expected: str = "utf-8") -> str:
+    """What is wrong with bytes of which that at `position` is not as `expected`: the encodings that they are probably in, and
+    the remedy."""
+    start = max(0, position - _GUESSED_BYTES // 2)
+    likely = [] if expected != "utf-8" else _likely_encodings(data[start : start + _GUESSED_BYTES])
+    if not likely:
+        return f"not {expected.removesuffix('-sig').upper()} text. Convert the file to UTF-8, or leave it out."
+    return f"not UTF-8 text, it looks like {' or '.join(likely)}. Convert the file: iconv -f {likely[0]} -t utf-8."
+
+
+def _likely_encodings(sample: bytes) -> list[str]:
+    """The encodings in which a text that is not UTF-8 makes most sense, at most three."""
+    from charset_normalizer import from_bytes
+
+    runs = re.findall(rb"[\x80-\xff]+", sample)
+    if all(len(run) == 1 for run in runs):  # accents between plain letters: no script of its own
+        return ["cp1252"]
+    matches = from_bytes(sample, cp_isolation=_ENCODINGS)
+    found = sorted((match.chaos, -match.coherence, _ENCODINGS.index(match.encoding)) for match in matches)
+    return [_ENCODINGS[place] for *merit, place in found if merit == list(found[0][:2])][:3]
+
+
+def as_lines(text: str) -> io.StringIO:
+    """A text as its lines, for a reader that keeps their ends."""
+    return io.StringIO(text, newline="")

@@ -1,16 +1,14 @@
-"""The formats of a corpus's files: how each is cut into pieces, and how a piece is read.
+"""JSON and Parquet files of a corpus: how a piece of one is read.
 
-Limits: a gzipped file, a CSV file and a JSON array are one piece each; of a CSV file and an array the whole file is in memory.
+Limits: a compressed file and a file of JSON values that are no lines are one piece each; of the latter, and of UTF-16, the
+whole file is in memory.
 """
 
 from __future__ import annotations
 
 import abc
-import csv
 import functools
-import io
 import json
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from s2l_ray.errors import DataError
-from s2l_ray.examples.files import CorpusFile, decode
-from s2l_ray.examples.rows import ROWS_AT_A_TIME, CorpusRows, Records, TableRows
+from s2l_ray.examples.files import BYTE_ORDER_MARK, CorpusFile, not_unicode
+from s2l_ray.examples.row_problems import kind_in_words
+from s2l_ray.examples.rows import ROWS_AT_A_TIME, BadRow, CorpusRows, Records, TableRows
 
-GZIP_BLOCK_BYTES = 16 * 2**20
-"""Unzipped bytes of a gzipped JSON Lines file that are parsed together."""
+BLOCK_BYTES = 16 * 2**20
+"""Unpacked bytes of a compressed JSON Lines file that are parsed together."""
+NOT_UTF8, NOT_JSON, NOT_AN_OBJECT = "not_utf8", "not_json", "not_an_object"
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,9 @@ class FilePiece(abc.ABC):
     def read(self) -> Iterator[CorpusRows]: ...
 
 
+# --- JSON Lines --------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Lines(FilePiece):
     """The lines of a JSON Lines file that start in the bytes from `start` to below `stop`."""
@@ -58,7 +61,7 @@ class Lines(FilePiece):
     def read(self) -> Iterator[CorpusRows]:
         with self.file.readable(), self.file.open() as source:
             begin, data = owned_lines(source, self.start, self.stop)
-        yield parse_lines(data, begin == 0, self.file, lambda: self._lines_before(begin))
+        yield parse_lines(data, self.file, lambda: self._lines_before(begin))
 
     def _lines_before(self, offset: int) -> int:
         """The number of lines that end before `offset`. The file is read for it, so it is counted only for a message."""
@@ -93,100 +96,154 @@ def _next_line(source: Any, offset: int) -> int:
 
 
 @dataclass(frozen=True)
-class GzippedLines(FilePiece):
-    """A gzipped JSON Lines file, which can be read only from its start."""
+class StreamedLines(FilePiece):
+    """A JSON Lines file that can be read only from its start: it is compressed, or not UTF-8 but marked as other Unicode."""
+
+    is_utf8: bool
 
     def read(self) -> Iterator[CorpusRows]:
+        if not self.is_utf8:
+            yield parse_lines(self.file.text().encode("utf-8", "surrogatepass"), self.file, lambda: 0)
+            return
         num_lines, rest = 0, b""
-        with self.file.readable(), self.file.stream(unzipped=True) as source:
-            while block := source.read(GZIP_BLOCK_BYTES):
+        with self.file.readable(), self.file.stream(unpacked=True) as source:
+            while block := source.read(BLOCK_BYTES):
                 whole, newline, rest = (rest + block).rpartition(b"\n")
-                lines_before = functools.partial(int, num_lines)  # a lambda would see the later value
-                yield parse_lines(whole + newline, num_lines == 0, self.file, lines_before)
+                yield parse_lines(whole + newline, self.file, functools.partial(int, num_lines))
                 num_lines += whole.count(b"\n") + len(newline)
-        yield parse_lines(rest, num_lines == 0, self.file, lambda: num_lines)
+        yield parse_lines(rest, self.file, lambda: num_lines)
 
 
-def parse_lines(data: bytes, is_first: bool, file: CorpusFile, lines_before: Callable[[], int]) -> Records:
-    """The rows in lines of JSON; blank lines are skipped. `is_first`: whether `data` begins the file.
+def parse_lines(data: bytes, file: CorpusFile, lines_before: Callable[[], int]) -> Records:
+    """The rows in lines of JSON; blank lines are skipped.
 
-    `lines_before` counts the file's lines before `data`; it is called only where a message names a line. Raises DataError
-    naming a line that is no JSON object.
+    `lines_before` counts the file's lines before `data`; it is called only where a message names a line.
     """
 
     def place_of(line: int) -> str:
         return f"{file.name} line {lines_before() + line + 1:,}"
 
     records: list[dict[str, Any]] = []
+    texts: list[str] = []
     lines: list[int] = []
-    for number, line in enumerate(decode(data, is_first, place_of).split("\n")):
-        if not line or line.isspace():
+    bad: list[BadRow] = []
+    problem = ""
+    for number, found in enumerate(_decoded_lines(data)):
+        if isinstance(found, UnicodeDecodeError):
+            problem = problem or not_unicode(data, data.find(found.object))  # guessed once: it takes its time
+            bad.append(BadRow(NOT_UTF8, f"{place_of(number)}: {problem}"))
             continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            hint = " A .json file is an array of objects, or one object a line." if file.format == "json" else ""
-            found = f"not JSON ({error}; it starts with {line[:40]!r})"
-            raise DataError(f"{place_of(number)}: {found}. Fix or remove the line.{hint}") from error
-        if not isinstance(value, dict):
-            raise DataError(f"{place_of(number)}: a row is a JSON object, found {type(value).__name__}. Fix or remove it.")
-        records.append(value)
-        lines.append(number)
-    return Records(records, lambda row: place_of(lines[row]), file.source)
+        line = found.strip().removeprefix(BYTE_ORDER_MARK).lstrip()  # files put together have it before any line
+        if not line:
+            continue
+        value = parse_json(line)
+        if isinstance(value, dict):
+            records.append(value)
+            texts.append(line)
+            lines.append(number)
+        else:
+            bad.append(_no_row(value, place_of(number)))
+    return Records(records, lambda row: place_of(lines[row]), file.source, texts, bad)
+
+
+def _decoded_lines(data: bytes) -> list[Any]:
+    """Lines as text; one that is not UTF-8 as the error."""
+    try:
+        return list(data.decode("utf-8").split("\n"))
+    except UnicodeDecodeError:
+        return [_decoded(line) for line in data.split(b"\n")]
+
+
+def _decoded(line: bytes) -> str | UnicodeDecodeError:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return error
+
+
+def parse_json(text: str) -> Any:
+    """A JSON value, or the error that says why it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return error
+
+
+def _no_row(value: Any, place: str) -> BadRow:
+    if isinstance(value, Exception):
+        return BadRow(NOT_JSON, f"{place}: not JSON ({value}). Fix or remove the line.")
+    return BadRow(NOT_AN_OBJECT, f"{place}: a row is a JSON object, found {kind_in_words(value)}. Fix or remove it.")
+
+
+# --- other JSON --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class JsonArray(FilePiece):
-    """A JSON file that is one array of objects."""
+class JsonValues(FilePiece):
+    """A JSON file that is one array of objects, or objects one after the other that each take several lines."""
 
     def read(self) -> Iterator[CorpusRows]:
-        try:
-            values = json.loads(self.file.text())
-        except json.JSONDecodeError as error:
-            raise DataError(f"{self.name} line {error.lineno:,}: not JSON ({error}). Fix the file.") from error
-        for row, value in enumerate(values):
-            if not isinstance(value, dict):
-                raise DataError(f"{self.name} row {row + 1:,}: not a JSON object but {type(value).__name__}. Fix the file.")
+        values, texts, rows, bad = [], [], [], list[BadRow]()
+        for row, (value, text) in enumerate(self._values(self.file.text())):
+            if isinstance(value, dict):
+                values.append(value)
+                texts.append(_on_one_line(text))
+                rows.append(row)
+            else:
+                bad.append(_no_row(value, self._place(row)))
         # All rows together: the whole file is in memory as Python objects anyway.
-        yield Records(values, lambda row: f"{self.name} row {row + 1:,}", self.file.source)
+        yield Records(values, lambda number: self._place(rows[number]), self.file.source, texts, bad)
+
+    def _place(self, row: int) -> str:
+        return f"{self.name} row {row + 1:,}"
+
+    def _values(self, text: str) -> Iterator[tuple[Any, str]]:
+        """The values, each with its text. Raises DataError naming the line where there is none."""
+        decoder = json.JSONDecoder()
+        text = text.removeprefix(BYTE_ORDER_MARK).rstrip()
+        position = _after_space(text, 0)
+        is_array = text.startswith("[", position)
+        position = _after_space(text, position + is_array)
+        is_empty = is_array and text.startswith("]", position)
+        while position < len(text) and not is_empty:
+            try:
+                value, end = decoder.raw_decode(text, position)
+            except (ValueError, RecursionError) as error:
+                raise self._broken(text, getattr(error, "pos", position), str(error)) from error
+            yield value, text[position:end]
+            position = _after_space(text, end)
+            if not is_array:
+                continue
+            if text.startswith("]", position):
+                position = _after_space(text, position + 1)
+                break
+            if not text.startswith(",", position):
+                raise self._broken(text, position, "a comma or the end of the array is missing")
+            position = _after_space(text, position + 1)
+        else:
+            if is_array and not is_empty:
+                raise self._broken(text, position, "the array has no end")
+            return
+        if position < len(text):
+            raise self._broken(text, position, "something follows the array")
+
+    def _broken(self, text: str, position: int, problem: str) -> DataError:
+        line = text.count("\n", 0, position) + 1
+        return DataError(f"{self.name} line {line:,}: not JSON ({problem}). Fix the file: an array, or one object a line.")
 
 
-@dataclass(frozen=True)
-class CsvFile(FilePiece):
-    """A CSV or TSV file with a header. Every value is text: `001` stays `001`."""
+def _after_space(text: str, position: int) -> int:
+    while position < len(text) and text[position] in " \t\r\n":
+        position += 1
+    return position
 
-    def read(self) -> Iterator[CorpusRows]:
-        csv.field_size_limit(sys.maxsize)  # 128 kB otherwise, which a long document exceeds
-        delimiter = "\t" if self.file.format == "tsv" else ","
-        reader = csv.reader(io.StringIO(self.file.text(), newline=""), delimiter=delimiter)
-        header = next(reader, [])
-        if len(set(header)) < len(header):
-            raise DataError(f"{self.name} line 1: a column name occurs twice ({', '.join(header)}). Rename one.")
-        records: list[dict[str, Any]] = []
-        lines: list[int] = []
-        for line, values in self._numbered(reader):
-            if len(values) != len(header):
-                raise DataError(f"{self.name} line {line:,}: {len(values)} values for {len(header)} columns. Fix the row.")
-            records.append(dict(zip(header, values, strict=True)))
-            lines.append(line)
-            if len(records) == ROWS_AT_A_TIME:
-                yield self._rows(records, lines)
-                records, lines = [], []
-        yield self._rows(records, lines)
 
-    def _numbered(self, reader: Any) -> Iterator[tuple[int, list[str]]]:
-        """The rows that are not blank, each after the number of the line on which it starts."""
-        line = reader.line_num + 1
-        try:
-            for values in reader:
-                if values:
-                    yield line, values
-                line = reader.line_num + 1
-        except csv.Error as error:
-            raise DataError(f"{self.name} line {line:,}: not CSV ({error}). Fix the row.") from error
+def _on_one_line(text: str) -> str:
+    """A JSON text without line breaks, which stand only between its tokens."""
+    return " ".join(line.strip() for line in text.splitlines()) if "\n" in text or "\r" in text else text
 
-    def _rows(self, records: list[dict[str, Any]], lines: list[int]) -> Records:
-        return Records(records, lambda row: f"{self.name} line {lines[row]:,}", self.file.source)
+
+# --- Parquet -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -213,29 +270,14 @@ class RowGroups(FilePiece):
                 first += batch.num_rows
 
 
-def cut_file(file: CorpusFile, shard_bytes: int) -> list[FilePiece]:
-    """The pieces of a file, of about `shard_bytes` each where its format can be cut. Raises DataError if it cannot be read."""
-    if file.format in {"csv", "tsv"}:
-        return [CsvFile(file)]
-    if file.format == "json" and _is_json_array(file):
-        return [JsonArray(file)]
-    if file.format == "parquet":
-        return list(_cut_row_groups(file, shard_bytes))
-    if file.is_gzipped:
-        return [GzippedLines(file)]
-    return [Lines(file, start, min(start + shard_bytes, file.num_bytes)) for start in range(0, file.num_bytes, shard_bytes)]
-
-
-def _is_json_array(file: CorpusFile) -> bool:
-    """Whether a .json file is one array; many hold one object per line."""
-    with file.readable(), file.stream(unzipped=True) as stream:
-        return bool(stream.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["))
-
-
-def _cut_row_groups(file: CorpusFile, shard_bytes: int) -> Iterator[FilePiece]:
+def cut_row_groups(file: CorpusFile, shard_bytes: int) -> Iterator[FilePiece]:
     """Runs of row groups, each of at least `shard_bytes` without compression, but for the last."""
     with file.readable(), file.open() as source:
         footer = pq.read_metadata(source)
+        names = footer.schema.to_arrow_schema().names
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise DataError(f"{file.name}: several columns are called {', '.join(twice)}. Rename them.")
     start = first_row = num_rows = size = 0
     for group in range(footer.num_row_groups):
         size += footer.row_group(group).total_byte_size

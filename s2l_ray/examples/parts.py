@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from s2l_ray.config import WorkerConfig
+from s2l_ray.examples.columns import json_text, plain_values, struct_from_arrow, struct_from_values
 from s2l_ray.examples.order import Addresses
-from s2l_ray.examples.shards import take_rows, with_original
+from s2l_ray.examples.shards import take_rows
 from s2l_ray.progress import get_log, track
 from s2l_ray.runtime.data import run_tasks
 from s2l_ray.storage.drafts import Draft, table_bytes
@@ -36,10 +38,57 @@ def rows_per_part(num_rows: int, wanted: int | str) -> int:
     return size
 
 
-def write_parts(addresses: Addresses, size: int, original: pa.DataType, workers: WorkerConfig, draft: Draft) -> None:
+@dataclass(frozen=True)
+class PartColumns:
+    """The columns of a corpus's parts that not every corpus has."""
+
+    original: pa.StructType
+    """The corpus's own columns."""
+    has_json: bool
+    """Whether rows have a text of their own: `row_json`."""
+    has_conversations: bool
+    """Whether there are `messages` and `tools`."""
+
+    def of(self, table: pa.Table) -> pa.Table:
+        """Rows of a shard with these columns."""
+        if "row_json" not in table.column_names:
+            table = table.append_column("row_json", pa.nulls(len(table), pa.string()))
+        is_text = table["row_json"].is_valid().to_numpy()
+        pieces = [self._read_one_by_one(table.filter(pa.array(is_text)))]
+        if not is_text.all():
+            pieces.append(self._read_as_table(table.filter(pa.array(~is_text))))
+        order = np.argsort(np.concatenate([np.flatnonzero(is_text), np.flatnonzero(~is_text)]))
+        return pa.concat_tables([piece.select(self._names) for piece in pieces]).take(pa.array(order))
+
+    @property
+    def _names(self) -> list[str]:
+        conversation = ["messages", "tools"] if self.has_conversations else []
+        own = ["original", "row_json"] if self.has_json else ["original"]
+        return ["example_id", "source", "prompt", "response", "split", *conversation, *own]
+
+    def _read_one_by_one(self, table: pa.Table) -> pa.Table:
+        """Rows that have a text of their own."""
+        records = [json.loads(text) for text in table["row_json"].to_pylist()]
+        return _with(table, "original", struct_from_values(records, self.original))
+
+    def _read_as_table(self, table: pa.Table) -> pa.Table:
+        """Rows of an Arrow table; their text is made where those of other files have one."""
+        rows = table["original"].combine_chunks()
+        if self.has_json:
+            table = _with(table, "row_json", pa.array(map(json_text, plain_values(rows)), pa.string()))
+        return _with(table, "original", struct_from_arrow(rows, self.original))
+
+
+def _with(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
+    """The table with a column put in, or in the place of one of that name."""
+    others = table.drop_columns([name]) if name in table.column_names else table
+    return others.append_column(name, column)
+
+
+def write_parts(addresses: Addresses, size: int, columns: PartColumns, workers: WorkerConfig, draft: Draft) -> None:
     """Have every part of `size` rows gathered and written; parts that an earlier run wrote stay.
 
-    `original`: the type of the column with the corpus's own columns, a struct. Raises StorageError where writing fails.
+    Raises StorageError where writing fails.
     """
     num_parts = -(-addresses.num_rows // size)
     missing = [part for part in range(num_parts) if not draft.has(part_name(part))]
@@ -51,7 +100,7 @@ def write_parts(addresses: Addresses, size: int, original: pa.DataType, workers:
         return
     step = max(1, min(ROWS_PER_TASK // size, -(-len(missing) // TASKS_WANTED)))
     parts = tuple(tuple(missing[first : first + step]) for first in range(0, len(missing), step))
-    task = _WriteParts(parts, addresses, size, original, draft.storage)
+    task = _WriteParts(parts, addresses, size, columns, draft.storage)
     with track("examples", num_parts, "parts written") as progress:
         progress.at(num_done)
         for result in run_tasks(task, len(parts), workers):
@@ -67,7 +116,7 @@ class _WriteParts:
     """The parts of every task."""
     addresses: Addresses
     size: int
-    original: pa.DataType
+    columns: PartColumns
     storage: Storage
 
     def __call__(self, number: int) -> dict[str, Any]:
@@ -89,7 +138,7 @@ class _WriteParts:
         tables = []
         for shard in np.unique(shards_M):
             table = take_rows(self.addresses.work, int(shard), np.sort(positions_M[shards_M == shard]))
-            tables.append(with_original(table.drop_columns(["content", "row"]), self.original))
+            tables.append(self.columns.of(table))
         # The tables are in order of shard and position; the row at place i of that order belongs at by_address_M[i].
         by_address_M = np.lexsort((positions_M, shards_M))
         return pa.concat_tables(tables).take(pa.array(np.argsort(by_address_M)))

@@ -40,16 +40,17 @@ def _read_split(artifact: Artifact, part: str, split: str, columns: list[str] | 
 def fetch_rows(artifact: Artifact, ids: pa.Array | Sequence[str]) -> Iterator[pa.Table]:
     """The examples with these ids, part by part, in order of id. Parts without any are not read.
 
-    The tables have the columns `example_id` and `row`, a struct of the corpus's own columns. Raises ArtifactError naming ids
-    that are not in the corpus.
+    The tables have the columns `example_id`, `row`, a struct of the corpus's own columns, and where rows have a text of their
+    own `row_json`. Raises ArtifactError naming ids that are not in the corpus.
     """
     wanted = ids.cast(pa.string()) if isinstance(ids, pa.Array) else pa.array(ids, pa.string())
     is_found = np.zeros(len(wanted), bool)
+    own = ["row_json"] if artifact.summary.get("has_row_json") else []
     for part in artifact.parts():
         if not _may_hold(artifact, part, wanted):
             continue
-        table = artifact.read_table(part, ["example_id", "original"])
-        table = table.filter(pc.is_in(table["example_id"], wanted)).rename_columns(["example_id", "row"])
+        table = artifact.read_table(part, ["example_id", "original", *own])
+        table = table.filter(pc.is_in(table["example_id"], wanted)).rename_columns(["example_id", "row", *own])
         is_found |= pc.is_in(wanted, table["example_id"].combine_chunks()).to_numpy(zero_copy_only=False)
         if len(table):
             yield table

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +18,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from s2l_ray.config import ExamplesConfig, WorkerConfig
+from s2l_ray.examples.columns import Columns, join_columns, struct_from_arrow
+from s2l_ray.examples.dropped import Dropped
 from s2l_ray.examples.fields import normalise
+from s2l_ray.examples.layouts import Layout
 from s2l_ray.examples.pieces import Shard
-from s2l_ray.examples.rows import Columns, Records, join_columns
+from s2l_ray.examples.rows import Records
 from s2l_ray.progress import get_log, track
 from s2l_ray.runtime.data import cpus_per_task, run_tasks
 from s2l_ray.runtime.room import await_room
@@ -40,24 +42,29 @@ class ShardIndex:
     """The first id of every row group."""
     sizes: tuple[int, ...]
     """The rows of every row group."""
-    dropped: Counter[str]
-    """The number of rows that are no examples, by reason."""
+    dropped: Dropped
     columns: Columns
+    has_json: bool
+    """Whether its rows have their own text."""
+    num_conversations: int
 
     @classmethod
     def of(cls, groups: pa.Table) -> ShardIndex:
         """The index from the table of `row_groups`."""
         notes = json.loads(groups.schema.metadata[b"notes"])
         original = pa.ipc.read_schema(pa.py_buffer(groups.schema.metadata[b"original"]))
-        columns = Columns(pa.struct(list(original)), notes["ranks"])
+        columns = Columns({one.name: one for one in original}, notes["ranks"])
         firsts, sizes = (tuple(groups[name].to_pylist()) for name in ("example_id", "size"))
-        return cls(firsts, sizes, Counter(notes["dropped"]), columns)
+        dropped = Dropped.from_json(notes["dropped"])
+        return cls(firsts, sizes, dropped, columns, notes["has_json"], notes["num_conversations"])
 
 
 # --- on the driver -----------------------------------------------------------------------------------------------
 
 
-def read_shards(shards: Sequence[Shard], config: ExamplesConfig, workers: WorkerConfig, work: Storage) -> list[ShardIndex]:
+def read_shards(
+    shards: Sequence[Shard], config: ExamplesConfig, layout: Layout, workers: WorkerConfig, work: Storage
+) -> list[ShardIndex]:
     """Have every shard read and written to `work`; their indexes, in order. Files that an earlier run left there stay.
 
     Raises DataError for a row that contradicts the config, ConfigError where there is no machine for a task.
@@ -66,7 +73,7 @@ def read_shards(shards: Sequence[Shard], config: ExamplesConfig, workers: Worker
     num_reused = 0
     await_room("examples", {"CPU": cpus_per_task(workers)}, 1, workers.wait_minutes)
     with track("examples", len(shards), "shards read") as progress:
-        for result in run_tasks(_ReadShard(tuple(shards), config, work), len(shards), workers):
+        for result in run_tasks(_ReadShard(tuple(shards), config, layout, work), len(shards), workers):
             indexes[result["shard"]] = ShardIndex.of(pq.read_table(io.BytesIO(result["index"])))
             num_reused += result["is_reused"]
             progress.advance()
@@ -84,6 +91,7 @@ class _ReadShard:
 
     shards: tuple[Shard, ...]
     config: ExamplesConfig
+    layout: Layout
     work: Storage
 
     def __call__(self, number: int) -> dict[str, Any]:
@@ -92,37 +100,45 @@ class _ReadShard:
         if is_reused:
             table = pq.read_table(io.BytesIO(self.work.read(path)), columns=["example_id"])
         else:
-            table = read_shard(self.shards[number], self.config)
+            table = read_shard(self.shards[number], self.config, self.layout)
             sink = io.BytesIO()
             pq.write_table(table, sink, compression="zstd", row_group_size=SHARD_ROW_GROUP)
             self.work.write(path, sink.getvalue())
         return {"shard": number, "is_reused": is_reused, "index": table_bytes(row_groups(table))}
 
 
-def read_shard(shard: Shard, config: ExamplesConfig) -> pa.Table:
+def read_shard(shard: Shard, config: ExamplesConfig, layout: Layout | None = None) -> pa.Table:
     """The examples of a shard in order of id: the columns of `fields.Examples.table`, and the notes for its index.
 
     Raises DataError for a row that contradicts the config.
     """
-    found = [(piece.name, normalise(rows, config)) for piece in shard for rows in piece.read()]
-    found = found or [("", normalise(Records([], str, ""), config))]
-    columns = join_columns((name, examples.columns) for name, examples in found)
-    table = pa.concat_tables(with_original(examples.table, columns.type) for _, examples in found)
+    found = [normalise(rows, config, layout) for piece in shard for rows in piece.read()]
+    found = found or [normalise(Records([], str, ""), config, layout)]
+    columns = join_columns(examples.columns for examples in found)
+    original = join_columns(examples.columns for examples in found if "original" in examples.table.column_names).type
+    # Rows with a text of their own and rows of an Arrow table may be neighbours: either then lack the other's column.
+    table = pa.concat_tables([_with_original(examples.table, original) for examples in found], promote_options="default")
     table = table.take(pc.sort_indices(table, sort_keys=[("example_id", "ascending")]))
-    return with_notes(table, sum((examples.dropped for _, examples in found), Counter[str]()), columns)
+    return with_notes(table, Dropped.joined(examples.dropped for examples in found), columns)
 
 
-def with_original(table: pa.Table, original: pa.DataType) -> pa.Table:
-    """The table with its column `original` of this type; without it for a struct of no fields, which Parquet does not have."""
-    at = table.schema.get_field_index("original")
-    if not original.num_fields:
-        return table.remove_column(at)
-    return table.set_column(at, pa.field("original", original), table["original"].cast(original))
+def _with_original(table: pa.Table, original: pa.StructType) -> pa.Table:
+    """The table with its column `original`, if it has one, of this type; a struct of no fields is none for Parquet."""
+    if "original" not in table.column_names:
+        return table
+    rows = table["original"].combine_chunks()
+    table = table.drop_columns(["original"])
+    return table.append_column("original", struct_from_arrow(rows, original)) if original.num_fields else table
 
 
-def with_notes(table: pa.Table, dropped: Counter[str], columns: Columns) -> pa.Table:
+def with_notes(table: pa.Table, dropped: Dropped, columns: Columns) -> pa.Table:
     """A shard's table, with what else is in its `ShardIndex` in the schema's metadata."""
-    notes = {"dropped": dropped, "ranks": columns.ranks}
+    notes = {
+        "dropped": dropped.as_json(),
+        "ranks": columns.ranks,
+        "has_json": "row_json" in table.column_names and len(table) > table["row_json"].null_count,
+        "num_conversations": len(table) - table["messages"].null_count,
+    }
     original = pa.schema(list(columns.type)).serialize().to_pybytes()
     return table.replace_schema_metadata({"notes": json.dumps(notes), "original": original})
 

@@ -14,18 +14,19 @@ A finished shard or part is not made again. The parts have the same bytes howeve
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from s2l_ray.config import ExamplesConfig
 from s2l_ray.errors import DataError
+from s2l_ray.examples.columns import Columns, join_columns
 from s2l_ray.examples.cutting import cut_corpus
-from s2l_ray.examples.fields import DUPLICATE
+from s2l_ray.examples.dropped import DUPLICATE, Dropped
 from s2l_ray.examples.hashes import HELD_OUT, POOL
+from s2l_ray.examples.llama_factory import resolved
 from s2l_ray.examples.order import Order, order_rows
-from s2l_ray.examples.parts import rows_per_part, write_parts
-from s2l_ray.examples.pieces import Shard
-from s2l_ray.examples.rows import join_columns
-from s2l_ray.examples.shards import read_shards
+from s2l_ray.examples.parts import PartColumns, rows_per_part, write_parts
+from s2l_ray.examples.shards import ShardIndex, read_shards
 from s2l_ray.progress import get_log
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.records import digest
@@ -39,33 +40,56 @@ def build(context: Context) -> Artifact:
 
     Raises DataError where the corpus is missing or empty, or a row contradicts the config; nothing then looks finished.
     """
-    config, workers, draft = context.section, context.machines, context.draft
+    workers, draft = context.machines, context.draft
+    config, layout = resolved(context.section)
     shards = cut_corpus(config)
     # Shards are numbered by the cut: those of another cut (a file was renamed, say) must not stand in for these.
     work = draft.work.child(digest(repr(shards)))
-    indexes = read_shards(shards, config, workers, work)
+    indexes = read_shards(shards, config, layout, workers, work)
+    dropped = Dropped.joined(index.dropped for index in indexes)
+    _check_bad_rows(dropped, sum(sum(index.sizes) for index in indexes), config)
     order = order_rows(indexes, config, workers, work)
-    dropped = sum((index.dropped for index in indexes), Counter({DUPLICATE: order.num_duplicates}))
-    summary = _summary(order, +dropped, config)
-    columns = join_columns((_name(shard), index.columns) for shard, index in zip(shards, indexes, strict=True))
-    write_parts(order.addresses, summary["rows_per_part"], columns.type, workers, draft)
+    columns = join_columns(index.columns for index in indexes)
+    made = PartColumns(
+        columns.type, any(index.has_json for index in indexes), any(index.num_conversations for index in indexes)
+    )
+    summary = _summary(order, dropped, config) | _corpus_facts(indexes, columns, made)
+    write_parts(order.addresses, summary["rows_per_part"], made, workers, draft)
     return draft.publish(summary)
 
 
-def _name(shard: Shard) -> str:
-    """The files of a shard, for a message."""
-    names = list(dict.fromkeys(piece.name for piece in shard))
-    return names[0] + (f" (or one of {len(names) - 1} files after it)" if len(names) > 1 else "")
+def _check_bad_rows(dropped: Dropped, num_good: int, config: ExamplesConfig) -> None:
+    """Log the first bad row of each kind. Raises DataError where more rows are bad than may be dropped."""
+    counts = dropped.by_reason
+    for reason, message in dropped.first.items():
+        _log.warning("dropped %s rows as %s, the first: %s", f"{counts[reason]:,}", reason, message)
+    share = dropped.num_bad / max(1, dropped.num_bad + num_good)
+    if share > config.max_dropped:
+        reasons = "; ".join(f"{counts[reason]:,} {reason}, the first: {message}" for reason, message in dropped.first.items())
+        raise DataError(
+            f"{dropped.num_bad:,} rows ({share:.1%}) cannot be read or understood, more than examples.max_dropped="
+            f"{config.max_dropped:g} allows ({reasons}). Fix the corpus or the fields, or allow more."
+        )
 
 
-def _summary(order: Order, dropped: Counter[str], config: ExamplesConfig) -> dict[str, Any]:
+def _corpus_facts(indexes: Sequence[ShardIndex], columns: Columns, made: PartColumns) -> dict[str, Any]:
+    """What later stages and people want to know of the parts' columns."""
+    if columns.json_names:
+        _log.info("columns whose rows differ in type are kept as JSON text: %s", ", ".join(columns.json_names))
+    num_conversations = sum(index.num_conversations for index in indexes)
+    return {"conversations": num_conversations, "has_row_json": made.has_json, "json_columns": columns.json_names}
+
+
+def _summary(order: Order, dropped: Dropped, config: ExamplesConfig) -> dict[str, Any]:
     """The stage's counts, which are logged. Raises DataError if there is nothing to learn from."""
     num_rows = order.addresses.num_rows
     num_pool, num_held_out = (sum(counts[split] for counts in order.sources.values()) for split in (POOL, HELD_OUT))
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items()))
+    found = dropped.by_reason + Counter({DUPLICATE: order.num_duplicates})
+    counts = dict(sorted(found.items()))
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
     if not num_rows:
-        found = f"no row is left ({reasons}). Check examples.where and the fields" if dropped else "no row in it"
-        raise DataError(f"examples.dataset: the corpus is empty: {found}.")
+        left = f"no row is left ({reasons}). Check examples.where and the fields" if counts else "no row in it"
+        raise DataError(f"examples.dataset: the corpus is empty: {left}.")
     if not num_pool:
         raise DataError(
             f"examples.held_out_fraction={config.held_out_fraction}: all {num_held_out:,} rows are held out. Lower it."
@@ -81,7 +105,9 @@ def _summary(order: Order, dropped: Counter[str], config: ExamplesConfig) -> dic
         "rows": num_rows,
         POOL: num_pool,
         HELD_OUT: num_held_out,
-        "dropped": dict(sorted(dropped.items())),
+        "dropped": counts,
+        "dropped_by_source": {source: dict(sorted(found.items())) for source, found in sorted(dropped.by_source.items())},
+        "first_dropped": dropped.first,
         "sources": order.sources,
         "rows_per_part": rows_per_part(num_rows, config.rows_per_part),
     }

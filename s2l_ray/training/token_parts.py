@@ -27,7 +27,7 @@ from s2l_ray.storage.records import FileRecord, digest
 from s2l_ray.training.token_pools import PoolTokens, check_refused
 from s2l_ray.training.token_rows import RowLimit, TokenRows
 from s2l_ray.training.tokenizers import load_tokenizer, target_tokenizer
-from s2l_ray.training.tokens import PartTokens, encode_table
+from s2l_ray.training.tokens import PartTokens, RefusedExample, encode_table
 
 # The schema's metadata field with what was counted.
 _COUNTED = b"counted"
@@ -122,7 +122,7 @@ def _from_table(table: pa.Table) -> PartTokens:
     starts = ids.offsets.to_numpy()
     tokens = TokenRows(ids.flatten().to_numpy(), marks.flatten().to_numpy(zero_copy_only=False), starts - starts[:1])
     counted = json.loads(table.schema.metadata[_COUNTED])
-    counted["refused"] = [(name, words) for name, words in counted["refused"]]
+    counted["refused"] = [RefusedExample(*found) for found in counted["refused"]]
     return PartTokens(row_ids.take(firsts), sources.take(firsts), tokens, np.cumsum(is_first) - 1, **counted)
 
 

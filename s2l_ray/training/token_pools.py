@@ -15,7 +15,7 @@ from s2l_ray.config import ExamplesConfig
 from s2l_ray.errors import DataError
 from s2l_ray.examples.reading import read_pool
 from s2l_ray.training.token_rows import RowLimit, TokenRows
-from s2l_ray.training.tokens import CUT, NO_LABEL, REFUSED, PartTokens, encode_table
+from s2l_ray.training.tokens import CUT, NO_LABEL, REFUSED, PartTokens, RefusedExample, encode_table
 from s2l_ray.training.turns import CALLS_LOST, ENDLESS, SPLIT
 
 _SAID = {
@@ -41,14 +41,14 @@ class PoolTokens:
     changed: dict[str, int]
     """As in PartTokens."""
 
-    refused: list[tuple[str, str]]
+    refused: list[RefusedExample]
     unlearned_lengths: list[int]
 
     @classmethod
     def join(cls, parts: Iterable[PartTokens]) -> PoolTokens:
         """Parts laid end to end."""
         row_ids, rows, count, changed = list[str](), list[TokenRows](), 0, Counter[str]()
-        refused, lengths = list[tuple[str, str]](), list[int]()
+        refused, lengths = list[RefusedExample](), list[int]()
         for part in parts:
             row_ids += part.row_ids
             rows.append(part.tokens)
@@ -79,21 +79,20 @@ class PoolTokens:
             )
 
 
-def check_refused(refused: list[tuple[str, str]], corpus: ExamplesConfig, section: str = "", total: int = 0) -> None:
+def check_refused(refused: list[RefusedExample], corpus: ExamplesConfig, section: str = "", total: int = 0) -> None:
     """Raise DataError that names the first example which the chat template refuses, where such rows are not to be dropped or,
     of a `total` of examples, are more than may be."""
     if not refused:
         return
-    name, words = refused[0]
     if corpus.on_bad_row == "error":
         raise DataError(
-            f"example '{name}': the chat template refuses it ({words}). Fix or remove the row (examples/part-*.parquet has it "
+            f"{_first(refused)}. Fix or remove the row (examples/part-*.parquet has it "
             "under that example_id), set examples.on_bad_row=drop, or use another tokenizer or chat template."
         )
     if total and len(refused) > corpus.max_dropped * total:
         raise DataError(
             f"{section}: the chat template refuses {len(refused):,} of {total:,} examples, more than examples.max_dropped="
-            f"{corpus.max_dropped:g} of them; the first is '{name}' ({words}). Fix or remove these rows, raise "
+            f"{corpus.max_dropped:g} allows; the first: {_first(refused)}. Fix or remove these rows, raise "
             "examples.max_dropped, or use another tokenizer or chat template."
         )
 
@@ -112,16 +111,24 @@ def pool_tokens(examples: Any, tokenizer: Any, limit: RowLimit, keep: set[str] |
     return PoolTokens.join(parts())
 
 
-def row_counts(changed: Mapping[str, int]) -> dict[str, Any]:
+def row_counts(changed: Mapping[str, int], refused: list[RefusedExample]) -> dict[str, Any]:
     """Counts of examples as a manifest has them: dropped and shortened, each by reason, and what else there was to count."""
     dropped = {reason: changed[reason] for reason in changed if reason in {NO_LABEL, REFUSED}}
-    rest = {name: changed[name] for name in changed if name in {SPLIT, ENDLESS, CALLS_LOST}}
+    rest: dict[str, Any] = {name: changed[name] for name in changed if name in {SPLIT, ENDLESS, CALLS_LOST}}
+    if refused:
+        by_source = Counter(found.source for found in refused)
+        rest["dropped_by_source"] = {source: {REFUSED: count} for source, count in sorted(by_source.items())}
+        rest["first_dropped"] = {REFUSED: _first(refused)}
     return {"dropped": dropped, "shortened": {CUT: changed[CUT]} if CUT in changed else {}} | rest
 
 
-def said_counts(changed: Mapping[str, int], refused: list[tuple[str, str]]) -> list[str]:
+def said_counts(changed: Mapping[str, int], refused: list[RefusedExample]) -> list[str]:
     """One line for each kind of example that is not learned as it stands in the corpus; the first refused one is shown."""
     lines = {reason: line % f"{changed[reason]:,}" for reason, line in _SAID.items() if changed.get(reason)}
     if refused:
-        lines[REFUSED] += f"; the first is '{refused[0][0]}' ({refused[0][1]})"
+        lines[REFUSED] += f", the first: {_first(refused)}"
     return list(lines.values())
+
+
+def _first(refused: list[RefusedExample]) -> str:
+    return f"example '{refused[0].example_id}': the chat template refuses it ({refused[0].words})"

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +22,15 @@ from s2l_ray.training.chat_templates import Conversation
 from s2l_ray.training.token_rows import Row, RowLimit, TokenRows
 
 NO_LABEL, CUT, REFUSED = "no_response_token", "cut", "refused_by_template"
+
+
+class RefusedExample(NamedTuple):
+    """An example that the chat template raised over."""
+
+    example_id: str
+    source: str
+    words: str
+    """The template's; they quote nothing of the example."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +46,7 @@ class PartTokens:
     changed: dict[str, int]
     """Examples dropped and shortened by reason, and what else was counted of them (`turns`)."""
 
-    refused: list[tuple[str, str]] = field(default_factory=list)
-    """Ids of examples that the chat template raised over, with its words."""
+    refused: list[RefusedExample] = field(default_factory=list)
 
     unlearned_lengths: list[int] = field(default_factory=list)
     """Tokens, before they were cut, of the examples that had no label left."""
@@ -88,8 +96,9 @@ def encode_table(tokenizer: Any, table: pa.Table, limit: RowLimit) -> PartTokens
     order = np.argsort(owners, kind="stable")
     refused = {int(chats[number]): words for number, words in made.refused.items()}
     changed = Counter({REFUSED: len(refused)}) + made.notes
-    ids = table["example_id"].combine_chunks()
-    named = [(ids[row].as_py(), words) for row, words in refused.items()]
+    named = [
+        RefusedExample(table["example_id"][row].as_py(), table["source"][row].as_py(), words) for row, words in refused.items()
+    ]
     return _learnable(tokenizer, table, [rows[i] for i in order], owners[order], limit, changed, named)
 
 
@@ -106,7 +115,7 @@ def _learnable(
     owners: np.ndarray,
     limit: RowLimit,
     changed: Counter[str],
-    refused: list[tuple[str, str]],
+    refused: list[RefusedExample],
 ) -> PartTokens:
     """The rows cut, without those that have no label left; an example without any row is dropped and counted."""
     lengths = np.array([len(ids) for ids, _ in rows], np.int64)

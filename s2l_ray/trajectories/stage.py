@@ -41,7 +41,7 @@ from s2l_ray.training.token_parts import TokenParts
 from s2l_ray.training.token_pools import check_refused, row_counts, said_counts
 from s2l_ray.training.token_rows import RowLimit
 from s2l_ray.training.tokenizers import load_tokenizer
-from s2l_ray.training.tokens import NO_LABEL
+from s2l_ray.training.tokens import NO_LABEL, RefusedExample
 from s2l_ray.trajectories.store import trajectories_table
 from s2l_ray.trajectories.units import losses_folder
 
@@ -125,7 +125,7 @@ def log_throughput(done: Throughput, seconds: float) -> None:
 def join_units(job: ScoringJob, work: Storage, draft: Draft) -> dict[str, Any]:
     """Join the units' columns into the artifact's parts; the summary's counts and mean losses."""
     rows, num_tokens, counts, totals_T = 0, 0, Counter[str](), np.zeros(len(job.steps))
-    refused: list[tuple[str, str]] = []
+    refused: list[RefusedExample] = []
     with ThreadPoolExecutor(READERS) as pool:
         for part in job.parts.examples.parts():
             reading = pool.submit(job.parts.read, part)
@@ -145,7 +145,12 @@ def join_units(job: ScoringJob, work: Storage, draft: Draft) -> dict[str, Any]:
         get_log("trajectories").info(line)
     if not rows:
         raise DataError("no example has a response token left within proxy.max_tokens. Raise it.")
-    return {"rows": rows, **row_counts(dict(counts)), "tokens": num_tokens, "mean_losses": (totals_T / rows).round(6).tolist()}
+    return {
+        "rows": rows,
+        **row_counts(counts, refused),
+        "tokens": num_tokens,
+        "mean_losses": (totals_T / rows).round(6).tolist(),
+    }
 
 
 def _unit_losses(work: Storage, unit: Unit) -> np.ndarray:
