@@ -34,6 +34,9 @@ from s2l_ray.training.token_rows import RowLimit
 from s2l_ray.training.tokenizers import check_own_tokenizer, load_tokenizer, proxy_tokenizer, split_revision
 from s2l_ray.training.training_run import TrainingRun
 
+# So many are made into tokens on all CPUs before the training begins; fewer by its workers, sooner than others are started.
+MANY_CONVERSATIONS = 10_000
+
 
 def checkpoint_steps(config: ProxyConfig, steps: int) -> list[int]:
     """The steps after which a checkpoint is kept, ascending. Raises ConfigError where there are fewer steps than that."""
@@ -70,6 +73,9 @@ def build(context: Context) -> Artifact:
     if config.checkpoints:
         result = _run_once(take_checkpoints, job, workers)
     else:
+        if job.examples.summary.get("conversations", 0) > MANY_CONVERSATIONS:
+            _run_once(make_tokenizer, job, workers)
+            job.token_parts().make_all(context.config.machines.examples)
         overlap = context.overlap(context)
         try:
             result = fit(
@@ -155,6 +161,11 @@ def train_proxy(job: ProxyJob, events: Any) -> dict[str, Any]:
         "tokens": int(np.sum(tokens.lengths[order])),
         "training_loss": training_loss(trainer),
     }
+
+
+def make_tokenizer(job: ProxyJob) -> None:
+    """Put the run's tokenizer into the proxy's directory."""
+    shared_tokenizer(job, is_first=True)
 
 
 def shared_tokenizer(job: ProxyJob, is_first: bool) -> Any:
