@@ -39,7 +39,7 @@ Chat = list[dict[str, str]]
 def parts(data: Path, num_chats: int) -> Iterator[list[Chat]]:
     """Chats of six turns, a question and an answer of the corpus each, in parts."""
     rows = [json.loads(line) for name in FILES for line in (data / f"{name}.jsonl").open(encoding="utf-8")]
-    generator = random.Random(0)
+    generator = random.Random(0)  # noqa: S311
     for start in range(0, num_chats, PART):
         chats = []
         for _ in range(min(PART, num_chats - start)):
