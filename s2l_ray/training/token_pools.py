@@ -98,17 +98,22 @@ def check_refused(refused: list[RefusedExample], corpus: ExamplesConfig, section
 
 
 def pool_tokens(examples: Any, tokenizer: Any, limit: RowLimit, keep: set[str] | None = None) -> PoolTokens:
-    """The pool, or of it the examples whose ids are in `keep`."""
-    wanted = None if keep is None else pa.array(sorted(keep))
+    """The pool, or of it the examples whose ids are in `keep`. The workers of a training make a share of the parts each."""
+    import torch.distributed
 
-    def parts() -> Iterable[PartTokens]:
-        for part in examples.parts():
-            table = read_pool(examples, part)
-            if wanted is not None:
-                table = table.filter(pc.is_in(table["example_id"], wanted))
-            yield encode_table(tokenizer, table, limit)
+    is_shared = torch.distributed.is_initialized()
+    rank, num_ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if is_shared else (0, 1)
+    wanted = None if keep is None else pa.array(sorted(keep), pa.string())
 
-    return PoolTokens.join(parts())
+    def made(part: str) -> PartTokens:
+        table = read_pool(examples, part)
+        return encode_table(tokenizer, table if wanted is None else table.filter(pc.is_in(table["example_id"], wanted)), limit)
+
+    shares: list[Any] = [list(map(made, examples.parts()[rank::num_ranks]))]
+    if num_ranks > 1:
+        shares = shares * num_ranks
+        torch.distributed.all_gather_object(shares, shares[rank])
+    return PoolTokens.join(shares[i % num_ranks][i // num_ranks] for i in range(len(examples.parts())))
 
 
 def row_counts(changed: Mapping[str, int], refused: list[RefusedExample]) -> dict[str, Any]:
