@@ -32,6 +32,7 @@ from s2l_ray.training.token_parts import TokenParts
 from s2l_ray.training.token_pools import row_counts, said_counts
 from s2l_ray.training.token_rows import RowLimit
 from s2l_ray.training.tokenizers import check_own_tokenizer, load_tokenizer, proxy_tokenizer, split_revision
+from s2l_ray.training.trackers import Tracking
 from s2l_ray.training.training_run import TrainingRun
 
 # So many are made into tokens on all CPUs before the training begins; fewer by its workers, sooner than others are started.
@@ -59,6 +60,7 @@ class ProxyJob:
     scratch: Storage
     machines: TrainingWorkerConfig
     corpus: ExamplesConfig
+    tracking: Tracking | None = None
 
     def token_parts(self) -> TokenParts:
         """The pool's tokens, once the tokenizer is in the proxy's directory."""
@@ -69,7 +71,8 @@ def build(context: Context) -> Artifact:
     """Train the proxy (or take the checkpoints that the config names) and publish its checkpoints."""
     config, machines, draft = context.section, context.machines, context.draft
     workers = Workers.resolve(machines, one_per_cpu=False, at_most=config.global_batch_size)
-    job = ProxyJob(config, context.inputs["examples"], draft.storage, draft.shared, machines, context.config.examples)
+    corpus, tracking = context.config.examples, Tracking.of(context)
+    job = ProxyJob(config, context.inputs["examples"], draft.storage, draft.shared, machines, corpus, tracking)
     if config.checkpoints:
         result = _run_once(take_checkpoints, job, workers)
     else:
@@ -149,7 +152,7 @@ def train_proxy(job: ProxyJob, events: Any) -> dict[str, Any]:
 
     order = data_order(ids, config.epochs, config.global_batch_size, config.seed)
     run = TrainingRun("proxy", config, order, tokens, kept, steps)
-    trainer = fine_tune(run, model, tokenizer, job.machines, events, on_keep=keep)
+    trainer = fine_tune(run, model, tokenizer, job.machines, events, on_keep=keep, tracking=job.tracking)
     return {
         "rows": pool.num_examples,
         **row_counts(pool.changed, pool.refused),

@@ -28,6 +28,7 @@ from s2l_ray.training.models import check_positions, count_parameters, make_mode
 from s2l_ray.training.token_pools import pool_tokens, row_counts, said_counts
 from s2l_ray.training.token_rows import RowLimit
 from s2l_ray.training.tokenizers import target_tokenizer
+from s2l_ray.training.trackers import Tracking
 from s2l_ray.training.training_run import TrainingRun
 from s2l_ray.training.zero import make_models_whole, sharded_as_it_is_read, zero_config
 
@@ -45,6 +46,7 @@ class TargetJob:
 
     machines: TargetWorkerConfig
     corpus: ExamplesConfig
+    tracking: Tracking | None = None
 
 
 def build(context: Context) -> Artifact:
@@ -62,7 +64,8 @@ def build(context: Context) -> Artifact:
             f"the subset has {smallest:,} examples, fewer than one batch of {target.global_batch_size} "
             "(target.global_batch_size). Raise selection.budget or use a smaller batch."
         )
-    job = TargetJob(target, inputs["examples"], inputs["proxy"], draft.storage, subsets, machines, config.examples)
+    corpus, tracking = config.examples, Tracking.of(context)
+    job = TargetJob(target, inputs["examples"], inputs["proxy"], draft.storage, subsets, machines, corpus, tracking)
     if target.zero_stage:
         get_log("target").info("DeepSpeed ZeRO %d; its first use on a machine compiles for half a minute", target.zero_stage)
     result = fit("target", train_target, job, workers, draft.work, resume_minutes=machines.resume_minutes)
@@ -116,7 +119,7 @@ def train_target(job: TargetJob, events: Any) -> dict[str, Any]:
                 for line in said_counts(pool.changed, pool.refused):
                     events.put(line)
                 events.put(f"{parameters}, {pool.sizes}, {steps:,} steps per model")
-            trainer = fine_tune(run, model, tokenizer, job.machines, events, deepspeed=deepspeed)
+            trainer = fine_tune(run, model, tokenizer, job.machines, events, deepspeed=deepspeed, tracking=job.tracking)
             save_target(trainer, tokenizer, job, name, facts)
             trainer.accelerator.free_memory()
             del trainer, model

@@ -5,8 +5,8 @@ and the corpus's own rows (`reading`). Read `stage` first, then its three passes
 
 - which files: `corpus` (and what identifies them), `llama_factory` (a dataset by name), `files` (one file), `cutting` (the
   corpus as shards);
-- rows as they were read: `pieces`, `formats` and `csv_files` (reading a stretch of a corpus or of a file), `rows`, `columns`
-  (their own columns as Parquet holds them);
+- rows as they were read: `pieces`, `formats`, `csv_files` and `mimic` (reading a stretch of a corpus or of a file), `rows`,
+  `columns` (their own columns as Parquet holds them);
 - a row to an example: `fields`, `layouts` (which fields are what), `conversations` with `message_content` and `tool_calls`,
   `row_problems` (why there is none) and `dropped` (how many);
 - `hashes` (ids, copies and the split by content) and `ids` (what an id is, and the random numbers made from it).

@@ -21,6 +21,7 @@ from s2l_ray.training.batches import NO_ROW, BatchPlan, length_balanced_order
 from s2l_ray.training.losses import pad
 from s2l_ray.training.output_head import accepts_logits_to_keep
 from s2l_ray.training.token_rows import Row, TokenRows
+from s2l_ray.training.trackers import Tracking, reporting
 from s2l_ray.training.training_run import TrainingRun
 from s2l_ray.training.zero import UNIVERSAL, with_batches
 
@@ -34,13 +35,15 @@ def fine_tune(
     *,
     on_keep: Callable[[int, Any], None] | None = None,
     deepspeed: dict[str, Any] | None = None,
+    tracking: Tracking | None = None,
 ) -> Any:
     """Train one model on this worker's share, resuming where the last registered checkpoint of this model stood.
 
     `on_keep(step, model)` is called on rank 0 at every step of `keep_at`; resume points are kept besides, by the clock.
     They serve any number of workers: those that ZeRO sharded over another number are converted. `deepspeed`: the
-    configuration of ZeRO, None for plain data parallelism. Returns transformers' Trainer, whose `state.log_history` has the
-    losses. Raises ConfigError where there are more workers than rows in a batch.
+    configuration of ZeRO, None for plain data parallelism. `tracking`: the trackers that the Trainer reports to. Returns
+    transformers' Trainer, whose `state.log_history` has the losses. Raises ConfigError where there are more workers than rows
+    in a batch, and where a tracker cannot be used.
     """
     import ray.train
     from transformers import PrinterCallback, Trainer
@@ -48,20 +51,21 @@ def fine_tune(
     from s2l_ray.training.resume_points import Recorder, resume_point
 
     context = ray.train.get_context()
+    is_first = context.get_world_rank() == 0
     plan = BatchPlan.of(run.config.global_batch_size, context.get_world_size(), machines.device_batch_size)
-    if context.get_world_rank() == 0:
+    if is_first:
         events.put(f"{run.name}: {plan}" if run.name != "proxy" else str(plan))
 
     folder = _node_folder(run)
     shards = context.get_world_size() if deepspeed is not None else None
-    with resume_point(run.name, shards, folder, events) as checkpoint:
+    with resume_point(run.name, shards, folder, events) as checkpoint, reporting(tracking, run.name, is_first) as reports:
         if deepspeed is not None and checkpoint is not None and (Path(checkpoint) / UNIVERSAL).exists():
             deepspeed = deepspeed | {"checkpoint": {"load_universal": True}}
         if deepspeed is None and checkpoint is not None:
             _load_weights(model, checkpoint)
         trainer = Trainer(
             model=model,
-            args=_arguments(run, plan, folder, deepspeed),
+            args=_arguments(run, plan, folder, deepspeed, reports),
             train_dataset=TrainingRows(run.tokens, length_balanced_order(run.order, run.tokens.lengths, plan)),
             processing_class=tokenizer,
             data_collator=Collator(accepts_logits_to_keep(base_of(model))),
@@ -103,7 +107,9 @@ def _node_folder(run: TrainingRun) -> Path:
     return folder
 
 
-def _arguments(run: TrainingRun, plan: BatchPlan, folder: Path, deepspeed: dict[str, Any] | None) -> Any:
+def _arguments(
+    run: TrainingRun, plan: BatchPlan, folder: Path, deepspeed: dict[str, Any] | None, reports: dict[str, Any]
+) -> Any:
     import ray.train.torch
     from transformers import TrainingArguments
 
@@ -138,7 +144,7 @@ def _arguments(run: TrainingRun, plan: BatchPlan, folder: Path, deepspeed: dict[
         dataloader_drop_last=True,
         dataloader_pin_memory=on_gpu,
         disable_tqdm=True,
-        report_to="none",
+        **reports,
     )
 
 
