@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from s2l_ray.training.chat_templates import ChatTemplate, Conversation
+from s2l_ray.training.chat_templates import Chat, ChatTemplate
 from s2l_ray.training.token_rows import Row
 from s2l_ray.training.turns import ChatText, Refusal, read_conversations
 
@@ -29,7 +29,7 @@ class ChatRows:
     """How many conversations were split, and what could not be learned of how many (`turns`)."""
 
 
-def encode_chats(tokenizer: Any, conversations: Sequence[Conversation], bos: Sequence[int]) -> ChatRows:
+def encode_chats(tokenizer: Any, conversations: Sequence[Chat], bos: Sequence[int]) -> ChatRows:
     """Conversations as tokens by the tokenizer's chat template, which alone decides about the beginning of a text; `bos` goes
     before ChatML, which stands in for a template."""
     template = ChatTemplate(tokenizer)

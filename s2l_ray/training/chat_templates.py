@@ -52,7 +52,7 @@ Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Conversation:
+class Chat:
     """Messages in their canonical form, and the tools that they may call."""
 
     messages: list[Message]
@@ -63,7 +63,7 @@ class Conversation:
     """By message: whether it is the assistant's and not mere context."""
 
     @classmethod
-    def of(cls, messages: str, tools: str | None) -> Conversation:
+    def of(cls, messages: str, tools: str | None) -> Chat:
         """From the columns of an examples part; templates do not see the weights."""
         found: list[Message] = json.loads(messages)
         is_learned = tuple(one["role"] == "assistant" and one.get("weight", 1) != 0 for one in found)
@@ -74,7 +74,7 @@ class Conversation:
         """Numbers of the messages that are learned."""
         return [turn for turn, is_learned in enumerate(self.is_learned) if is_learned]
 
-    def forms(self) -> Iterator[Conversation]:
+    def forms(self) -> Iterator[Chat]:
         """The conversation, and the same as templates want it that take no object as a call's arguments, or no message
         without content."""
         yield self
@@ -130,7 +130,7 @@ class ChatTemplate:
         """Whether the template marks what an assistant generates, with `{% generation %}`."""
         return _MARKS.search(self.source(tools)) is not None
 
-    def render(self, conversations: Sequence[Conversation], *, prompts: bool = False, marks: bool = False) -> list[Rendered]:
+    def render(self, conversations: Sequence[Chat], *, prompts: bool = False, marks: bool = False) -> list[Rendered]:
         """The text of each conversation as `apply_chat_template` gives it; `prompts`: with the header of an answer to come.
 
         Raises one of REFUSALS where the template does for any of them.
@@ -154,7 +154,7 @@ class ChatTemplate:
             made.append(Rendered(text, tuple(spans)))
         return made
 
-    def _texts(self, conversations: Sequence[Conversation], prompts: bool) -> list[str]:
+    def _texts(self, conversations: Sequence[Chat], prompts: bool) -> list[str]:
         texts = [""] * len(conversations)
         by_tools: dict[str | None, list[int]] = {}
         for number, one in enumerate(conversations):

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from s2l_ray.training.chat_rows import ChatRows, encode_chats
-from s2l_ray.training.chat_templates import Conversation
+from s2l_ray.training.chat_templates import Chat
 from s2l_ray.training.token_rows import Row, RowLimit, TokenRows
 
 NO_LABEL, CUT, REFUSED = "no_response_token", "cut", "refused_by_template"
@@ -105,7 +105,7 @@ def encode_table(tokenizer: Any, table: pa.Table, limit: RowLimit) -> PartTokens
 def _chats(tokenizer: Any, table: pa.Table) -> ChatRows:
     tools = table["tools"].to_pylist() if "tools" in table.column_names else [None] * table.num_rows
     pairs = zip(table["messages"].to_pylist(), tools, strict=True)
-    return encode_chats(tokenizer, [Conversation.of(*pair) for pair in pairs], _bos(tokenizer))
+    return encode_chats(tokenizer, [Chat.of(*pair) for pair in pairs], _bos(tokenizer))
 
 
 def _learnable(

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from s2l_ray.training.chat_templates import REFUSALS, ChatTemplate, Conversation, Message, Rendered
+from s2l_ray.training.chat_templates import REFUSALS, Chat, ChatTemplate, Message, Rendered
 
 SPLIT = "split_conversations"
 """The count of conversations that became several texts."""
@@ -42,7 +42,7 @@ class ChatText:
 
 
 @dataclass(frozen=True)
-class ReadConversation:
+class ReadChat:
     """A conversation as texts: one, or one for each learned answer where the template rewrites earlier turns."""
 
     texts: tuple[ChatText, ...]
@@ -76,7 +76,7 @@ class _UnreadableError(ValueError):
     """The template renders the prompt of an answer differently once the answer is there."""
 
 
-def read_conversations(template: ChatTemplate, conversations: Sequence[Conversation]) -> list[ReadConversation | Refusal]:
+def read_conversations(template: ChatTemplate, conversations: Sequence[Chat]) -> list[ReadChat | Refusal]:
     """The texts of each conversation. Many are rendered at once; one that is refused is found by halving."""
     if not conversations:
         return []
@@ -92,21 +92,21 @@ def read_conversations(template: ChatTemplate, conversations: Sequence[Conversat
         return [_read_in_another_form(template, conversations[0], error)]
 
 
-def _read_in_another_form(template: ChatTemplate, one: Conversation, error: Exception) -> ReadConversation | Refusal:
+def _read_in_another_form(template: ChatTemplate, one: Chat, error: Exception) -> ReadChat | Refusal:
     for form in list(one.forms())[1:]:
         with contextlib.suppress(*REFUSALS):
             return _read(template, [form])[0]
     return Refusal(str(error) if isinstance(error, _UnreadableError) else template.words(error, one.tools))
 
 
-def _read(template: ChatTemplate, conversations: Sequence[Conversation]) -> list[ReadConversation]:
+def _read(template: ChatTemplate, conversations: Sequence[Chat]) -> list[ReadChat]:
     is_marked = {tools: template.has_marks(tools) for tools in {one.tools for one in conversations}}
     if any(is_marked.values()):  # templates with and without tools may be two
         return [(_read_marked if is_marked[one.tools] else _read_plain)(template, [one])[0] for one in conversations]
     return _read_plain(template, conversations)
 
 
-def _read_plain(template: ChatTemplate, conversations: Sequence[Conversation]) -> list[ReadConversation]:
+def _read_plain(template: ChatTemplate, conversations: Sequence[Chat]) -> list[ReadChat]:
     """By prefixes: what precedes each answer with the header of an answer to come, and the same with the answer."""
     turns = [(number, turn) for number, one in enumerate(conversations) for turn in one.learned]
     wholes = [rendered.text for rendered in template.render(conversations)]
@@ -122,7 +122,7 @@ def _read_plain(template: ChatTemplate, conversations: Sequence[Conversation]) -
     return [_joined(template, *each) for each in zip(conversations, wholes, answers, strict=True)]
 
 
-def _read_marked(template: ChatTemplate, conversations: Sequence[Conversation]) -> list[ReadConversation]:
+def _read_marked(template: ChatTemplate, conversations: Sequence[Chat]) -> list[ReadChat]:
     """By the template's own marks; of an answer those that its message adds."""
     read = []
     for one in conversations:
@@ -139,7 +139,7 @@ def _read_marked(template: ChatTemplate, conversations: Sequence[Conversation]) 
     return read
 
 
-def _marks_of_turn(template: ChatTemplate, one: Conversation, turn: int, after: Rendered) -> tuple[tuple[int, int], ...]:
+def _marks_of_turn(template: ChatTemplate, one: Chat, turn: int, after: Rendered) -> tuple[tuple[int, int], ...]:
     spans = tuple(span for span in after.spans if span[0] < span[1])
     if len(spans) == sum(message["role"] == "assistant" for message in one.messages[: turn + 1]):
         return spans[-1:]
@@ -147,11 +147,11 @@ def _marks_of_turn(template: ChatTemplate, one: Conversation, turn: int, after: 
     return spans[sum(start < stop for start, stop in earlier) :]
 
 
-def _upto(one: Conversation, turn: int) -> Conversation:
-    return Conversation(one.messages[:turn], one.tools)
+def _upto(one: Chat, turn: int) -> Chat:
+    return Chat(one.messages[:turn], one.tools)
 
 
-def _answer(template: ChatTemplate, one: Conversation, turn: int, before: str | None, after: str) -> _Answer:
+def _answer(template: ChatTemplate, one: Chat, turn: int, before: str | None, after: str) -> _Answer:
     if before is None:
         text, start = after, _start_of_first(template, one, after)
     elif after.startswith(before):
@@ -162,7 +162,7 @@ def _answer(template: ChatTemplate, one: Conversation, turn: int, before: str | 
     return _Answer(turn, text, ((start, stop),), has_end)
 
 
-def _start_of_first(template: ChatTemplate, one: Conversation, after: str) -> int:
+def _start_of_first(template: ChatTemplate, one: Chat, after: str) -> int:
     """Where an answer begins that nothing precedes: templates cannot render nothing. Behind its header, or at its content."""
     [with_header] = template.render([_upto(one, 1)], prompts=True)
     header = with_header.text.removeprefix(after)
@@ -180,7 +180,7 @@ def _last_place_of(message: Message, text: str) -> int:
     return min(places)
 
 
-def _diverging(template: ChatTemplate, one: Conversation, turn: int, before: str, after: str) -> tuple[str, int]:
+def _diverging(template: ChatTemplate, one: Chat, turn: int, before: str, after: str) -> tuple[str, int]:
     """Text and beginning of an answer that does not go on where the prompt ends.
 
     Where the generation prompt alone supplies something else (such as `<think>`) the answer begins where the two part. Where
@@ -203,7 +203,7 @@ def _diverging(template: ChatTemplate, one: Conversation, turn: int, before: str
     return before + (" " * blanks if not before.endswith(" ") else "") + answer, len(before)
 
 
-def _end(template: ChatTemplate, text: str, start: int, one: Conversation, turn: int) -> tuple[int, bool]:
+def _end(template: ChatTemplate, text: str, start: int, one: Chat, turn: int) -> tuple[int, bool]:
     """Where an answer stops, and whether with something that ends it: a special token, or words of the template.
 
     Of several special tokens in a row the first that ends a turn; blanks behind the end are not of the answer.
@@ -226,15 +226,13 @@ def _end(template: ChatTemplate, text: str, start: int, one: Conversation, turn:
     return len(text), False
 
 
-def _closes_a_message(prompt: str, token: str, one: Conversation, turn: int) -> bool:
+def _closes_a_message(prompt: str, token: str, one: Chat, turn: int) -> bool:
     """Whether a token follows the message before an answer, too: then it ends turns."""
     content = str(one.messages[turn - 1].get("content") or "").strip() if turn else ""
     return bool(content) and re.search(re.escape(content) + r"\s*" + re.escape(token), prompt) is not None
 
 
-def _joined(
-    template: ChatTemplate, one: Conversation, whole: str, answers: list[_Answer], *, is_marked: bool = False
-) -> ReadConversation:
+def _joined(template: ChatTemplate, one: Chat, whole: str, answers: list[_Answer], *, is_marked: bool = False) -> ReadChat:
     """The texts of a conversation: the whole where every answer stands in it as it was rendered, else one for each."""
     notes = set()
     if any(_lacks_calls(one, answer) for answer in answers):
@@ -246,7 +244,7 @@ def _joined(
         is_open = [not answer.has_end and not answer.text[answer.stop :].strip() for answer in answers]
         notes |= {ENDLESS} if any(not a.has_end and not adds for a, adds in zip(answers, is_open, strict=True)) else set()
         texts = [ChatText(a.text, a.spans, adds, is_marked) for a, adds in zip(answers, is_open, strict=True)]
-        return ReadConversation(tuple(texts), frozenset(notes))
+        return ReadChat(tuple(texts), frozenset(notes))
     spans: list[tuple[int, int]] = []
     adds_end = False
     for answer in answers:
@@ -260,10 +258,10 @@ def _joined(
         stop = answer.stop if is_marked else template.end_after(whole, answer.stop)
         spans[-1] = (spans[-1][0], stop)
         notes |= {ENDLESS} if stop == answer.stop else set()
-    return ReadConversation((ChatText(whole, tuple(spans), adds_end, is_marked),), frozenset(notes))
+    return ReadChat((ChatText(whole, tuple(spans), adds_end, is_marked),), frozenset(notes))
 
 
-def _lacks_calls(one: Conversation, answer: _Answer) -> bool:
+def _lacks_calls(one: Chat, answer: _Answer) -> bool:
     calls = one.messages[answer.turn].get("tool_calls") or []
     learned = answer.text[answer.spans[0][0] : answer.stop]
     return any(call["function"]["name"] not in learned for call in calls)
