@@ -244,6 +244,16 @@ def test_with_a_target_here_the_tokens_are_the_target_s_and_its_template_decides
     assert config.target.model == config.proxy.tokenizer == str(local_target)
 
 
+def test_a_template_that_rewrites_earlier_turns_is_shown_turn_by_turn(local_target):
+    template = "{% for m in messages %}<{{ m.role }}>{% if loop.last %}!{% endif %}{{ m.content }}</>{% endfor %}"
+    settings = json.loads((local_target / "tokenizer_config.json").read_text())
+    (local_target / "chat_template.jinja").unlink(missing_ok=True)
+    (local_target / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+    found = begin([{"messages": [USER, ANSWER, USER, ANSWER]}] * 3, str(local_target))
+    assert "3 split_conversations" in line(found, "template")
+    assert [text for text, is_learned in found.shown[0] if is_learned] == ["!very well</>"] * 2
+
+
 def test_no_pretrained_proxy_is_named_that_cannot_be_had_from_here(local_target):
     config = yaml.safe_load(begin(pairs(20), str(local_target)).text)
     assert config["proxy"]["model"].keys() == {"scratch"}

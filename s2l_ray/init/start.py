@@ -141,11 +141,12 @@ def _fields_of(look: CorpusLook) -> tuple[FoundLayout, list[ConfigLine]]:
 
 
 def _read(look: CorpusLook, config: ExamplesConfig, found: FoundLayout, layout: Layout) -> ReadExamples:
-    """The examples in the rows; without a known layout all texts of each row. Raises DataError where there are none."""
+    """The examples in the rows; without a known layout all that is in a row as its text. Raises DataError where there are none."""
     if not found.is_known:
         records = look.records(SAMPLE_ROWS)
-        texts = ["\n".join(value for value in record.values() if isinstance(value, str)) for record in records]
-        columns = {"prompt": texts, "response": [""] * len(texts), "source": [look.blocks[0].source] * len(texts)}
+        texts = ["\n".join(map(str, record.values())) for record in records]
+        nothing, source = [""] * len(texts), [look.blocks[0].source] * len(texts)
+        columns = {"example_id": nothing, "source": source, "prompt": texts, "response": nothing}
         return ReadExamples(pa.table(columns), Counter(), {}, 0)
     examples = read_examples(look, config, layout)
     if not examples.table.num_rows:
