@@ -21,6 +21,7 @@ from s2l_ray.config.schema import config_schema
 from s2l_ray.errors import ConfigError, DataError
 from s2l_ray.init import sampling
 from s2l_ray.init.advice import batch_for
+from s2l_ray.init.figures import NEXT_ROW
 from s2l_ray.init.layout import OPEN, found_layout
 from s2l_ray.init.proxies import choose_proxy
 from s2l_ray.init.screen import shown_example
@@ -251,7 +252,8 @@ def test_a_template_that_rewrites_earlier_turns_is_shown_turn_by_turn(local_targ
     (local_target / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
     found = begin([{"messages": [USER, ANSWER, USER, ANSWER]}] * 3, str(local_target))
     assert "3 split_conversations" in line(found, "template")
-    assert [text for text, is_learned in found.shown[0] if is_learned] == ["!very well</>"] * 2
+    assert [text.lstrip("!") for text, is_learned in found.shown[0] if is_learned] == ["very well</>"] * 2
+    assert (NEXT_ROW, False) in found.shown[0]
 
 
 def test_no_pretrained_proxy_is_named_that_cannot_be_had_from_here(local_target):

@@ -141,7 +141,7 @@ def _fields_of(look: CorpusLook) -> tuple[FoundLayout, list[ConfigLine]]:
 
 
 def _read(look: CorpusLook, config: ExamplesConfig, found: FoundLayout, layout: Layout) -> ReadExamples:
-    """The examples in the rows; without a known layout all that is in a row as its text. Raises DataError where there are none."""
+    """The examples in the rows; without a known layout all that is in a row as its text. Raises DataError without any."""
     if not found.is_known:
         records = look.records(SAMPLE_ROWS)
         texts = ["\n".join(map(str, record.values())) for record in records]
