@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from rich.console import Console
 from s2l_ray.config import TrainedTokenizer, load_config
 from s2l_ray.config.schema import config_schema
 from s2l_ray.errors import ConfigError, DataError
+from s2l_ray.examples import formats
 from s2l_ray.init import sampling
 from s2l_ray.init.advice import batch_for
 from s2l_ray.init.figures import NEXT_ROW
@@ -189,16 +191,31 @@ def test_learned_turns_context_calls_and_tools_are_counted():
     )
 
 
-def test_of_a_large_corpus_pieces_are_read_and_the_rest_is_estimated(monkeypatch):
+def test_of_a_large_corpus_pieces_are_read_and_its_lines_are_counted(monkeypatch):
     monkeypatch.setattr(sampling, "MOST_BYTES", 2**20)
     name = write([{"prompt": f"{number:07d}", "response": "r" * 90} for number in range(60_000)])
     found = begin(name)
-    number, read = re.fullmatch(
-        r"about ([\d,]+) rows \(estimated by size\), ([\d,]+) of them read", line(found, "corpus")
-    ).groups()
-    assert int(number.replace(",", "")) == pytest.approx(60_000, rel=0.01)
-    assert int(read.replace(",", "")) < 20_000
+    read = re.fullmatch(r"60,000 rows, ([\d,]+) of them read", line(found, "corpus"))
+    assert read is not None
+    assert int(read[1].replace(",", "")) < 20_000
     assert "examples that were read" in line(found, "duplicates")
+
+
+def test_a_corpus_that_cannot_be_counted_cheaply_is_estimated_and_said_so(monkeypatch):
+    monkeypatch.setattr(sampling, "MOST_BYTES", 2**20)
+    monkeypatch.setattr(sampling, "MOST_COUNTED_BYTES", 2**20)
+    found = begin(write([{"prompt": f"{number:07d}", "response": "r" * 90} for number in range(60_000)]))
+    number = re.match(r"about ([\d,]+) rows \(estimated by size\), ", line(found, "corpus"))
+    assert number is not None
+    assert int(number[1].replace(",", "")) == pytest.approx(60_000, rel=0.01)
+
+
+def test_of_a_compressed_file_that_is_not_read_to_its_end_no_number_is_made_up(monkeypatch):
+    monkeypatch.setattr(sampling, "MOST_ROWS", 1_000)
+    monkeypatch.setattr(formats, "BLOCK_BYTES", 2**16)
+    with gzip.open("corpus.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in pairs(20_000))
+    assert re.match(r"more than [1-9],\d{3} rows", line(begin("corpus.jsonl.gz"), "corpus"))
 
 
 def test_a_large_parquet_corpus_is_counted_by_its_footers(monkeypatch):
