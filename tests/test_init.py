@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 
 from s2l_ray.config import TrainedTokenizer, load_config
 from s2l_ray.config.schema import config_schema
-from s2l_ray.errors import ConfigError, DataError
+from s2l_ray.errors import ConfigError, DataError, S2LError
 from s2l_ray.examples import formats
 from s2l_ray.init import sampling
 from s2l_ray.init.advice import batch_for
@@ -446,6 +449,35 @@ def test_a_target_that_cannot_be_had_is_refused_before_anything_is_read(target, 
     os.mkdir("empty")
     with pytest.raises(ConfigError, match=message):
         start(["no-such-corpus.jsonl"], target, None)
+
+
+TEXTS = st.text(max_size=8) | st.sampled_from(["user", "assistant", "[{", "[]"])
+NAMES = st.sampled_from(
+    ["prompt", "response", "messages", "input", "id", "source", "split", "system", "history", "tools", "chosen"]
+)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 10**20) | st.floats() | TEXTS,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(TEXTS | st.sampled_from(["role", "content"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=60)
+@given(st.lists(st.dictionaries(NAMES | st.text(max_size=6), VALUES | TEXTS, max_size=6), min_size=1, max_size=5))
+def test_any_rows_give_a_config_that_plans_or_one_message(rows):
+    with tempfile.TemporaryDirectory() as folder:
+        path, config = Path(folder, "corpus.jsonl"), Path(folder, "run.yaml")
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        try:
+            start([str(path)], None, str(config))
+        except S2LError:
+            return
+        try:
+            assert not make_plan(load_config(config)).is_refused
+        except S2LError as problem:
+            assert re.search(r"CHOOSE|corpus\.jsonl line \d", str(problem))
 
 
 @pytest.mark.slow
