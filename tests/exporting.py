@@ -42,7 +42,7 @@ def made_run(
     talks: dict[str, Any],
     *,
     texts: dict[str, str] | None = None,
-    original: dict[str, Any] | None = None,
+    original: dict[str, Any] | pa.StructArray | None = None,
     tools: dict[str, Any] | None = None,
     corpus: str = "files:0123",
     num_parts: int = 2,
@@ -55,8 +55,8 @@ def made_run(
     ids = sorted(talks)
     run = Storage(str(folder))
     rows = pa.table({"example_id": ids} | _columns(ids, talks, tools or {}))
-    original = original or {"key": ids}
-    rows = rows.append_column("original", pa.table(original).to_struct_array())
+    own = original if isinstance(original, pa.StructArray) else pa.table(original or {"key": ids}).to_struct_array()
+    rows = rows.append_column(pa.field("original", own.type), own)
     if texts is not None:
         rows = rows.append_column("row_json", pa.array([texts[one] for one in ids]))
     draft = Draft.open(run, Key("examples", 1, {"corpus": corpus}, {}))

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from s2l_ray.errors import ArtifactError, ConfigError
+from s2l_ray.examples.columns import json_field, struct_from_values
 from s2l_ray.selection.export import export_subset
 from s2l_ray.storage.artifacts import Key
 from s2l_ray.storage.drafts import Draft
@@ -296,7 +297,7 @@ def test_conversations_in_columns_of_anybodys_trajectories_are_exported_too(s2l,
     path = write_trajectories(tmp_path / "m.parquet", falling_losses(30), messages=["not JSON"] * 30)
     assert s2l("select", path, "--budget", 30, "--num-clusters", 3, "--output", tmp_path / "bad").code == 0
     refused = s2l("export", tmp_path / "bad", "--format", "openai", "--output", tmp_path / "bad.jsonl")
-    check_refused(refused, r"example id-0: its messages or tools are not JSON")
+    check_refused(refused, r"example id-0: messages: is text, not a list of messages\..* Or use --format jsonl")
 
 
 def test_the_subset_is_exported_with_its_columns(s2l, selected, tmp_path):
@@ -381,3 +382,9 @@ def test_an_export_that_cannot_be_made_is_refused(s2l, selected, tmp_path):
     data.write_bytes(data.read_bytes()[:-1] + b"?")
     check_refused(s2l("export", selected, *options, tmp_path / "a.jsonl"), r"selection/selected\.parquet: damaged")
     assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_values_that_parquet_holds_as_json_text_are_values_again(tmp_path):
+    column = struct_from_values([{"note": value} for value in (3, "three", {"x": [None]})], pa.struct([json_field("note")]))
+    run = made_run(tmp_path / "run", PAIRS, original=column)
+    assert [row["note"] for row in export(run, "jsonl", tmp_path / "a.jsonl")] == [3, "three", {"x": [None]}]

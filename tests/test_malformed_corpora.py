@@ -356,6 +356,7 @@ WHOLE_FILES = {
         "corpus.json", lambda: json.dumps(GOOD).encode() + b" [", "follows", place=" line 1"
     ),
     "two arrays": whole("corpus.json", lambda: json.dumps(GOOD).encode() * 2, "follows", place=" line 1"),
+    "an empty file": whole("corpus.jsonl", lambda: b"", "empty"),
     "a CSV file with a name given twice": whole(
         "corpus.csv", lambda: csv("prompt,response,prompt", "a,b,c"), "'prompt' is the name of columns 1 and 3", place=" line 1"
     ),
@@ -394,6 +395,10 @@ READ = {
     "a CSV file in UTF-16 with its mark": Malformed(
         lambda: csv("prompt,response", "a,b", "c,d").decode().encode("utf-16"), "corpus.csv"
     ),
+    "UTF-16 without its mark": Malformed(lambda: lines(*GOOD).decode().encode("utf-16-le")),
+    "a CSV file in UTF-16 without its mark": Malformed(
+        lambda: csv("prompt,response", "a,b", "c,d").decode().encode("utf-16-be"), "corpus.csv"
+    ),
     "UTF-32 with its mark": Malformed(lambda: lines(*GOOD).decode().encode("utf-32")),
     "carriage returns": Malformed(lambda: lines(*GOOD).replace(b"\n", b"\r\n")),
     "blank lines": Malformed(lambda: b"\n \n" + lines(GOOD[0]) + b"\t\n\r\n" + lines(GOOD[1]) + b"\n"),
@@ -408,6 +413,7 @@ READ = {
     "a number beyond doubles": Malformed(lambda: lines('{"prompt": "a", "response": "b", "x": 1e999}', GOOD[1])),
     "NaN where nothing reads it": beside(x=float("nan")),
     "half a surrogate pair where nothing reads it": beside(x="\ud83d"),
+    "half a surrogate pair in a name": beside(**{"\ud83d": 1}),
     "a name that is empty": beside(**{"": 1}),
     "an object without a key": beside(x={}),
     "kinds that differ": Malformed(lambda: lines(GOOD[0] | {"x": 1}, GOOD[1] | {"x": {"y": [MARK, 1]}})),
@@ -422,6 +428,7 @@ READ = {
     "a Parquet column of dates as the response": Malformed(
         lambda: parquet({"prompt": ["a"], "response": pa.array([0], pa.date32())}), "corpus.parquet", kept=1
     ),
+    "a Parquet file without a column": Malformed(lambda: parquet({}), "corpus.parquet", kept=0),
     "a Parquet file with a time that Python does not have": Malformed(
         lambda: parquet({"prompt": ["a", "b"], "response": ["c", "d"], "x": pa.array([2**60] * 2, pa.timestamp("us"))}),
         "corpus.parquet",

@@ -86,7 +86,8 @@ class ExamplesConfig(Section):
     Every message of the assistant is learned, but for those marked otherwise (`weight: 0`, `train: false`)."""
 
     tools_field: str | None = None
-    """Field with the tools that a conversation may call; without it the row's `tools` or `functions`, if it has one."""
+    """Field with the tools that a conversation may call; without it the row's `tools` or `functions`, if it has one. Empty:
+    there are none, whatever these fields hold."""
 
     system_field: str | None = None
     """Field with a system message that goes before the prompt or the conversation, where the row has one."""

@@ -38,7 +38,7 @@ def find_files(dataset: str | list[str]) -> list[CorpusFile]:
     files = {file.uri: file for place in given for file in _files_at(place)}
     if not any(file.num_bytes for file in files.values()):
         what = "its files are empty" if files else "no files are given"
-        raise DataError(f"{', '.join(given) or 'examples.dataset'}: the corpus is empty ({what}).")
+        raise DataError(f"{', '.join(given) or 'examples.dataset'}: the corpus is empty ({what}). Give files with rows.")
     return sorted(files.values(), key=lambda file: file.uri)
 
 

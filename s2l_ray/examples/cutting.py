@@ -44,7 +44,7 @@ def cut_corpus(config: ExamplesConfig) -> list[Shard]:
     else:
         shards = _cut_files(config.dataset)
     if not shards:
-        raise DataError(f"{config.dataset}: the corpus is empty: no row in it.")
+        raise DataError(f"{config.dataset}: the corpus is empty: no row in it. Give files with rows.")
     return shards
 
 
@@ -105,7 +105,7 @@ def _packed(pieces: list[FilePiece], shard_bytes: int) -> list[Shard]:
     shards: list[list[FilePiece]] = []
     room = 0
     for piece in pieces:
-        if piece.size > room:
+        if piece.size > room or not shards:  # a piece without a byte may be the first
             shards.append([])
             room = shard_bytes
         shards[-1].append(piece)

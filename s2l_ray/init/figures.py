@@ -150,12 +150,14 @@ def pieces_of(table: pa.Table, tokenizer: Any | None) -> list[Pieces]:
 
 
 def _encoded(table: pa.Table, tokenizer: Any) -> Any:
-    """The tokens of every example, uncut."""
-    from s2l_ray.training.tokens import encode, encode_conversations
+    """The tokens of the examples, uncut: several rows for a conversation whose earlier turns the chat template rewrites, none
+    for one that it refuses."""
+    from s2l_ray.training.token_rows import RowLimit
+    from s2l_ray.training.tokens import encode_table
 
-    if "messages" in table.column_names and table["messages"].null_count < table.num_rows:
-        return encode_conversations(tokenizer, list(map(_messages, table["messages"].to_pylist())), NO_LIMIT)
-    return encode(tokenizer, table["prompt"].to_pylist(), table["response"].to_pylist(), NO_LIMIT)
+    numbers = pa.array(map(str, range(table.num_rows)))
+    named = table if "example_id" in table.column_names else table.append_column("example_id", numbers)
+    return encode_table(tokenizer, named, RowLimit(NO_LIMIT)).tokens
 
 
 def _decoded(tokenizer: Any, ids: np.ndarray, is_label: np.ndarray) -> Pieces:

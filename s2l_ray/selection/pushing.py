@@ -58,9 +58,8 @@ def push_subset(
         kind = "parquet" if file_format == "parquet" else "jsonl"
         output = folder if is_folder else f"{folder}/{subset}.{kind}"
         exported = export_subset(run_dir, file_format, output, subset, with_columns=with_columns, hub=name)
+        (Path(folder) / CARD).write_text(_card(run, subset, exported, config, api), encoding="utf-8")
         with _explained(name):
-            card = _card(run, subset, exported, config, api)
-            (Path(folder) / CARD).write_text(card, encoding="utf-8")
             _check_repository(api, name, is_public)
             api.create_repo(name, repo_type="dataset", private=not is_public, exist_ok=True)
             message = f"{exported.num_examples} examples chosen by s2l_ray"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from s2l_ray.errors import ArtifactError
+from s2l_ray.examples.columns import holds_json
 from s2l_ray.progress import get_log
 from s2l_ray.selection.json_text import json_line, with_fields
 from s2l_ray.storage.artifacts import Artifact
@@ -27,17 +29,22 @@ def subset_lines(selection: Artifact, path: str, with_columns: bool) -> Iterator
     """The rows of a subset's Parquet file as JSON Lines, with the columns that we added or without them.
 
     Rows of a corpus of JSON are as they were written. JSON is strict: NaN and infinite numbers become null, with a warning
-    where they were not null in the run already. Raises ConfigError for bytes, which JSON cannot hold.
+    where they were not null in the run already. What Parquet holds as JSON text is a value again. Raises ConfigError for
+    bytes, which JSON cannot hold.
     """
     if as_written(path) in selection.manifest["files"]:
         yield from _lines_as_written(selection, path, _added(selection) if with_columns else [])
         return
     num_changed = 0
     left_out = [] if with_columns else _added(selection)
-    for row in (row for batch in _batches(selection, path) for row in batch.drop_columns(left_out).to_pylist()):
-        line, was_strict = json_line(row)
-        num_changed += not was_strict
-        yield f"{line}\n".encode()
+    for batch in _batches(selection, path):
+        rows = batch.drop_columns(left_out)
+        texts = [field.name for field in rows.schema if holds_json(field)]
+        for row in rows.to_pylist():
+            row |= {name: json.loads(row[name]) for name in texts if row[name] is not None}
+            line, was_strict = json_line(row)
+            num_changed += not was_strict
+            yield f"{line}\n".encode()
     if num_changed:
         _log.warning("%s rows have numbers that are NaN or infinite, which JSON lacks: written as null", f"{num_changed:,}")
 

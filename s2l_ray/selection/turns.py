@@ -15,8 +15,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from s2l_ray.errors import ArtifactError, ConfigError
+from s2l_ray.errors import ArtifactError, ConfigError, DataError
+from s2l_ray.examples.conversations import Dialect, read_conversation
 from s2l_ray.examples.reading import fetch_examples
+from s2l_ray.examples.row_problems import RowProblem
+from s2l_ray.examples.tool_calls import read_tools
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.places import Storage
 
@@ -81,15 +84,17 @@ def open_examples(run: Storage, selection: Artifact, path: str) -> Callable[[], 
     """Streams the examples of a subset in its order, as often as it is called; memory is for the ids and one part.
 
     Raises ArtifactError where the examples are not those of the selection, ConfigError where there is nothing to make
-    conversations of: neither a run's examples nor the columns that say the same.
+    conversations of: neither a run's examples nor the columns that say the same. The stream raises DataError naming an
+    example whose columns are no conversation.
     """
     made_from = selection.manifest["inputs"].get("examples")
     if made_from is not None:
         examples = Artifact.read(run.child("examples"))
         if examples.identity != made_from:
             raise ArtifactError(f"{examples.storage.uri}: not the examples that {selection.storage.uri} was chosen from.")
-        ids = selection.read_table(path, [selection.summary["columns"]["example_id"]]).column(0)
-        return lambda: _of_run(examples, ids.combine_chunks())
+        with selection.root.explained(path), selection.root.open(path) as source:
+            ids = pq.ParquetFile(source).read([selection.summary["columns"]["example_id"]]).column(0).combine_chunks()
+        return lambda: _of_run(examples, ids)
     with selection.root.explained(path), selection.root.open(path) as source:
         names = pq.read_schema(source).names
     if "messages" not in names and not {"prompt", "response"} <= set(names):
@@ -103,42 +108,45 @@ def open_examples(run: Storage, selection: Artifact, path: str) -> Callable[[], 
 def _of_run(examples: Artifact, ids: pa.Array) -> Iterator[SubsetExample]:
     for table in fetch_examples(examples, ids, _COLUMNS):
         for row in table.to_pylist():
-            yield SubsetExample(
-                row["example_id"], row["prompt"], row["response"], _parsed(row.get("messages")), _parsed(row.get("tools"))
-            )
+            messages, tools = (None if row.get(name) is None else json.loads(row[name]) for name in ("messages", "tools"))
+            yield SubsetExample(row["example_id"], row["prompt"], row["response"], messages, tools)
 
 
 def _of_columns(selection: Artifact, path: str, columns: list[str]) -> Iterator[SubsetExample]:
     """The same from the columns of the subset itself, where anybody's trajectories brought them."""
-    id_name = selection.summary["columns"]["example_id"]
+    id_name, dialect = selection.summary["columns"]["example_id"], Dialect()
     with selection.root.explained(path), selection.root.open(path) as source:
         for batch in pq.ParquetFile(source).iter_batches(_BATCH_ROWS, columns=[id_name, *columns]):
             for row in batch.to_pylist():
-                place = f"{selection.root.uri}/{path}: example {row[id_name]}"
                 try:
-                    messages, tools = (_present(_parsed(row.get(name))) for name in ("messages", "tools"))
-                except ValueError as error:
-                    raise ConfigError(f"{place}: its messages or tools are not JSON. Use --format jsonl or parquet.") from error
-                prompt, response = row.get("prompt"), row.get("response")
-                if messages is not None and not _are_messages(messages):
-                    raise ConfigError(f"{place}: messages are no list of `role` and `content`. Use --format jsonl or parquet.")
-                if messages is None and not (isinstance(prompt, str) and isinstance(response, str)):
-                    raise ConfigError(f"{place}: has neither messages nor the texts prompt and response.")
-                yield SubsetExample(str(row[id_name]), prompt or "", response or "", messages, tools)
+                    yield _of_row(str(row[id_name]), row, dialect)
+                except RowProblem as problem:
+                    place = f"{selection.root.uri}/{path}: example {row[id_name]}"
+                    raise DataError(f"{place}: {problem} Or use --format jsonl or parquet.") from problem
 
 
-def _are_messages(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(one, dict) and isinstance(one.get("role"), str) for one in value)
-
-
-def _parsed(value: Any) -> Any:
-    return json.loads(value) if isinstance(value, str) else value
+def _of_row(example_id: str, row: dict[str, Any], dialect: Dialect) -> SubsetExample:
+    """An example from columns of any usual form. Raises RowProblem."""
+    prompt, response = row.get("prompt"), row.get("response")
+    if row.get("messages") is None:
+        if not (isinstance(prompt, str) and isinstance(response, str)):
+            raise RowProblem("wrong_type", "has neither messages nor the texts prompt and response.")
+        return SubsetExample(example_id, prompt, response, None, None)
+    try:
+        talk = read_conversation(_present(row["messages"]), dialect)
+    except RowProblem as problem:
+        raise problem.at("messages: ") from None
+    try:
+        tools = read_tools(_present(row["tools"])) if row.get("tools") else talk.tools
+    except RowProblem as problem:
+        raise problem.at("tools: ") from None
+    return SubsetExample(example_id, "", "", talk.messages, tools or None)
 
 
 def _present(value: Any) -> Any:
     """A value of Arrow without the keys that it has only because another row has them."""
     if isinstance(value, dict):
-        return {key: _present(inner) for key, inner in value.items() if inner is not None or key == "content"}
+        return {key: _present(inner) for key, inner in value.items() if inner is not None}
     return [_present(inner) for inner in value] if isinstance(value, list) else value
 
 
