@@ -156,6 +156,15 @@ def test_a_template_with_marks_learns_what_it_marks_as_trl_does(marks, tmp_path)
     assert [(ids.tolist(), list(is_label)) for ids, is_label in map(part.tokens.__getitem__, range(len(rows)))] == theirs
 
 
+def test_an_end_that_follows_the_last_turn_only_splits_no_marked_conversation():
+    both = "{% endgeneration %}{{ '\n' }}"
+    closing = "{% if loop.last %}{{ '\n</s>' }}{% endif %}{% endgeneration %}"
+    tokenizer = chat_tokenizer(MARKED.replace(both, closing + "{{ '\n' }}"))
+    part = encoded(tokenizer, CONVERSATIONS["two turns"])
+    assert learned(tokenizer, part) == ["hello world<|im_end|>", "of the other  <|im_end|>\n</s>"]
+    assert not part.changed
+
+
 def test_marks_of_an_answer_of_weight_0_are_not_learned():
     tokenizer = chat_tokenizer(MARKED)
     part = encoded(tokenizer, [user("a"), assistant("one", weight=0), user("b"), assistant("two", weight=1)])
@@ -261,12 +270,11 @@ def test_two_control_tokens_that_end_a_turn_together_are_both_learned():
     assert learned(tokenizer, part) == ["hello[/INST]</s>"]
 
 
-@pytest.mark.parametrize("said", ["<table> of it", "hello", "<think>\nwhat\n</think>\n\nhello", "\nhello"])
+@pytest.mark.parametrize("said", ["<table> of it", "hello", "<think>\nwhat\n</think>\n\nhello"])
 def test_a_generation_prompt_that_begins_to_think_hides_nothing_of_an_answer_that_does_not(said):
     tokenizer = chat_tokenizer(TEMPLATES["ChatML"].replace("assistant\n' }}", "assistant\n<think>\n' }}"))
     part = encoded(tokenizer, [user("a"), assistant(said)])
-    supplied = "<think>\n" if said.startswith("<think>") else "\n" if said.startswith("\n") else ""
-    assert learned(tokenizer, part) == [said.removeprefix(supplied) + "<|im_end|>"]
+    assert learned(tokenizer, part) == [said.removeprefix("<think>\n") + "<|im_end|>"]
 
 
 # --- reasoning, tools ----------------------------------------------------------------------------------------------

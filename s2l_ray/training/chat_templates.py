@@ -151,7 +151,7 @@ class ChatTemplate:
                 add_generation_prompt=prompts,
                 **self._tokenizer.special_tokens_map,
             )
-            made.append(Rendered(text, tuple(spans)))
+            made.append(Rendered(text, tuple((start, stop) for start, stop in spans if start < stop)))
         return made
 
     def _texts(self, conversations: Sequence[Chat], prompts: bool) -> list[str]:
@@ -178,6 +178,17 @@ class ChatTemplate:
     def end_after(self, text: str, start: int) -> int:
         """Where the special token stops that begins at `start`; `start` itself where none does."""
         return next((start + n for n in self._end_lengths if text[start : start + n] in self._ends), start)
+
+    def parting(self, text: str, other: str) -> int:
+        """Where in `other` its first token begins that `text` does not have in the same place."""
+        encoded = self._tokenizer([text, other], add_special_tokens=False, verbose=False)
+        ids, others = encoded["input_ids"]
+        number = next((i for i, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b), min(len(ids), len(others)))
+        if number == len(others):
+            return len(other)
+        if encoded.encodings:
+            return int(encoded.token_to_chars(1, number).start)
+        return len(self._tokenizer.decode(others[:number]))
 
     def words(self, error: Exception, tools: str | None) -> str:
         """What a template raised, in words that quote nothing of the corpus: 200 characters of the first line at most."""

@@ -66,6 +66,11 @@ class _Answer:
     text: str
     spans: tuple[tuple[int, int], ...]
     has_end: bool
+    settled: int
+    """Up to where the text must be that of the whole: what follows the first end may be written behind the last turn only."""
+
+    marks: slice | None = None
+    """Which of the template's marks are this message's."""
 
     @property
     def stop(self) -> int:
@@ -109,7 +114,7 @@ def _read(template: ChatTemplate, conversations: Sequence[Chat]) -> list[ReadCha
 def _read_plain(template: ChatTemplate, conversations: Sequence[Chat]) -> list[ReadChat]:
     """By prefixes: what precedes each answer with the header of an answer to come, and the same with the answer."""
     turns = [(number, turn) for number, one in enumerate(conversations) for turn in one.learned]
-    wholes = [rendered.text for rendered in template.render(conversations)]
+    wholes = template.render(conversations)
     befores = iter(template.render([_upto(conversations[i], turn) for i, turn in turns if turn], prompts=True))
     inner = [(i, turn) for i, turn in turns if turn + 1 < len(conversations[i].messages)]
     afters = iter(template.render([_upto(conversations[i], turn + 1) for i, turn in inner]))
@@ -117,7 +122,7 @@ def _read_plain(template: ChatTemplate, conversations: Sequence[Chat]) -> list[R
     for i, turn in turns:
         one = conversations[i]
         before = next(befores).text if turn else None
-        after = next(afters).text if turn + 1 < len(one.messages) else wholes[i]
+        after = next(afters).text if turn + 1 < len(one.messages) else wholes[i].text
         answers[i].append(_answer(template, one, turn, before, after))
     return [_joined(template, *each) for each in zip(conversations, wholes, answers, strict=True)]
 
@@ -131,20 +136,20 @@ def _read_marked(template: ChatTemplate, conversations: Sequence[Chat]) -> list[
         for turn in one.learned:
             is_last = turn + 1 == len(one.messages)
             after = whole if is_last else template.render([_upto(one, turn + 1)], marks=True)[0]
-            spans = _marks_of_turn(template, one, turn, after)
+            marks = _marks_of_turn(template, one, turn, after)
+            spans = after.spans[marks]
             if spans:
-                has_end = _end(template, after.text[: spans[-1][1]], spans[0][0], one, turn)[1]
-                answers.append(_Answer(turn, after.text, spans, has_end))
-        read.append(_joined(template, one, whole.text, answers, is_marked=True))
+                settled, has_end = _end(template, after.text[: spans[-1][1]], spans[0][0], one, turn)
+                answers.append(_Answer(turn, after.text, spans, has_end, settled, marks))
+        read.append(_joined(template, one, whole, answers))
     return read
 
 
-def _marks_of_turn(template: ChatTemplate, one: Chat, turn: int, after: Rendered) -> tuple[tuple[int, int], ...]:
-    spans = tuple(span for span in after.spans if span[0] < span[1])
-    if len(spans) == sum(message["role"] == "assistant" for message in one.messages[: turn + 1]):
-        return spans[-1:]
-    earlier = template.render([_upto(one, turn)], marks=True)[0].spans if turn else ()
-    return spans[sum(start < stop for start, stop in earlier) :]
+def _marks_of_turn(template: ChatTemplate, one: Chat, turn: int, after: Rendered) -> slice:
+    if len(after.spans) == sum(message["role"] == "assistant" for message in one.messages[: turn + 1]):
+        return slice(len(after.spans) - 1, len(after.spans))
+    earlier = len(template.render([_upto(one, turn)], marks=True)[0].spans) if turn else 0
+    return slice(earlier, len(after.spans))
 
 
 def _upto(one: Chat, turn: int) -> Chat:
@@ -159,7 +164,7 @@ def _answer(template: ChatTemplate, one: Chat, turn: int, before: str | None, af
     else:
         text, start = _diverging(template, one, turn, before, after)
     stop, has_end = _end(template, text, start, one, turn)
-    return _Answer(turn, text, ((start, stop),), has_end)
+    return _Answer(turn, text, ((start, stop),), has_end, stop)
 
 
 def _start_of_first(template: ChatTemplate, one: Chat, after: str) -> int:
@@ -187,18 +192,12 @@ def _diverging(template: ChatTemplate, one: Chat, turn: int, before: str, after:
     the prompt itself is another (Mistral's has the system message only while no answer follows) the answer is put behind it.
     """
     base = template.render([_upto(one, turn)])[0].text
-    message = one.messages[turn]
     if after.startswith(base):
-        alike = min(len(before), len(after))
-        parting = next((i for i in range(len(base), alike) if before[i] != after[i]), alike)
-        content = str(message.get("content") or "").strip()
-        place = after.rfind(content, len(base), parting + len(content)) if content else -1
-        # The two may agree by chance in the answer's first letters.
-        return after, place if 0 <= place < parting < place + len(content) else parting
+        return after, template.parting(before, after)
     header = before.removeprefix(base) if before.startswith(base) else ""
     if header and header in after:
         return before + after[after.rindex(header) + len(header) :], len(before)
-    answer = after[_last_place_of(message, after) :]
+    answer = after[_last_place_of(one.messages[turn], after) :]
     blanks = len(after) - len(answer) - len(after[: len(after) - len(answer)].rstrip(" "))
     return before + (" " * blanks if not before.endswith(" ") else "") + answer, len(before)
 
@@ -232,14 +231,15 @@ def _closes_a_message(prompt: str, token: str, one: Chat, turn: int) -> bool:
     return bool(content) and re.search(re.escape(content) + r"\s*" + re.escape(token), prompt) is not None
 
 
-def _joined(template: ChatTemplate, one: Chat, whole: str, answers: list[_Answer], *, is_marked: bool = False) -> ReadChat:
+def _joined(template: ChatTemplate, one: Chat, whole: Rendered, answers: list[_Answer]) -> ReadChat:
     """The texts of a conversation: the whole where every answer stands in it as it was rendered, else one for each."""
     notes = set()
     if any(_lacks_calls(one, answer) for answer in answers):
         notes.add(CALLS_LOST)
         # An answer that is nothing but a call would teach to say nothing.
         answers = [a for a in answers if one.messages[a.turn].get("content") or not _lacks_calls(one, a)]
-    if any(whole[: answer.stop] != answer.text[: answer.stop] for answer in answers):
+    is_marked = any(answer.marks is not None for answer in answers)
+    if any(whole.text[: answer.settled] != answer.text[: answer.settled] for answer in answers):
         notes |= {SPLIT} if len(answers) > 1 else set()
         is_open = [not answer.has_end and not answer.text[answer.stop :].strip() for answer in answers]
         notes |= {ENDLESS} if any(not a.has_end and not adds for a, adds in zip(answers, is_open, strict=True)) else set()
@@ -248,17 +248,17 @@ def _joined(template: ChatTemplate, one: Chat, whole: str, answers: list[_Answer
     spans: list[tuple[int, int]] = []
     adds_end = False
     for answer in answers:
-        spans += answer.spans
+        spans += answer.spans if answer.marks is None else whole.spans[answer.marks]
         if answer.has_end:
             continue
-        if answer.turn + 1 == len(one.messages) and not whole[answer.stop :].strip():
+        if answer.turn + 1 == len(one.messages) and not whole.text[answer.stop :].strip():
             adds_end = True
             continue
         # The token that ends the turn may be the header of the next message.
-        stop = answer.stop if is_marked else template.end_after(whole, answer.stop)
+        stop = answer.stop if is_marked else template.end_after(whole.text, answer.stop)
         spans[-1] = (spans[-1][0], stop)
         notes |= {ENDLESS} if stop == answer.stop else set()
-    return ReadChat((ChatText(whole, tuple(spans), adds_end, is_marked),), frozenset(notes))
+    return ReadChat((ChatText(whole.text, tuple(spans), adds_end, is_marked),), frozenset(notes))
 
 
 def _lacks_calls(one: Chat, answer: _Answer) -> bool:
