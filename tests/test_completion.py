@@ -6,6 +6,7 @@ import os
 import pty
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -112,12 +113,14 @@ def test_a_real_bash_completes_and_puts_no_space_behind_equals(tmp_path):
     command.write_text(f"#!/bin/sh\nexec {sys.executable} -c 'from s2l_ray.cli import main; main()' \"$@\"\n")
     command.chmod(0o755)
     bash = Bash(tmp_path)
-    bash.type('eval "$(_S2L_COMPLETE=source_bash s2l)"; echo rea""dy\n', "ready")
-    bash.type("s2l run quickstart --set selection.bud\t", "selection.budget=")
-    bash.type("0.1 --set clustering.tr\t", "0.1 --set clustering.training_rows=")
-    bash.type("null --set selection.meth\t", "selection.method=")
-    bash.type("s\t", "s2l ")
-    bash.close()
+    try:
+        bash.type('eval "$(_S2L_COMPLETE=source_bash s2l)"; echo rea""dy\n', "ready")
+        bash.type("s2l run quickstart --set selection.bud\t", "selection.budget=")
+        bash.type("0.1 --set clustering.tr\t", "0.1 --set clustering.training_rows=")
+        bash.type("null --set selection.meth\t", "selection.method=")
+        bash.type("s\t", "s2l ")
+    finally:
+        bash.close()
 
 
 class Bash:
@@ -139,6 +142,7 @@ class Bash:
                 shown += os.read(self._terminal, 65536).decode()
 
     def close(self) -> None:
-        os.write(self._terminal, b"\x03exit\n")
+        """End it; an interactive bash would wait for its terminal to be read."""
+        os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
         os.close(self._terminal)
