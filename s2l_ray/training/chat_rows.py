@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +12,6 @@ import numpy as np
 from s2l_ray.training.chat_templates import Chat, ChatTemplate
 from s2l_ray.training.token_rows import Row
 from s2l_ray.training.turns import ChatText, Refusal, read_conversations
-
-RENDERED_AT_ONCE = 128
 
 
 @dataclass
@@ -35,36 +32,26 @@ class ChatRows:
 def encode_chats(tokenizer: Any, conversations: Sequence[Chat], bos: Sequence[int]) -> ChatRows:
     """Conversations as tokens by the tokenizer's chat template, which alone decides about the beginning of a text; `bos` goes
     before ChatML, which stands in for a template."""
-    template, made = ChatTemplate(tokenizer), ChatRows()
-    pieces: list[list[ChatText]] = []
-    # Some are rendered, which takes Python's lock, while those before them are tokenised, which does not.
-    with ThreadPoolExecutor(1) as thread:
-        encoded = []
-        for start in range(0, len(conversations), RENDERED_AT_ONCE):
-            texts = list[ChatText]()
-            for number, read in enumerate(read_conversations(template, conversations[start : start + RENDERED_AT_ONCE]), start):
-                if isinstance(read, Refusal):
-                    made.refused[number] = read.words
-                    continue
-                made.notes.update(read.notes)
-                texts += read.texts
-                made.owners += [number] * len(read.texts)
-            pieces.append(texts)
-            encoded.append(thread.submit(_tokenised, tokenizer, [one.text for one in texts]))
-        for texts, some in zip(pieces, encoded, strict=True):
-            made.rows += _rows(tokenizer, texts, some.result(), () if template.is_own else bos)
+    template = ChatTemplate(tokenizer)
+    made, texts = ChatRows(), list[ChatText]()
+    for number, read in enumerate(read_conversations(template, conversations)):
+        if isinstance(read, Refusal):
+            made.refused[number] = read.words
+            continue
+        made.notes.update(read.notes)
+        texts += read.texts
+        made.owners += [number] * len(read.texts)
+    made.rows = encode_texts(tokenizer, texts, () if template.is_own else bos)
     return made
 
 
-def _tokenised(tokenizer: Any, texts: list[str]) -> Any:
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False) if texts else None
-
-
-def _rows(tokenizer: Any, texts: list[ChatText], encoded: Any, bos: Sequence[int]) -> Iterator[Row]:
+def encode_texts(tokenizer: Any, texts: Sequence[ChatText], bos: Sequence[int] = ()) -> list[Row]:
     """Tokens and label marks of each text, `bos` before them."""
     if not texts:
-        return
+        return []
+    encoded = tokenizer([one.text for one in texts], add_special_tokens=False, return_attention_mask=False, verbose=False)
     places = encoded.encodings or [_SlowPlaces(tokenizer, ids) for ids in encoded["input_ids"]]
+    rows = []
     for one, ids, place in zip(texts, encoded["input_ids"], places, strict=True):
         end = [tokenizer.eos_token_id] if one.adds_end else []
         marks = np.zeros(len(bos) + len(ids) + len(end), dtype=bool)
@@ -73,7 +60,8 @@ def _rows(tokenizer: Any, texts: list[ChatText], encoded: Any, bos: Sequence[int
             marks[len(bos) + first : len(bos) + last] = True
         marks[len(marks) - len(end) :] = True
         marks[:1] = False  # nothing predicts it
-        yield np.asarray([*bos, *ids, *end], dtype=np.int32), marks
+        rows.append((np.asarray([*bos, *ids, *end], dtype=np.int32), marks))
+    return rows
 
 
 def _tokens_of(encoding: Any, one: ChatText, start: int, stop: int, count: int) -> tuple[int, int]:
