@@ -32,6 +32,7 @@ from s2l_ray.errors import DataError
 from s2l_ray.training.token_pools import PoolTokens, check_refused, row_counts, said_counts
 from s2l_ray.training.token_rows import RowLimit
 from s2l_ray.training.tokens import PartTokens, encode_table, generation_prompt
+from s2l_ray.training.turns import TOOLS_LOST
 from tests.building import CORPUS
 from tests.chat_templates import GLM_4, LLAMA_3, MARKED, MISTRAL_V0_3, PHI_4, QWEN_2_5, QWEN_3, TEMPLATES, chat_tokenizer
 
@@ -298,8 +299,8 @@ def test_tool_calls_are_learned_and_their_results_are_not(template, content):
     part = encoded(tokenizer, [user("what"), called, {"role": "tool", "content": "3"}, assistant("cold")], tools=TOOLS)
     call = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo", "days": 2}}\n</tool_call>'
     assert learned(tokenizer, part) == ["\n".join([*filter(None, [content]), call, call]) + "<|im_end|>", "cold<|im_end|>"]
-    assert json.dumps(TOOLS[0]) in text(tokenizer, part)
-    assert not part.changed
+    assert (json.dumps(TOOLS[0]) in text(tokenizer, part)) == (template is not None)
+    assert part.changed == ({} if template else {TOOLS_LOST: 1}), "ChatML has no place for tools, which is said"
 
 
 def test_arguments_are_given_as_text_to_a_template_that_wants_text():

@@ -267,9 +267,9 @@ def test_with_a_target_here_the_tokens_are_the_target_s_and_its_template_decides
 
 def test_a_template_that_rewrites_earlier_turns_is_shown_turn_by_turn(local_target):
     template = "{% for m in messages %}<{{ m.role }}>{% if loop.last %}!{% endif %}{{ m.content }}</>{% endfor %}"
-    names = json.loads((local_target / "tokenizer_config.json").read_text())
+    settings = json.loads((local_target / "tokenizer_config.json").read_text())
     (local_target / "chat_template.jinja").unlink(missing_ok=True)
-    (local_target / "tokenizer_config.json").write_text(json.dumps(names | {"chat_template": template}))
+    (local_target / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
     found = begin([{"messages": [USER, ANSWER, USER, ANSWER]}] * 3, str(local_target))
     assert "3 split_conversations" in line(found, "template")
     assert [text.lstrip("!") for text, is_learned in found.shown[0] if is_learned] == ["very well</>"] * 2
@@ -476,10 +476,9 @@ def test_any_rows_give_a_config_that_plans_or_one_message(rows):
             return
         problem = ""
         try:
-            is_refused = make_plan(load_config(config)).is_refused
+            assert not make_plan(load_config(config)).is_refused
         except S2LError as error:
-            is_refused, problem = False, str(error)
-        assert not is_refused
+            problem = str(error)
         assert not problem or re.search(r"CHOOSE|corpus\.jsonl line \d", problem)
 
 

@@ -10,36 +10,25 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError, UndefinedError
 
-# ChatML, for tokenizers that bring no chat template: reasoning, tools and calls as Qwen and Hermes write them.
+# ChatML, for tokenizers that bring no chat template: reasoning, calls and their results as Qwen and Hermes write them. It has
+# no place for the tools themselves; a list of them would fill the context of the small models that come without a template.
 CHATML = """
-{%- if tools -%}
-  {{- '<|im_start|>system\n' -}}
-  {%- if messages and messages[0].role == 'system' -%}{{- (messages[0].content or '') + '\n\n' -}}{%- endif -%}
-  {{- '# Tools\n\nYou may call one or more functions to assist with the user query.\n\n' -}}
-  {{- 'You are provided with function signatures within <tools></tools> XML tags:\n<tools>' -}}
-  {%- for tool in tools -%}{{- '\n' + (tool | tojson) -}}{%- endfor -%}
-  {{- '\n</tools>\n\nFor each function call, return a json object with function name and arguments within ' -}}
-  {{- '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n' -}}
-  {{- '</tool_call><|im_end|>\n' -}}
-{%- endif -%}
 {%- for message in messages -%}
-  {%- if not (tools and loop.first and message.role == 'system') -%}
-    {%- set content = message.content or '' -%}
-    {{- '<|im_start|>' + message.role + '\n' -}}
-    {%- if message.reasoning_content -%}{{- '<think>\n' + message.reasoning_content + '\n</think>\n\n' -}}{%- endif -%}
-    {%- if message.role == 'tool' -%}
-      {{- '<tool_response>\n' + content + '\n</tool_response>' -}}
-    {%- else -%}
-      {{- content -}}
-    {%- endif -%}
-    {%- for call in message.tool_calls or [] -%}
-      {%- if content or not loop.first -%}{{- '\n' -}}{%- endif -%}
-      {{- '<tool_call>\n{"name": ' + (call.function.name | tojson) + ', "arguments": ' -}}
-      {{- call.function.arguments if call.function.arguments is string else call.function.arguments | tojson -}}
-      {{- '}\n</tool_call>' -}}
-    {%- endfor -%}
-    {{- '<|im_end|>\n' -}}
+  {%- set content = message.content or '' -%}
+  {{- '<|im_start|>' + message.role + '\n' -}}
+  {%- if message.reasoning_content -%}{{- '<think>\n' + message.reasoning_content + '\n</think>\n\n' -}}{%- endif -%}
+  {%- if message.role == 'tool' -%}
+    {{- '<tool_response>\n' + content + '\n</tool_response>' -}}
+  {%- else -%}
+    {{- content -}}
   {%- endif -%}
+  {%- for call in message.tool_calls or [] -%}
+    {%- if content or not loop.first -%}{{- '\n' -}}{%- endif -%}
+    {{- '<tool_call>\n{"name": ' + (call.function.name | tojson) + ', "arguments": ' -}}
+    {{- call.function.arguments if call.function.arguments is string else call.function.arguments | tojson -}}
+    {{- '}\n</tool_call>' -}}
+  {%- endfor -%}
+  {{- '<|im_end|>\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
 """
@@ -68,6 +57,11 @@ class Chat:
         found: list[Message] = json.loads(messages)
         is_learned = tuple(one["role"] == "assistant" and one.get("weight", 1) != 0 for one in found)
         return cls([{key: one[key] for key in one if key != "weight"} for one in found], tools or None, is_learned)
+
+    @property
+    def tool_names(self) -> list[str]:
+        """The names of the tools that may be called."""
+        return [str(tool.get("function", tool).get("name")) for tool in _parsed(self.tools) or []]
 
     @property
     def learned(self) -> list[int]:

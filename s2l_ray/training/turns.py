@@ -26,6 +26,10 @@ CALLS_LOST = "tool_calls_not_learned"
 """The count of conversations with a tool call that the template does not write."""
 
 
+TOOLS_LOST = "tools_not_shown"
+"""The count of conversations with a tool that the template does not write into the prompt."""
+
+
 @dataclass(frozen=True)
 class ChatText:
     """One text that is tokenised whole, and what of it is learned."""
@@ -47,7 +51,7 @@ class ReadChat:
 
     texts: tuple[ChatText, ...]
     notes: frozenset[str] = frozenset()
-    """What is to be counted: SPLIT, ENDLESS, CALLS_LOST."""
+    """What is to be counted: SPLIT, ENDLESS, CALLS_LOST, TOOLS_LOST."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +237,8 @@ def _closes_a_message(prompt: str, token: str, one: Chat, turn: int) -> bool:
 
 def _joined(template: ChatTemplate, one: Chat, whole: Rendered, answers: list[_Answer]) -> ReadChat:
     """The texts of a conversation: the whole where every answer stands in it as it was rendered, else one for each."""
-    notes = set()
+    prompt = whole.text[: answers[0].spans[0][0]] if answers else whole.text
+    notes = {TOOLS_LOST} if any(name not in prompt for name in one.tool_names) else set()
     if any(_lacks_calls(one, answer) for answer in answers):
         notes.add(CALLS_LOST)
         # An answer that is nothing but a call would teach to say nothing.
