@@ -54,8 +54,8 @@ SCHEMAS = {
     "examples": 3,
     "proxy": 2,
     "trajectories": 3,
-    "clustering": 3,
-    "selection": 3,
+    "clustering": 4,
+    "selection": 4,
     "target": 2,
     "evaluation": 2,
 }
