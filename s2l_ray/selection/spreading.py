@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from s2l_ray.clustering.columns import Floats, MemoryColumn
 from s2l_ray.clustering.features import Features
-from s2l_ray.clustering.kmeans import lloyd
+from s2l_ray.clustering.kmeans import lloyd, plus_plus
 from s2l_ray.clustering.local_rows import LocalRows
 from s2l_ray.clustering.threads import SearchThreads
 from s2l_ray.selection.quotas import Integers
@@ -26,8 +26,8 @@ def spread(
 ) -> pa.Table:
     """The chosen rows, in the order in which `rows` gives them; `losses` are the store's blocks of the same rows.
 
-    The groups of a group start from its rows of lowest priority. Where rows do not differ enough for as many groups, rows of
-    lowest priority fill the quota. Memory: the features of all rows.
+    Where rows do not differ enough for as many groups, rows of lowest priority fill the quota. Memory: the features of all
+    rows.
     """
     blocks = list(_features_and_keys(rows(), losses, features))
     features_NF, groups_N, priorities_N = (np.concatenate(columns) for columns in zip(*blocks, strict=True))
@@ -40,7 +40,8 @@ def spread(
             for piece in range(num_pieces if quota else 0):
                 part = members[piece::num_pieces]
                 share = quota // num_pieces + (piece < quota % num_pieces)
-                is_chosen_N[part[_most_central(features_NF[part], share, pool)]] = True
+                seed = int(priorities_N[part[0]])
+                is_chosen_N[part[_most_central(features_NF[part], share, seed, pool)]] = True
     found, start = [], 0
     for block in rows():
         found.append(block.take(pa.array(np.flatnonzero(is_chosen_N[start : start + len(block)]))))
@@ -55,12 +56,12 @@ def _features_and_keys(
         yield features(losses_matrix(of_block)), block["cluster_id"].to_numpy(), block["priority"].to_numpy()
 
 
-def _most_central(features_NF: Floats, count: int, pool: SearchThreads) -> Integers:
+def _most_central(features_NF: Floats, count: int, seed: int, pool: SearchThreads) -> Integers:
     """So many of some rows, given in order of priority: of each of as many groups of them the row nearest to its centroid."""
     if count in (0, len(features_NF)):
         return np.arange(count)
     rows = LocalRows(MemoryColumn(features_NF), features_NF.shape[1], pool)
-    lloyd(rows, features_NF[:count].copy(), NUM_ITERATIONS)
+    lloyd(rows, pool.submit(plus_plus, features_NF, count, seed).result(), NUM_ITERATIONS)
     labels_N, distances_N = (np.concatenate(columns) for columns in zip(*rows.results(), strict=True))
     nearest_N = np.lexsort((distances_N, labels_N))  # of equally near ones the first, of lower priority
     found = nearest_N[np.unique(labels_N[nearest_N], return_index=True)[1]]

@@ -39,7 +39,8 @@ class Selection:
     cluster_ids_M: NDArray[np.int32]
     weights_M: NDArray[np.float64]
     """Size of the example's group over its quota: with these weights the subset's gradient estimates the pool's. With a
-    minimum per source: the same for the rows of its source in its group (see `_weights_by_source`)."""
+    minimum per source: the same for the rows of its source in its group (see `_weights_by_source`). With levels of groups
+    also for the groups beside it that give none (see `_stood_for`)."""
 
     quotas_K: Integers
     """Examples taken from each group."""
@@ -194,10 +195,25 @@ def _subset(budget: Budget, rows: pa.Table, groups: Groups, rows_KS: Integers | 
     quotas_K = np.bincount(cluster_ids_M, minlength=groups.num_clusters)
     if rows_KS is None:
         weights_M = groups.sizes_K[cluster_ids_M] / quotas_K[cluster_ids_M]
+        if groups.parents:
+            weights_M *= _stood_for(groups, quotas_K)[cluster_ids_M]
     else:
         weights_M = _weights_by_source(rows, rows_KS)
     ids = rows["example_id"].combine_chunks()
     return Subset(Selection(ids, cluster_ids_M, weights_M, quotas_K, groups.sizes_K, budget), rows)
+
+
+def _stood_for(groups: Groups, quotas_K: Integers) -> NDArray[np.float64]:
+    """How many rows a row of each group stands for, shape (K,): more than one where groups beside it, in the same group of
+    groups, give none. A group of groups has few rows to share however many groups it has."""
+    factors_K, nodes_K = np.ones(len(quotas_K)), np.arange(len(quotas_K))
+    sizes, taken = groups.sizes_K, quotas_K
+    for parents in groups.parents:
+        all_rows = np.bincount(parents, sizes)
+        reached = np.bincount(parents, np.where(taken > 0, sizes, 0))
+        factors_K *= (all_rows / np.maximum(reached, 1))[parents][nodes_K]
+        sizes, taken, nodes_K = all_rows, np.bincount(parents, taken), parents[nodes_K]
+    return factors_K
 
 
 def _weights_by_source(chosen: pa.Table, rows_KS: Integers) -> NDArray[np.float64]:
