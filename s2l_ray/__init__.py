@@ -18,6 +18,7 @@ The rooms, each of which knows only those above it:
     report/        a run -> one page
     pipeline       the stages as one list, and what running them means
     plan/          what a run would do and cost; how far it is
+    init/          a corpus -> what it is, and a config to start from
     cli            the command line
 
 The public names below load on first use, so that importing the package pulls in neither torch nor Ray.

@@ -5,26 +5,49 @@ Exit codes: 0 done; 2 the user must change something (one message, no traceback)
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from typing import Annotated, Any, Literal
 
 import typer
 
-from s2l_ray.errors import S2LError, cause_of, storage_problem
+from s2l_ray.errors import ConfigError, S2LError, cause_of, storage_problem
 from s2l_ray.progress import log_to_console
 
 app = typer.Typer(
     name="s2l",
     help="SmallToLarge data selection: choose the part of a fine-tuning corpus that is worth training a large model on.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A run's YAML config.")]
+
+def _completed(incomplete: str) -> list[tuple[str, str]]:
+    """What the shell offers after `--set`."""
+    from s2l_ray.config.completion import settings
+
+    return settings(incomplete)
+
+
+def _complete_behind_equals() -> None:
+    """Answer bash behind the `=` of `--set key=`, where it does not tell Typer which option is meant."""
+    from s2l_ray.config.completion import bash_values
+
+    values = bash_values(os.environ["COMP_WORDS"], int(os.environ["COMP_CWORD"]))
+    if values is not None:
+        print("\n".join(values))
+        sys.exit(0)
+
+
+Config = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="A run's YAML config, or a shipped one's name: `s2l init --list`.")
+]
 RunDir = Annotated[str | None, typer.Option("--run-dir", metavar="URI", help="Run directory, local or URI; default runs/NAME.")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Override a value; may repeat.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Override a value; may repeat.", autocompletion=_completed),
+]
 Reuse = Annotated[str | None, typer.Option(metavar="RUN_DIR", help="Take every stage of another run that matches.")]
 
 
@@ -173,20 +196,78 @@ def report(run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run
 @app.command()
 def export(
     run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run directory, or the output of `s2l select`.")],
-    format_: Annotated[Literal["jsonl", "parquet"], typer.Option("--format", help="File format.")],
-    output: Annotated[str, typer.Option(metavar="PATH", help="The file to write, local or URI.")],
+    format_: Annotated[
+        Literal["jsonl", "parquet", "trl", "llama-factory", "axolotl", "openai"] | None,
+        typer.Option("--format", help="The corpus's own rows (jsonl, parquet), or the form of a trainer."),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="The file to write, local or URI; for trl, llama-factory and axolotl a directory, or a file ending in .jsonl.",
+        ),
+    ] = None,
     subset: Annotated[str, typer.Option(help="selected, random, or selected-BUDGET of a further budget.")] = "selected",
+    with_columns: Annotated[
+        bool | None,
+        typer.Option(
+            "--with-columns/--without-columns",
+            help="Whether rows end with example_id, cluster_id and weight; jsonl and parquet have them unless told otherwise.",
+        ),
+    ] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Also a dataset on the Hub, with a card; parquet without --format.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="With --push-to-hub: for all to see; else private.")] = False,
 ) -> None:
-    """Write the subset, with the corpus's own columns, for another trainer."""
+    """Write the subset for another trainer: the corpus's own rows, or its conversations in that trainer's form."""
     from s2l_ray.selection.export import export_subset
+    from s2l_ray.selection.pushing import push_subset
 
-    rows = export_subset(run_dir, format_, output, subset)
-    print(f"{output}: {rows:,} examples")
+    if push_to_hub is None and (format_ is None or output is None):
+        raise ConfigError("s2l export: give --format and --output, or --push-to-hub.")
+    chosen = format_ or "parquet"
+    if output is not None:
+        print(export_subset(run_dir, chosen, output, subset, with_columns=with_columns))
+    if push_to_hub is not None:
+        print(push_subset(run_dir, chosen, push_to_hub, subset, with_columns=with_columns, is_public=public))
+
+
+@app.command()
+def init(
+    data: Annotated[
+        list[str] | None, typer.Argument(metavar="DATA", help="Files, a folder, a glob, FOLDER/#NAME, a URI or a Hub id.")
+    ] = None,
+    target: Annotated[str | None, typer.Option(metavar="MODEL", help="The model to fine-tune: a path, URI or Hub id.")] = None,
+    output: Annotated[str | None, typer.Option(metavar="CONFIG", help="The file to write; default NAME.yaml, here.")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="Name the configs that come with s2l, and write nothing.")] = False,
+) -> None:
+    """Look at a corpus, and write a commented config to start from."""
+    if list_:
+        from s2l_ray.config.shipped import configs_folder, listing
+
+        print("\n".join(f"{name:<28} {about}" for name, about in listing()))
+        print(f"\ns2l run NAME takes one as it is. To change one, copy it from {configs_folder()}")
+        return
+    from s2l_ray.init.screen import show
+    from s2l_ray.init.start import start
+
+    show(*start(data or [], target, output))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a config, for editors and other programs."""
+    from s2l_ray.config.schema import schema_text
+
+    print(schema_text(), end="")
 
 
 def main() -> None:
     """Run the command line; what a user can fix becomes one message and exit code 2."""
     log_to_console()
+    if os.environ.get("_S2L_COMPLETE") == "complete_bash":
+        _complete_behind_equals()
     try:
         app(prog_name="s2l", standalone_mode=True)
     except Exception as error:

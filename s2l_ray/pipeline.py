@@ -150,10 +150,10 @@ def run(
         for decision in decisions:
             if decision.action == "refuse":
                 raise ArtifactError(decision.reason)
-        if "target" in names and any(d.stage.name == "target" and d.action != "reuse" for d in decisions):
+        if building := {d.stage.name for d in decisions if d.action != "reuse"}.intersection(names):
             from s2l_ray.training.models import check_ahead
 
-            check_ahead(config)  # what would be found hours from now
+            check_ahead(config, place, building)  # what would be found hours from now
         write_run(config, place)
         for stage in STAGES[: len(names)]:
             begun = time.monotonic()

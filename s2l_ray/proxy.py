@@ -31,6 +31,7 @@ from s2l_ray.training.schedule import recorded_steps
 from s2l_ray.training.token_parts import TokenParts
 from s2l_ray.training.tokenizers import check_own_tokenizer, load_tokenizer, proxy_tokenizer, split_revision
 from s2l_ray.training.tokens import row_counts
+from s2l_ray.training.trackers import Tracking
 from s2l_ray.training.training_run import TrainingRun
 
 
@@ -54,6 +55,7 @@ class ProxyJob:
     storage: Storage
     scratch: Storage
     machines: TrainingWorkerConfig
+    tracking: Tracking | None = None
 
     def token_parts(self) -> TokenParts:
         """The pool's tokens, once the tokenizer is in the proxy's directory."""
@@ -64,7 +66,7 @@ def build(context: Context) -> Artifact:
     """Train the proxy (or take the checkpoints that the config names) and publish its checkpoints."""
     config, machines, draft = context.section, context.machines, context.draft
     workers = Workers.resolve(machines, one_per_cpu=False, at_most=config.global_batch_size)
-    job = ProxyJob(config, context.inputs["examples"], draft.storage, draft.shared, machines)
+    job = ProxyJob(config, context.inputs["examples"], draft.storage, draft.shared, machines, Tracking.of(context))
     if config.checkpoints:
         result = _run_once(take_checkpoints, job, workers)
     else:
@@ -138,7 +140,7 @@ def train_proxy(job: ProxyJob, events: Any) -> dict[str, Any]:
 
     order = data_order(ids, config.epochs, config.global_batch_size, config.seed)
     run = TrainingRun("proxy", config, order, tokens, kept, steps)
-    trainer = fine_tune(run, model, tokenizer, job.machines, events, on_keep=keep)
+    trainer = fine_tune(run, model, tokenizer, job.machines, events, on_keep=keep, tracking=job.tracking)
     return {
         "rows": len(ids),
         **row_counts(changed),

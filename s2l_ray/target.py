@@ -7,9 +7,11 @@ of steps: the workers, their imports and the base model are paid once.
 from __future__ import annotations
 
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from s2l_ray.config import TargetConfig, TargetWorkerConfig
 from s2l_ray.errors import DataError
@@ -27,6 +29,7 @@ from s2l_ray.training.fine_tuning import fine_tune, training_loss
 from s2l_ray.training.models import check_positions, count_parameters, make_model, save_model
 from s2l_ray.training.tokenizers import target_tokenizer
 from s2l_ray.training.tokens import pool_tokens, row_counts
+from s2l_ray.training.trackers import Tracking
 from s2l_ray.training.training_run import TrainingRun
 from s2l_ray.training.zero import make_models_whole, sharded_as_it_is_read, zero_config
 
@@ -43,6 +46,13 @@ class TargetJob:
     """Subset -> the ids in it."""
 
     machines: TargetWorkerConfig
+    tracking: Tracking | None = None
+    weights: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Subset -> how much each id counts, where that is asked for."""
+
+    def weights_of(self, name: str, ids: list[str]) -> np.ndarray | None:
+        """The weight of each of these examples of a subset; None where all count alike."""
+        return np.array([self.weights[name][one] for one in ids]) if name in self.weights else None
 
 
 def build(context: Context) -> Artifact:
@@ -54,13 +64,18 @@ def build(context: Context) -> Artifact:
     workers = Workers.resolve(machines, one_per_cpu=False, at_most=target.global_batch_size)
     files = {"selected": SELECTED} | ({"random": RANDOM} if config.evaluation.random_control else {})
     subsets = {name: selected_ids(inputs["selection"], file) for name, file in files.items()}
+    weights = {}
+    if target.use_weights:
+        weights = {name: selected_weights(inputs["selection"], file) for name, file in files.items()}
     smallest = min(len(ids) for ids in subsets.values())
     if smallest < target.global_batch_size:
         raise DataError(
             f"the subset has {smallest:,} examples, fewer than one batch of {target.global_batch_size} "
             "(target.global_batch_size). Raise selection.budget or use a smaller batch."
         )
-    job = TargetJob(target, inputs["examples"], inputs["proxy"], draft.storage, subsets, machines)
+    job = TargetJob(
+        target, inputs["examples"], inputs["proxy"], draft.storage, subsets, machines, Tracking.of(context), weights
+    )
     if target.zero_stage:
         get_log("target").info("DeepSpeed ZeRO %d; its first use on a machine compiles for half a minute", target.zero_stage)
     result = fit("target", train_target, job, workers, draft.work, resume_minutes=machines.resume_minutes)
@@ -75,6 +90,12 @@ def selected_ids(selection: Artifact, file: str) -> list[str]:
     """The ids in a subset's file."""
     name = selection.summary["columns"]["example_id"]
     return [str(value) for value in selection.read_table(file, columns=[name])[name].to_pylist()]
+
+
+def selected_weights(selection: Artifact, file: str) -> dict[str, float]:
+    """The weight of each id in a subset's file."""
+    name = selection.summary["columns"]["weight"]
+    return dict(zip(selected_ids(selection, file), selection.read_table(file, columns=[name])[name].to_pylist(), strict=True))
 
 
 # --- on a worker ---------------------------------------------------------------------------------------------------
@@ -95,7 +116,7 @@ def train_target(job: TargetJob, events: Any) -> dict[str, Any]:
         record = f"{MODEL_FOLDERS[name]}/{MODEL_RECORD}"
         if not job.storage.exists(record):
             order = data_order(ids, config.epochs, config.global_batch_size, config.seed)[: steps * config.global_batch_size]
-            run = TrainingRun(name, config, order, tokens, (), steps * len(rows), before)
+            run = TrainingRun(name, config, order, tokens, (), steps * len(rows), before, job.weights_of(name, ids))
             deepspeed = zero_config(config.zero_stage, job.machines.offload)
             with sharded_as_it_is_read(config, deepspeed):
                 model = make_model(config, tokenizer)
@@ -108,7 +129,7 @@ def train_target(job: TargetJob, events: Any) -> dict[str, Any]:
                 trained = f" ({facts['num_trained_parameters']:,} trained)" if config.lora is not None else ""
                 parameters = f"{facts['num_parameters']:,} parameters{trained}"
                 events.put(f"{parameters}, {len(ids):,} examples, {steps:,} steps per model")
-            trainer = fine_tune(run, model, tokenizer, job.machines, events, deepspeed=deepspeed)
+            trainer = fine_tune(run, model, tokenizer, job.machines, events, deepspeed=deepspeed, tracking=job.tracking)
             save_target(trainer, tokenizer, job, name, facts)
             trainer.accelerator.free_memory()
             del trainer, model

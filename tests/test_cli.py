@@ -448,7 +448,7 @@ def test_an_unknown_accelerator_is_refused_with_the_known_ones(s2l, tmp_path):
     check_refused(result, r"accelerator 'abacus': not known\. Known: .*H100")
 
 
-# --- status, report, export ----------------------------------------------------------------------------------------
+# --- status, report ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -463,7 +463,7 @@ def test_status_says_what_is_finished_unfinished_and_not_begun(s2l, selected):
     Draft.open(Storage(str(selected)), Key("target", 1, {}, {})).write("model/config.json", b"{}")
     result = s2l("status", selected)
     assert result.code == 0
-    assert re.search(r"^selection +finished +6 rows, 1 files, .* [0-9a-f]{16}$", result.out, re.MULTILINE)
+    assert re.search(r"^selection +finished +6 rows, 2 files, .* [0-9a-f]{16}$", result.out, re.MULTILINE)
     assert re.search(r"^target +unfinished +1 files written$", result.out, re.MULTILINE)
     assert re.search(r"^proxy +not begun$", result.out, re.MULTILINE)
 
@@ -515,90 +515,6 @@ def test_the_report_can_be_built_again_from_what_is_finished(s2l, selected):
     assert page == selected / "report" / "index.html"
     assert page.read_text().lstrip().lower().startswith("<!doctype html>")
     assert s2l("report", selected).code == 0
-
-
-def test_the_subset_is_exported_with_its_columns(s2l, selected, tmp_path):
-    expected = pq.read_table(selected / "selection" / "selected.parquet").to_pylist()
-    result = s2l("export", selected, "--format", "jsonl", "--output", tmp_path / "subset.jsonl")
-    assert (result.code, result.out) == (0, f"{tmp_path / 'subset.jsonl'}: 6 examples\n")
-    assert [json.loads(line) for line in (tmp_path / "subset.jsonl").read_text().splitlines()] == expected
-    assert s2l("export", selected, "--format", "parquet", "--output", tmp_path / "subset.parquet").code == 0
-    assert pq.read_table(tmp_path / "subset.parquet").to_pylist() == expected
-
-
-def test_bytes_are_exported_as_parquet_and_never_as_the_text_that_stands_for_them(s2l, tmp_path):
-    table = pa.table({"example_id": ["a", "b"], "losses": [[2.0, 1.0], [3.0, 1.5]], "image": [b"\x89PNG", b"\xff"]})
-    pq.write_table(table, tmp_path / "t.parquet")
-    assert s2l("select", tmp_path / "t.parquet", "--budget", 2, "--num-clusters", 1, "--output", tmp_path / "out").code == 0
-    result = s2l("export", tmp_path / "out", "--format", "jsonl", "--output", tmp_path / "subset.jsonl")
-    assert (result.code, (tmp_path / "subset.jsonl").exists()) == (2, False)
-    assert "Use --format parquet" in result.err
-    assert s2l("export", tmp_path / "out", "--format", "parquet", "--output", tmp_path / "subset.parquet").code == 0
-    assert set(pq.read_table(tmp_path / "subset.parquet")["image"].to_pylist()) == {b"\x89PNG", b"\xff"}
-
-
-def test_each_of_several_budgets_is_exported_with_its_own_number_of_rows(s2l, tmp_path):
-    path = write_trajectories(tmp_path / "t.parquet", falling_losses(30))
-    options = ["--budget", 6, "--budget", 20, "--num-clusters", 3, "--output", tmp_path / "out"]
-    assert s2l("select", path, *options).code == 0
-    for subset, count in (("selected", 6), ("selected-20", 20)):
-        for kind in ("jsonl", "parquet"):
-            file = tmp_path / f"{subset}.{kind}"
-            result = s2l("export", tmp_path / "out", "--format", kind, "--output", file, "--subset", subset)
-            assert (result.code, result.out) == (0, f"{file}: {count} examples\n")
-            written = len(file.read_text().splitlines()) if kind == "jsonl" else pq.read_table(file).num_rows
-            assert written == count
-
-
-def test_an_export_to_json_lines_is_strict_json(s2l, tmp_path):
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is not JSON")
-
-    scores = [[float("nan"), 1.5], [float("inf")], [0.5], *[[1.0]] * 27]
-    path = write_trajectories(tmp_path / "t.parquet", falling_losses(30), scores=scores)
-    assert s2l("select", path, "--budget", 30, "--num-clusters", 3, "--output", tmp_path / "out").code == 0
-    result = s2l("export", tmp_path / "out", "--format", "jsonl", "--output", tmp_path / "a.jsonl")
-    assert "2 rows have numbers that are NaN or infinite" in result.err
-    rows = [json.loads(line, parse_constant=refuse) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
-    found = {row["example_id"]: row["scores"] for row in rows}
-    assert [found[f"id-{number}"] for number in range(3)] == [[None, 1.5], [None], [0.5]]
-
-
-def test_an_export_needs_as_much_memory_for_a_large_subset_as_for_a_small_one(tmp_path):
-    peaks = {}
-    for num_blocks in (3, 60):
-        draft = Draft.open(Storage(str(tmp_path / str(num_blocks))), Key("selection", 1, {}, {}))
-        rng = np.random.default_rng(0)
-        blocks = (pa.table({"text": [rng.bytes(4_000).hex() for _ in range(500)]}) for _ in range(num_blocks))
-        draft.write_tables("selected.parquet", blocks)  # 4 MB of text in each row group
-        draft.publish({"rows": 500 * num_blocks})
-        code = (
-            "import resource, sys; from s2l_ray.selection.export import export_subset\n"
-            "for kind in ('jsonl', 'parquet'): export_subset(sys.argv[1], kind, f'{sys.argv[1]}/out.{kind}')\n"
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-        )
-        command = [sys.executable, "-c", code, str(tmp_path / str(num_blocks))]
-        peaks[num_blocks] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) / 1024
-    assert (tmp_path / "60" / "out.jsonl").stat().st_size > 200 * 2**20
-    assert peaks[60] < peaks[3] + 40, f"MiB: {peaks}"
-
-
-def test_an_export_that_cannot_be_made_is_refused(s2l, selected, tmp_path):
-    options = ["--format", "jsonl", "--output"]
-    check_refused(s2l("export", selected, *options, tmp_path / "a.jsonl", "--subset", "random"), r"evaluation\.random_control")
-    check_refused(s2l("export", selected, *options, tmp_path / "t.parquet" / "a.jsonl"), r"t\.parquet.*Give another directory")
-    check_refused(s2l("export", selected, *options, tmp_path), r"--output .*: is a directory\. Give the file to write")
-    check_refused(s2l("export", selected, *options, f"{tmp_path}/new/"), r"new/: is a directory\. Give the file to write")
-    check_refused(s2l("export", selected, *options, tmp_path / "none" / "a.jsonl"), r"there is no directory .*none\. Make it")
-    assert not (tmp_path / "none").exists()
-    inside = selected / "selection" / "selected.parquet"
-    check_refused(
-        s2l("export", selected, *options, inside), r"would replace what a run wrote in .*selection\. Give another place"
-    )
-    data = selected / "selection" / "selected.parquet"
-    data.write_bytes(data.read_bytes()[:-1] + b"?")
-    check_refused(s2l("export", selected, *options, tmp_path / "a.jsonl"), r"selection/selected\.parquet: damaged")
-    assert not (tmp_path / "a.jsonl").exists()
 
 
 # --- other ends ----------------------------------------------------------------------------------------------------

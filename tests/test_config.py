@@ -71,6 +71,12 @@ def test_a_budget_is_examples_a_fraction_or_tokens(budget, meaning):
         ({"evaluation": {"answer_pattern": "answer"}}, r"needs exactly one group, found 0"),
         ({"evaluation": {"answer_pattern": "("}}, r"not a regular expression"),
         ({"examples": {"dataset": {"reasoning_gym": {"tasks": {"gcd": {}}}}}}, r"task 'gcd' needs size"),
+        (
+            {"examples": {"dataset": {"reasoning_gim": {}}}},
+            r"reasoning_gim: no such key\. Did you mean 'reasoning_gym'",
+        ),
+        ({"examples": {"dataset": {"reasoning_gym": 5}}}, r"examples\.dataset\.reasoning_gym: .*found 5"),
+        ({"examples": {"dataset": {"mimic_radiology": {}}}}, r"examples\.dataset\.mimic_radiology: .*string, found"),
         ({"target": {"zero_stage": 4}}, r"target\.zero_stage: .*0, 1, 2 or 3, found 4"),
         ({"machines": {"proxy": {"num_workers": 0}}}, r"machines\.proxy\.num_workers: "),
     ],

@@ -113,6 +113,11 @@ def test_what_people_see_of_a_conversation_is_all_before_the_first_learned_answe
     assert (text.prompt, text.response) == ("s\nq\na\nq", "a\na")
 
 
+def test_a_conversation_may_begin_with_a_greeting():
+    text = read({"messages": [ANSWERS, ASKS, ANSWERS]}, messages_field="messages")
+    assert (text.prompt, text.response) == ("a\nq", "a\na")
+
+
 @pytest.mark.parametrize(
     ("value", "reason", "words"),
     [
@@ -313,6 +318,20 @@ def test_sharegpt_s_role_for_calls_is_an_answer_that_calls():
         assert "message 2" in problem.message
 
 
+def test_calls_one_after_the_other_are_one_answer():
+    calls = [{"role": "tool_call", "content": json.dumps({"name": name})} for name in "fgh"]
+    found = messages_of([ASKS, *calls, {"role": "tool_response", "content": "t"}, calls[0], ANSWERS])
+    assert [[call["function"]["name"] for call in message.get("tool_calls", ())] for message in found] == [
+        [],
+        [*"fgh"],
+        [],
+        ["f"],
+        [],
+    ]
+    marked = messages_of([ASKS, calls[0], calls[1] | {"loss": False}, ANSWERS])
+    assert [message.get("weight") for message in marked] == [None, 0, None]
+
+
 def test_a_call_shows_its_function_s_name_to_people():
     text = read({"messages": [ASKS, {"role": "assistant", "tool_calls": [WEATHER]}]}, messages_field="messages")
     assert text.response == '{"name":"weather","arguments":{"city":"Oslo"}}'
@@ -459,7 +478,8 @@ def test_of_several_texts_the_preferred_one_is_learned():
         ({"prompt": "q", "response": None}, "empty_response", "the response is empty"),
         ({"prompt": None, "response": "a"}, "empty_prompt", "the prompt is empty"),
         ({"prompt": "q", "response": "a\udc00"}, "half_surrogate", "field 'response' has half a surrogate pair"),
-        ({"prompt": [ASKS], "response": [ASKS]}, "no_assistant_message", "messages of user only"),
+        ({"prompt": [ASKS], "response": CHAT}, "wrong_type", "begins with a message of user, not an answer. Set ex"),
+        ({"prompt": [ASKS], "response": [{"role": "tool", "content": "t"}]}, "no_assistant_message", "user, tool only"),
     ],
 )
 def test_what_is_no_pair_is_said_as_what_it_is(row, reason, words):
@@ -579,6 +599,12 @@ def test_its_tags_are_known_beside_the_usual_names(folder):
     found = json.loads(row_reader(layout)({"turns": turns, "api": [TOOL]}).messages or "")
     assert [message["role"] for message in found] == ["user", "assistant", "tool", "assistant"]
     assert pickle.loads(pickle.dumps(layout)) == layout
+
+
+def test_a_name_may_be_given_from_inside_its_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    for dataset, file in (("./#alpaca", "./alpaca.json"), ("dataset_info.json#alpaca", "alpaca.json")):
+        assert resolved(ExamplesConfig(dataset=dataset))[0].dataset == file
 
 
 def test_an_entry_may_name_a_dataset_of_the_hub_or_a_uri(folder):

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
+from s2l_ray.config import RunConfig
+from s2l_ray.errors import ConfigError
+from s2l_ray.evaluation.bert_scores import BertScore
 from s2l_ray.evaluation.generation import harness_metrics
 from s2l_ray.evaluation.scores import canonical, pattern_score, summarize
 from s2l_ray.evaluation.stage import build
 from s2l_ray.storage.artifacts import Artifact, Key
 from s2l_ray.storage.drafts import Draft
 from s2l_ray.storage.places import Storage
+from s2l_ray.training.models import check_ahead
 from tests.building import context_of
 
 from .test_training import config
@@ -69,6 +82,79 @@ def test_every_answer_equals_itself(answer):
 
 def scored(source: str, value: float) -> dict[str, Any]:
     return {"source": source, "loss": 1.0, "num_response_tokens": 1, "scores": json.dumps({"exact_match": value})}
+
+
+# --- summaries -----------------------------------------------------------------------------------------------------
+
+
+WORDS = "the lungs are clear no acute process small effusion heart is normal"
+
+
+def encoder_folder(folder: Path, kind: str, **said: int) -> Path:
+    """A small encoder with random weights, and a tokenizer of words; `said`: what the tokenizer's config says, too."""
+    vocabulary = ["<s>", "<pad>", "</s>", "[UNK]", *WORDS.split()]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
+    marks = {"cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>", "unk_token": "[UNK]"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **marks, **said).save_pretrained(folder)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes = {"vocab_size": len(vocabulary), "max_position_embeddings": 34, "pad_token_id": 1}
+    AutoModel.from_config(AutoConfig.for_model(kind, **shape, **sizes)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_summaries_get_the_f1_that_bert_score_itself_gives(tmp_path, kind):
+    import bert_score
+
+    folder = encoder_folder(tmp_path / kind, kind, model_max_length=32)
+    references = ["the lungs are clear", "no acute process", "heart is normal", "small effusion"]
+    predictions = ["the lungs are clear", "small effusion heart is normal the lungs", " ", "no"]
+    found = BertScore(str(folder), "cpu")(predictions, references)
+    said = [0, 1, 3]
+    _, _, expected = bert_score.score(
+        [predictions[i] for i in said], [references[i] for i in said], model_type=str(folder), num_layers=3
+    )
+    np.testing.assert_allclose([found[i] for i in said], expected, atol=1e-6)
+    assert found[0] == pytest.approx(1)
+    assert found[2] == 0, "nothing was said"
+    assert BertScore(str(folder), "cpu")(predictions[1:2], references[1:2]) == pytest.approx(found[1:2], abs=1e-6)
+
+
+def test_a_summary_longer_than_the_model_has_positions_is_cut(tmp_path):
+    scored = BertScore(str(encoder_folder(tmp_path, "roberta")), "cpu")  # its tokenizer names no longest text
+    assert scored(["the lungs " * 40], ["the lungs " * 16]) == pytest.approx([1])
+
+
+def test_a_model_that_the_library_knows_by_name_is_seen_at_the_layer_that_it_recommends(tmp_path, monkeypatch):
+    import bert_score
+
+    monkeypatch.setitem(bert_score.utils.model2layers, "known", 2)
+    folder = encoder_folder(tmp_path / "known", "bert", model_max_length=32)
+    _, _, expected = bert_score.score(["heart is normal"], ["no effusion"], model_type=str(folder), num_layers=2)
+    assert BertScore(str(folder), "cpu")(["heart is normal"], ["no effusion"]) == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+def summary_config(model: str) -> RunConfig:
+    return config(summary_sources=["reports"], bert_score_model=model)
+
+
+def test_bert_score_without_its_library_or_model_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"evaluation\.bert_score_model '.*nowhere': cannot be loaded"):
+        check_ahead(summary_config(str(tmp_path / "nowhere")), Storage(str(tmp_path)), {"target", "evaluation"})
+    folder = encoder_folder(tmp_path / "bert", "bert")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="Give an encoder with a tokenizer and safetensors"):
+        BertScore(str(folder), "cpu")
+    is_there = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None if name == "bert_score" else is_there(name))
+    with pytest.raises(ConfigError, match=r"needs bert-score: pip install 's2l_ray\[bert-score\]'"):
+        check_ahead(summary_config(str(folder)), Storage(str(tmp_path)), {"evaluation"})
+
+
+# --- metrics -------------------------------------------------------------------------------------------------------
 
 
 def test_no_two_scores_share_a_name():

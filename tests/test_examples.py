@@ -526,6 +526,25 @@ def test_a_bad_row_is_named_with_its_line_and_remedy(tmp_path: Path, case: str) 
         assert fragment in str(caught.value)
 
 
+BROKEN = ["{not json}", '{"prompt": "p"}', '{"prompt": 1, "response": "r"}']
+
+
+def test_bad_rows_are_dropped_and_counted_by_reason_and_source_where_the_config_says_so(
+    ray_session: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_lines(tmp_path / "data/good.jsonl", questions(40))
+    bad = write_lines(tmp_path / "data/bad.jsonl", questions(50)[40:])
+    bad.write_text(bad.read_text() + "\n".join(BROKEN) + "\n")
+    summary = build(tmp_path / "run", tmp_path / "data", on_bad_row="drop", held_out_fraction=0).summary
+    assert summary["rows"] == 50
+    assert summary["dropped"] == {"missing_field": 1, "not_json": 1, "wrong_type": 1}
+    assert summary["dropped_by_source"] == {"bad": summary["dropped"]}
+    assert f"{bad} line 11: not JSON" in summary["first_dropped"]["not_json"]
+    assert f"rows dropped as not_json: 1, the first: {bad} line 11" in caplog.text
+    with pytest.raises(DataError, match=r"3 rows \(5\.7%: .*more than examples\.max_dropped=0\.05 allows"):
+        build(tmp_path / "other", tmp_path / "data", on_bad_row="drop", max_dropped=0.05)
+
+
 def test_the_line_is_right_in_a_later_range_of_a_large_file(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     filler = json.dumps({"prompt": "p" * 300, "response": "r"}) + "\n"

@@ -169,7 +169,7 @@ def test_adapters_on_tied_embeddings_are_refused_by_the_layers_name_before_anyth
     with pytest.raises(
         ConfigError, match=rf"target_modules: (\w+\.)?{name} of .* shares its weight with .*tie_embeddings=false"
     ):
-        check_ahead(run_config(**config.model_dump(exclude_none=True)))
+        check_ahead(run_config(**config.model_dump(exclude_none=True)), Storage("."), {"target"})
     with pytest.raises(ConfigError, match=rf"{name} of .* shares its weight"):
         with_adapters(scratch_model(config), config)
 
@@ -184,7 +184,7 @@ def test_adapters_on_tied_embeddings_are_refused_by_the_layers_name_before_anyth
 )
 def test_a_merged_export_gives_what_the_adapters_gave_and_keeps_what_is_tied(tmp_path, architecture, tied, names):
     config = scratch_target(architecture, tied=tied, names=names)
-    check_ahead(run_config(**config.model_dump(exclude_none=True)))
+    check_ahead(run_config(**config.model_dump(exclude_none=True)), Storage("."), {"target"})
     model = changed_adapters(with_adapters(scratch_model(config), config))
     ids_BL = torch.arange(2, 42).reshape(2, 20)
     with torch.no_grad():

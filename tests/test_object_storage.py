@@ -107,9 +107,9 @@ def test_selecting_reads_and_writes_object_storage(bucket, tmp_path, rng_losses)
     there = select_trajectories(f"{bucket}/data/trajectories.parquet", f"{bucket}/out", *config)
     here = select_trajectories(str(tmp_path / "trajectories.parquet"), str(tmp_path / "out"), *config)
     assert there.read_bytes("selected.parquet") == here.read_bytes("selected.parquet")
-    assert export_subset(f"{bucket}/out", "jsonl", f"{bucket}/export/subset.jsonl") == 40
+    assert export_subset(f"{bucket}/out", "jsonl", f"{bucket}/export/subset.jsonl").num_rows == 40
     assert len(Storage(f"{bucket}/export").read("subset.jsonl").splitlines()) == 40
-    assert export_subset(f"{bucket}/out", "parquet", f"{bucket}/export/subset.parquet") == 40
+    assert export_subset(f"{bucket}/out", "parquet", f"{bucket}/export/subset.parquet").num_rows == 40
     assert Storage(f"{bucket}/export").read("subset.parquet") == here.read_bytes("selected.parquet")
     assert "selection     finished    40 rows" in status_text(f"{bucket}/out")
 

@@ -640,7 +640,7 @@ def test_a_finished_stage_whose_input_is_gone_is_refused_and_kept(finished, copi
 @pytest.mark.parametrize("subset", ["selected", "random"])
 def test_a_subset_is_exported_as_json_lines_and_as_parquet(finished, tmp_path, subset):
     expected = pq.read_table(finished.place / "selection" / f"{subset}.parquet").to_pylist()
-    assert export_subset(str(finished.place), "jsonl", str(tmp_path / "a.jsonl"), subset) == len(expected)
+    assert export_subset(str(finished.place), "jsonl", str(tmp_path / "a.jsonl"), subset).num_rows == len(expected)
     assert [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()] == expected
-    assert export_subset(str(finished.place), "parquet", str(tmp_path / "a.parquet"), subset) == len(expected)
+    assert export_subset(str(finished.place), "parquet", str(tmp_path / "a.parquet"), subset).num_rows == len(expected)
     assert pq.read_table(tmp_path / "a.parquet").to_pylist() == expected

@@ -25,7 +25,7 @@ from s2l_ray.errors import ArtifactError
 from s2l_ray.report.facts import GroupCurves, Text
 from s2l_ray.report.page import build_report, count, quantity, signed
 from s2l_ray.report.plots import label
-from s2l_ray.report.reading import nearest
+from s2l_ray.report.reading import nearest, read_facts
 from s2l_ray.report.wording import budgets, measures, percent, quality, shown_groups, sources, verdict, without_credentials
 from s2l_ray.storage.artifacts import Artifact, Key
 from s2l_ray.storage.drafts import Draft
@@ -129,7 +129,9 @@ def _examples(draft: Draft, corpus: Corpus) -> dict[str, Any]:
     pools = {name: corpus.sources.count(name) for name in SOURCES}
     held_out = {name: {"pool": pools[name], "held_out": 7 + i} for i, name in enumerate(SOURCES)}
     dropped = {"duplicate": 1_234, "empty response": 5}
-    return {"rows": corpus.num_rows + 24, "pool": corpus.num_rows, "held_out": 24, "dropped": dropped, "sources": held_out}
+    first = {"empty response": f"data/{HOSTILE}.jsonl line 4,812: field 'response' is empty."}
+    summary = {"rows": corpus.num_rows + 24, "pool": corpus.num_rows, "held_out": 24, "dropped": dropped, "sources": held_out}
+    return summary | {"dropped_by_source": {HOSTILE: {"empty response": 5}}, "first_dropped": first}
 
 
 _TEXT_SCHEMA = pa.schema([(name, pa.string()) for name in ("example_id", "source", "prompt", "response")])
@@ -241,6 +243,28 @@ def page_of(run: Storage) -> Page:
 @pytest.fixture
 def run(tmp_path: Path) -> Storage:
     return Storage(str(tmp_path / "run"))
+
+
+def test_dropped_rows_are_shown_by_source_with_the_first_of_each_kind(run: Storage, corpus: Corpus) -> None:
+    write_run(run, corpus)
+    words = page_of(run).text
+    assert f"source reason dropped {HOSTILE} empty response 5" in words
+    assert f"empty response : data/{HOSTILE}.jsonl line 4,812: field 'response' is empty." in words
+
+
+@pytest.mark.parametrize(
+    ("texts", "shown"), [("all", {True, False}), ("selected", {True}), ("none", set())], ids=["all", "selected", "none"]
+)
+def test_texts_are_shown_of_those_examples_whose_texts_may_be_seen(run, corpus, texts, shown) -> None:
+    write_run(run, corpus)
+    run.write_json("run.json", {"schema": "s2l_ray/1", "name": "planted", "report": {"texts": texts}})
+    members = [member for group in read_facts(run).group_texts for member in group.members]
+    assert {bool(member.is_selected) for member in members} == {True, False}
+    assert {bool(member.is_selected) for member in members if member.prompt is not None} == shown
+    assert all(member.source is not None for member in members)
+    said = page_of(run).text
+    assert ("The text is not shown." in said) == (texts != "all")
+    assert ("The answer is" in said) == (texts != "none")
 
 
 def test_the_report_is_one_file_that_asks_the_network_for_nothing(run: Storage, corpus: Corpus) -> None:

@@ -292,7 +292,7 @@ def test_selected_rows_are_the_corpus_columns_as_they_were_and_ours(tmp_path: Pa
 def test_no_random_control_unless_asked_for(tmp_path: Path) -> None:
     pq.write_table(corpus().drop_columns(["source", "num_response_tokens"]), tmp_path / "t.parquet")
     artifact = built(tmp_path, str(tmp_path / "t.parquet"), random_control=False)
-    assert list(artifact.manifest["files"]) == ["selected.parquet"]
+    assert list(artifact.manifest["files"]) == ["README.md", "selected.parquet"]
     assert artifact.summary["sources"] == {}
     assert artifact.summary["num_response_tokens"] == {"pool": None, "selected": None, "random": None}
 
@@ -402,3 +402,60 @@ def test_with_a_minimum_per_source_weights_count_what_each_example_stands_for() 
     assert found.weights_M[rare].sum() == pytest.approx(100)
     without = select(rng.random((20_000, 3)), budget=1_000, num_clusters=10, sources=sources)
     assert without.weights_M.sum() == pytest.approx(20_000)
+
+
+# --- rows of JSON, as they were written ----------------------------------------------------------------------------
+
+
+def written(texts: Callable[[str], str], **columns: Callable[[str], Any]) -> Any:
+    """A corpus's `fetch_rows` with the JSON text of every row by its id."""
+
+    def fetch(ids: pa.Array, _numbers: Any) -> Iterator[pa.Table]:
+        names = ids.to_pylist()
+        rows = pa.table({"key": ids} | {name: [value(one) for one in names] for name, value in columns.items()})
+        table = pa.table({"example_id": ids, "row": rows.to_struct_array(), "row_json": [texts(one) for one in names]})
+        for start in (100, 0):  # the order of the corpus is another than that of the ids
+            yield table[start : start + 100] if start == 0 else table[start:]
+
+    return fetch
+
+
+def test_rows_of_json_come_out_as_they_were_written_in_the_order_of_the_parquet_file(tmp_path: Path) -> None:
+    def text(key: str) -> str:
+        extra = {0: ', "n": 3', 1: ', "n": 3.0, "meta": {}', 2: ', "n": null'}[int(key[4:]) % 3]
+        return f' {{"text": "é 城\\u0041", "key":"{key}"{extra}}}\n'
+
+    pq.write_table(corpus(), tmp_path / "t.parquet")
+    artifact = built(tmp_path, str(tmp_path / "t.parquet"), written(text), more_budgets=[20])
+    for subset in ("selected", "selected-20", "random"):
+        ids = artifact.read_table(f"{subset}.parquet")["key"].to_pylist()
+        lines = artifact.read_bytes(f"{subset}.jsonl").decode().split("\n")
+        assert lines == [*(text(key).strip() for key in ids), ""], subset
+    assert len(artifact.read_bytes("selected-20.jsonl").splitlines()) == 20
+
+
+def test_rows_that_json_readers_refuse_are_made_strict_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    texts = {
+        0: '{"a": NaN, "b": [-Infinity, {"NaN": Infinity}], "c": "NaN and \\"Infinity\\" \\\\", "d": 1e400}',
+        1: '{"a": "NaN"}',
+        2: '{\n  "a": "two\\nlines",\r\n  "b": [\n  1]\n}',
+    }
+    wanted = {
+        0: '{"a": null, "b": [null, {"NaN": null}], "c": "NaN and \\"Infinity\\" \\\\", "d": 1e400}',
+        1: '{"a": "NaN"}',
+        2: '{ "a": "two\\nlines", "b": [ 1] }',
+    }
+    pq.write_table(corpus(), tmp_path / "t.parquet")
+    fetch = written(lambda key: texts[int(key[4:]) % 3])
+    artifact = built(tmp_path, str(tmp_path / "t.parquet"), fetch, random_control=False)
+    numbers = [int(key[4:]) % 3 for key in artifact.read_table("selected.parquet")["key"].to_pylist()]
+    assert artifact.read_bytes("selected.jsonl").decode().splitlines() == [wanted[number] for number in numbers]
+    assert f"selected.jsonl: {numbers.count(0)} of 60 rows have NaN or infinite numbers" in caplog.text
+
+
+def test_a_corpus_that_is_only_in_part_of_json_has_no_file_as_it_was_written(tmp_path: Path) -> None:
+    pq.write_table(corpus(), tmp_path / "t.parquet")
+    fetch = written(lambda key: '{"a": 1}' if int(key[4:]) % 50 else None)
+    artifact = built(tmp_path, str(tmp_path / "t.parquet"), fetch, random_control=False, budget=600)
+    assert "selected.jsonl" not in artifact.manifest["files"]

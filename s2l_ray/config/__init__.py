@@ -6,7 +6,8 @@ name: what decides its result. `machines` (where and how fast) and `plan` (assum
 are in no fingerprint.
 
 Read `section` (what all share), `sections` and `training` (a class per stage), `machines`, `run` (how they fit together),
-`parsing` (from a file), `messages` (what is wrong with it), `recipes` (what of it decides each stage's result).
+`shipped` (those that come with the package), `parsing` (from a file), `messages` (what is wrong with it), `recipes` (what of it
+decides each stage's result), `schema` (for editors), `completion` (for the shell).
 """
 
 # ruff: noqa: F401
@@ -19,6 +20,7 @@ from s2l_ray.config.sections import (
     ClusteringConfig,
     EvaluationConfig,
     ExamplesConfig,
+    MimicRadiologyDataset,
     ReasoningGym,
     ReasoningGymDataset,
     ReportConfig,

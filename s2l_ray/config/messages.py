@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from s2l_ray.config.section import fields_at
+from s2l_ray.config.section import fields_at, is_section, types_at
 
 
 def problems(error: ValidationError, model: type[BaseModel]) -> list[str]:
@@ -24,11 +24,15 @@ def problems(error: ValidationError, model: type[BaseModel]) -> list[str]:
         place = ".".join(keys) or "config"
         if item["type"] == "extra_forbidden":
             known = fields_at(model, keys[:-1])
+            if keys[-1] in known:  # of another branch, which was meant
+                continue
             guess = difflib.get_close_matches(keys[-1], known, n=1)
             misspelt += [".".join([*keys[:-1], name]) for name in guess]
             hint = f". Did you mean '{guess[0]}'?" if guess else f". Known keys: {', '.join(known)}." if known else "."
             complaint = f"no such key{hint}"
         elif item["type"] == "missing":
+            if _means_another_branch(item, types_at(model, keys[:-1])):
+                continue
             complaint = "missing."
         elif item["type"] == "value_error":
             complaint = f"{item['msg'].removeprefix('Value error, ')}."
@@ -45,6 +49,13 @@ def problems(error: ValidationError, model: type[BaseModel]) -> list[str]:
         f"{place}: {'; or '.join(complaints[place])}{f', found {found[place]!r}.' if place in found else ''}"
         for place in deepest
     ]
+
+
+def _means_another_branch(missing: Any, branches: list[Any]) -> bool:
+    """Whether a section in which a key is missing is one of several that could stand there, and has none of the keys given."""
+    here = [one for one in branches if is_section(one) and (one.__name__,) == missing["loc"][-2:-1]]
+    given = missing["input"]
+    return bool(here) and isinstance(given, dict) and bool(given) and not given.keys() & here[0].model_fields.keys()
 
 
 def _is_union_branch(key: int | str) -> bool:

@@ -18,18 +18,22 @@ from s2l_ray.config.machines import GroupingConfig
 from s2l_ray.config.messages import problems
 from s2l_ray.config.run import RunConfig
 from s2l_ray.config.section import Section, is_section, types_at, types_of
+from s2l_ray.config.shipped import config_path
 from s2l_ray.errors import ConfigError
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """The checked config in a YAML file, with `section.field=value` overrides applied.
+    """The checked config in a YAML file, or of the shipped config of that name, with `section.field=value` overrides applied.
 
     Raises ConfigError naming the file, the key, what was found and, for a misspelt key, the likely one.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = config_path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror or error}). Give the path of a YAML config.") from error
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror or error}). Give the path of a YAML config, or the name of one that "
+            "`s2l init --list` shows."
+        ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text ({error}). A config is a YAML file.") from error
     try:

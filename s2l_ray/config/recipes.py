@@ -20,6 +20,11 @@ def counts_target_tokens(config: RunConfig) -> bool:
     return isinstance(config.selection.budget, dict) and is_own
 
 
+def predicts_texts(config: RunConfig) -> bool:
+    """Whether predictions have prompts, references and answers: held-out rows are never among the selected ones."""
+    return config.report.texts == "all"
+
+
 def _trajectories(config: RunConfig) -> dict[str, Any]:
     return config.trajectories.model_dump(mode="json") | {"max_tokens": config.proxy.max_tokens}
 
@@ -38,7 +43,7 @@ def _target(config: RunConfig) -> dict[str, Any]:
 def _evaluation(config: RunConfig) -> dict[str, Any]:
     # The untrained target is evaluated too, and comes with no artifact.
     untrained = config.target.model_dump(mode="json", include=_TOKENIZING | {"precision", "seed"})
-    return config.evaluation.model_dump(mode="json") | {"target": untrained}
+    return config.evaluation.model_dump(mode="json") | {"target": untrained, "texts": predicts_texts(config)}
 
 
 RECIPES: dict[str, Callable[[RunConfig], dict[str, Any]]] = {
@@ -55,8 +60,8 @@ SCHEMAS = {
     "proxy": 2,
     "trajectories": 3,
     "clustering": 4,
-    "selection": 4,
+    "selection": 5,
     "target": 2,
-    "evaluation": 2,
+    "evaluation": 3,
 }
 """Raised when the same recipe gives another result than before."""

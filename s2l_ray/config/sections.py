@@ -41,13 +41,21 @@ class ReasoningGymDataset(Section):
     reasoning_gym: ReasoningGym
 
 
+class MimicRadiologyDataset(Section):
+    """`dataset: {mimic_radiology: PATH}`."""
+
+    mimic_radiology: str
+    """MIMIC-III's table of notes, NOTEEVENTS.csv or NOTEEVENTS.csv.gz: a path or URI. Its radiology reports become findings to
+    be summarised as an impression."""
+
+
 class ExamplesConfig(Section):
     """Where the corpus is and which of its fields are prompt, response and source."""
 
-    dataset: str | list[str] | ReasoningGymDataset
+    dataset: str | list[str] | ReasoningGymDataset | MimicRadiologyDataset
     """Files (JSON Lines, JSON, CSV, Parquet; compressed or not), directories, globs or URIs of them; `FOLDER/#NAME` for a
-    dataset of LLaMA-Factory's `dataset_info.json` in that folder; a Hub dataset id; or an embedded reasoning-gym corpus.
-    A relative path is taken from where the command runs."""
+    dataset of LLaMA-Factory's `dataset_info.json` in that folder; a Hub dataset id; an embedded reasoning-gym corpus; or
+    MIMIC-III's radiology reports. A relative path is taken from where the command runs."""
 
     revision: str | None = None
     """Commit, tag or branch of a Hub dataset. Give a commit: a branch moves."""
@@ -78,7 +86,8 @@ class ExamplesConfig(Section):
     Every message of the assistant is learned, but for those marked otherwise (`weight: 0`, `train: false`)."""
 
     tools_field: str | None = None
-    """Field with the tools that a conversation may call; without it the row's `tools` or `functions`, if it has one."""
+    """Field with the tools that a conversation may call; without it the row's `tools` or `functions`, if it has one. Empty:
+    there are none, whatever these fields hold."""
 
     system_field: str | None = None
     """Field with a system message that goes before the prompt or the conversation, where the row has one."""

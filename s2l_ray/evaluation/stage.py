@@ -1,8 +1,8 @@
 """Evaluation: was the subset worth it? The target before and after, on rows that nothing was trained on.
 
 Every model gets the held-out loss per response token, overall, by source and averaged over sources; exact-match accuracy
-by greedy generation where an answer can be verified; ROUGE-L and BLEU where responses are summaries; and the tasks of
-the lm-evaluation-harness that the config names.
+by greedy generation where an answer can be verified; ROUGE-L, BLEU and, with a model for it, BERTScore where responses are
+summaries; and the tasks of the lm-evaluation-harness that the config names.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from s2l_ray.config import RunConfig
+from s2l_ray.config.recipes import predicts_texts
+from s2l_ray.evaluation.bert_scores import BertScore
 from s2l_ray.evaluation.generation import generate, run_tasks
 from s2l_ray.evaluation.scores import scorers, summarize
 from s2l_ray.examples.ids import priorities
@@ -90,7 +92,9 @@ def _write_results(context: Context, models: list[str], parts: list[str]) -> dic
         harness = json.loads(draft.work.read(Unit(model, TASKS).path)) if evaluation.tasks else None
         metrics[model] = summarize(rows[model], evaluation, harness)
     draft.write(METRICS, (json.dumps(metrics, indent=2) + "\n").encode())
-    lines = [json.dumps(prediction(model, row), ensure_ascii=False) for model in models for row in rows[model] if row["scores"]]
+    with_texts = predicts_texts(context.config)
+    found = [prediction(model, row, with_texts) for model in models for row in rows[model] if row["scores"]]
+    lines = [json.dumps(line, ensure_ascii=False) for line in found]
     draft.write(PREDICTIONS, "".join(f"{line}\n" for line in lines).encode())
     changed = sum((Counter(json.loads(table.schema.metadata[CHANGED])) for table in tables[UNTRAINED]), Counter[str]())
     counts = Counter(row["source"] for row in rows[UNTRAINED])
@@ -124,9 +128,10 @@ def choose_generated(config: RunConfig, examples: Artifact, parts: list[str]) ->
     return frozenset(chosen)
 
 
-def prediction(model: str, row: dict[str, Any]) -> dict[str, Any]:
-    """A line of predictions.jsonl."""
-    kept = {name: row[name] for name in ("example_id", "source", "prompt", "reference", "prediction")}
+def prediction(model: str, row: dict[str, Any], with_texts: bool) -> dict[str, Any]:
+    """A line of predictions.jsonl; without texts it says which example got which score, and no more."""
+    names = ("example_id", "source", *(("prompt", "reference", "prediction") if with_texts else ()))
+    kept = {name: row[name] for name in names}
     return {"model": model, **kept, "scores": json.loads(row["scores"])}
 
 
@@ -139,6 +144,11 @@ class Evaluator(UnitWorker):
     @cached_property
     def _tokenizer(self) -> Any:
         return target_tokenizer(self.job.config.target, self.job.inputs["proxy"])
+
+    @cached_property
+    def _bert_score(self) -> BertScore | None:
+        name = self.job.config.evaluation.bert_score_model
+        return None if name is None else BertScore(name, self.device)
 
     def load(self, model: str) -> Any:
         target = self.job.config.target
@@ -182,8 +192,14 @@ class Evaluator(UnitWorker):
         wanted = [i for i, row in enumerate(rows) if row["example_id"] in self.job.generated_ids] if score else []
         prompts = [generation_prompt(*tokens[i]) for i in wanted]
         responses = generate(model, self._tokenizer, prompts, self.job.config.evaluation.max_new_tokens)
-        for i, response in zip(wanted, responses, strict=True):
-            found = score(rows[i], response) if score else {}
-            if found:
-                predictions[i], scores[i] = response, json.dumps(found)
+        found = {i: score(rows[i], text) if score else {} for i, text in zip(wanted, responses, strict=True)}
+        answers = dict(zip(wanted, responses, strict=True))
+        summaries = [i for i, of_row in found.items() if "rougeL" in of_row]
+        if summaries and self._bert_score is not None:
+            alike = self._bert_score([answers[i] for i in summaries], [rows[i]["response"] for i in summaries])
+            for i, value in zip(summaries, alike, strict=True):
+                found[i]["bert_score"] = value
+        for i, of_row in found.items():
+            if of_row:
+                predictions[i], scores[i] = answers[i], json.dumps(of_row)
         return predictions, scores

@@ -168,10 +168,11 @@ def _can_be_stored(kind: pa.DataType, depth: int = 0) -> bool:
 def json_text(value: Any) -> str:
     """A value as JSON in UTF-8; what JSON has no name for (a date, bytes) as text."""
     text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if _is_unicode(text) else json.dumps(value, default=str)
+    return text if is_unicode(text) else json.dumps(value, default=str)
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 has every character of a text."""
     try:
         text.encode()
     except UnicodeEncodeError:  # half a surrogate pair

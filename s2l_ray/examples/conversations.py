@@ -85,6 +85,11 @@ class Dialect:
             raise RowProblem("unknown_role", f"the role is {found}; known are {', '.join(self._roles)}. {_REMEDY}")
         return known
 
+    def is_call(self, item: dict[str, Any]) -> bool:
+        """Whether a message that was read has the role whose content is calls."""
+        name = next((item[key] for key in self.role_keys if item.get(key) is not None), None)
+        return name is not None and self.role(name) == CALL
+
     def plain(self, item: Any) -> dict[str, Any] | None:
         """A message of a role and a text and nothing else, which most are; None for anything else."""
         if type(item) is dict and len(item) == 2:
@@ -154,20 +159,26 @@ def with_system(messages: list[dict[str, Any]], system: Any) -> list[dict[str, A
 
 
 def learned_text(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> LearnedText:
-    """What is learned from a conversation: of its prompt everything before the first learned answer, and the learned answers.
+    """What is learned from a conversation: all before the first learned answer that has something before it, and the learned
+    answers.
 
     Raises RowProblem where that is nothing.
     """
     learned = [at for at, message in enumerate(messages) if message["role"] == ANSWER and "weight" not in message]
     if not learned:
         raise _nothing_learned(messages)
-    prompt = "\n".join([_shown(message) for message in messages[: learned[0]]])
+    prompt = next(filter(str.strip, (_prompt(messages, at) for at in learned)), "")  # some begin with a greeting
     response = "\n".join([_shown(messages[at]) for at in learned])
-    if not prompt.strip():
+    if not prompt:
         raise RowProblem("empty_prompt", f"no text before the first answer. {_REMEDY}")
     if not response.strip():
         raise RowProblem("empty_response", f"the answers are empty. {_REMEDY}")
     return LearnedText(prompt, response, compact_json(messages), compact_json(tools) if tools else None)
+
+
+def _prompt(messages: list[dict[str, Any]], at: int) -> str:
+    """What stands before a message."""
+    return "\n".join([_shown(message) for message in messages[:at]])
 
 
 def _nothing_learned(messages: list[dict[str, Any]]) -> RowProblem:
@@ -203,8 +214,17 @@ def read_messages(items: Sequence[Any], dialect: Dialect, loss_mask: Any = None)
                 found = _read_item(item, dialect)
             except RowProblem as problem:
                 raise problem.at(f"message {number + 1:,}: ") from None
-        messages += found if is_learned is None or is_learned[number] else unlearned(found)
+        found = found if is_learned is None or is_learned[number] else unlearned(found)
+        if message is None and number and dialect.is_call(item) and dialect.is_call(items[number - 1]):
+            messages[-1] = _called_together(messages[-1], found[0])
+        else:
+            messages += found
     return messages
+
+
+def _called_together(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """One answer of two calls that follow each other, which ShareGPT's roles have as two messages."""
+    return one | other | {"content": one["content"], "tool_calls": one["tool_calls"] + other["tool_calls"]}
 
 
 def unlearned(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -319,8 +339,9 @@ def _is_one(value: Any, what: str) -> bool:
 def _read_pair(present: dict[str, Any]) -> list[dict[str, Any]]:
     """A pair of turns, `input` and `output` with perhaps a `system`, as messages (xtuner's form)."""
     if "output" not in present:
-        found, known = names_in_words(present), f"{{{', '.join(_ROLE_KEYS)}}} and {{{', '.join(_CONTENT_KEYS)}}}"
-        raise RowProblem("not_a_message", f"a message has a role and a content, found the keys {found}; known are {known}.")
+        found, known = names_in_words(present), f"{', '.join(_ROLE_KEYS)}; {', '.join(_CONTENT_KEYS)}"
+        problem = f"a message has a role and a content, found the keys {found}; known are {known}"
+        raise RowProblem("not_a_message", f"{problem}. {_REMEDY}")
     messages = []
     for key, role in (("system", "system"), ("input", "user"), ("output", ANSWER)):
         value = present.get(key)

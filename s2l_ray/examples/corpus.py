@@ -12,11 +12,12 @@ from typing import Any
 
 from pyarrow import fs
 
-from s2l_ray.config import ExamplesConfig, ReasoningGymDataset
+from s2l_ray.config import ExamplesConfig, MimicRadiologyDataset, ReasoningGymDataset
 from s2l_ray.config.sections import COMPRESSIONS, FORMATS
 from s2l_ray.errors import DataError
 from s2l_ray.examples.files import CorpusFile
 from s2l_ray.examples.llama_factory import resolved
+from s2l_ray.examples.mimic import RULES
 from s2l_ray.progress import get_log
 from s2l_ray.storage.hub import hub_commit, hub_id
 from s2l_ray.storage.layout import CORPUS_HASHES
@@ -37,7 +38,7 @@ def find_files(dataset: str | list[str]) -> list[CorpusFile]:
     files = {file.uri: file for place in given for file in _files_at(place)}
     if not any(file.num_bytes for file in files.values()):
         what = "its files are empty" if files else "no files are given"
-        raise DataError(f"{', '.join(given) or 'examples.dataset'}: the corpus is empty ({what}).")
+        raise DataError(f"{', '.join(given) or 'examples.dataset'}: the corpus is empty ({what}). Give files with rows.")
     return sorted(files.values(), key=lambda file: file.uri)
 
 
@@ -98,7 +99,8 @@ def _known_suffixes() -> str:
 
 
 def corpus_identity(given: ExamplesConfig, run: Storage | None = None) -> str:
-    """Which corpus it is, by content and not by place: `files:HASH`, `hub:ID@COMMIT`, `reasoning_gym:HASH`.
+    """Which corpus it is, by content and not by place: `files:HASH`, `hub:ID@COMMIT`, `reasoning_gym:HASH`,
+    `mimic_radiology:HASH`.
 
     Hashes of files are remembered in the run's scratch directory by address, size and time of change. Raises DataError for
     a corpus that is missing or empty, ArtifactError where the scratch directory is somebody else's.
@@ -109,6 +111,9 @@ def corpus_identity(given: ExamplesConfig, run: Storage | None = None) -> str:
 
         recipe = config.dataset.reasoning_gym.model_dump(mode="json")
         return f"reasoning_gym:{digest([recipe, metadata.version('reasoning-gym')])}"
+    if isinstance(config.dataset, MimicRadiologyDataset):
+        files = find_files(config.dataset.mimic_radiology)
+        return f"mimic_radiology:{digest([RULES, *sorted(_hashes(files, run).values())], num_bytes=16)}"
     # What an entry of dataset_info.json says is in no other part of the recipe.
     named = [dataclasses.asdict(layout), config.subset, config.split] if config is not given else []
     hub = hub_id(config.dataset)
@@ -144,11 +149,17 @@ def _sha256(file: CorpusFile) -> str:
     return state.hexdigest()
 
 
+# What else decides the examples of a corpus whose fields are known.
+_OF_KNOWN_FIELDS = ("where", "held_out_fraction", "rows_per_part")
+
+
 def examples_recipe(config: ExamplesConfig, corpus: str) -> dict[str, Any]:
     """The recipe of the stage: the corpus by its identity, and those fields of the config that decide its examples."""
     recipe = config.model_dump(mode="json", exclude={"dataset", "revision"})
     if isinstance(config.dataset, ReasoningGymDataset):
-        recipe = {key: recipe[key] for key in ("where", "held_out_fraction", "rows_per_part")}
+        recipe = {key: recipe[key] for key in _OF_KNOWN_FIELDS}
+    elif isinstance(config.dataset, MimicRadiologyDataset):
+        recipe = {key: recipe[key] for key in (*_OF_KNOWN_FIELDS, "prompt_template", "prompt_template_if_empty")}
     elif not corpus.startswith("hub:"):
         recipe = {key: value for key, value in recipe.items() if key not in {"subset", "split"}}
     return {"corpus": corpus} | recipe

@@ -8,7 +8,7 @@ from __future__ import annotations
 import concurrent.futures
 from collections.abc import Iterator
 
-from s2l_ray.config import ExamplesConfig, ReasoningGym, ReasoningGymDataset
+from s2l_ray.config import ExamplesConfig, MimicRadiologyDataset, ReasoningGym, ReasoningGymDataset
 from s2l_ray.errors import DataError
 from s2l_ray.examples.corpus import find_files
 from s2l_ray.examples.csv_files import CsvFile
@@ -16,6 +16,7 @@ from s2l_ray.examples.fields import normalise
 from s2l_ray.examples.files import BYTE_ORDER_MARK, CorpusFile, marked_encoding
 from s2l_ray.examples.formats import FilePiece, JsonValues, Lines, StreamedLines, cut_row_groups
 from s2l_ray.examples.llama_factory import resolved
+from s2l_ray.examples.mimic import RadiologyReports
 from s2l_ray.examples.pieces import GeneratedRows, HubRows, Shard, load_hub
 from s2l_ray.progress import get_log
 from s2l_ray.storage.hub import hub_id
@@ -36,23 +37,25 @@ def cut_corpus(config: ExamplesConfig) -> list[Shard]:
         gym = config.dataset.reasoning_gym
         total = sum(parameters["size"] for parameters in gym.tasks.values())
         shards = list(_cut_generated(gym, max(SMALLEST_GENERATED_SHARD_ROWS, -(-total // MOST_GENERATED_SHARDS))))
+    elif isinstance(config.dataset, MimicRadiologyDataset):
+        shards = [(RadiologyReports(file),) for file in find_files(config.dataset.mimic_radiology)]
     elif hub := hub_id(config.dataset):
         shards = list(_cut_hub(hub, config))
     else:
         shards = _cut_files(config.dataset)
     if not shards:
-        raise DataError(f"{config.dataset}: the corpus is empty: no row in it.")
+        raise DataError(f"{config.dataset}: the corpus is empty: no row in it. Give files with rows.")
     return shards
 
 
 def sample_corpus(config: ExamplesConfig, num_rows: int) -> tuple[int, list[str]]:
     """About how many examples a corpus has, and the texts (prompt and response) of about `num_rows` of them.
 
-    Reads a few shards, or a few rows of every generated task. Nothing is known of a Hub dataset before it is downloaded:
-    (0, []). Raises DataError as reading it all would.
+    Reads a few shards, or a few rows of every generated task. Nothing is known of a Hub dataset before it is downloaded, nor of
+    clinical notes before all of them are read: (0, []). Raises DataError as reading it all would.
     """
     config, layout = resolved(config)
-    if hub_id(config.dataset):
+    if hub_id(config.dataset) or isinstance(config.dataset, MimicRadiologyDataset):
         return 0, []
     if isinstance(config.dataset, ReasoningGymDataset):
         gym = config.dataset.reasoning_gym
@@ -102,7 +105,7 @@ def _packed(pieces: list[FilePiece], shard_bytes: int) -> list[Shard]:
     shards: list[list[FilePiece]] = []
     room = 0
     for piece in pieces:
-        if piece.size > room:
+        if piece.size > room or not shards:  # a piece without a byte may be the first
             shards.append([])
             room = shard_bytes
         shards[-1].append(piece)

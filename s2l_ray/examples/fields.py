@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from s2l_ray.config import ExamplesConfig, ReasoningGymDataset
+from s2l_ray.config import ExamplesConfig, MimicRadiologyDataset, ReasoningGymDataset
 from s2l_ray.errors import DataError
 from s2l_ray.examples.columns import Columns
 from s2l_ray.examples.conversations import LearnedText
@@ -46,8 +46,8 @@ def normalise(rows: CorpusRows, config: ExamplesConfig, layout: Layout | None = 
 
     Raises DataError for a row that contradicts the config, unless such rows are dropped.
     """
-    if isinstance(config.dataset, ReasoningGymDataset):
-        config = _for_generated(config)
+    if isinstance(config.dataset, ReasoningGymDataset | MimicRadiologyDataset):
+        config = _with_known_fields(config)
         layout = Layout.of(config)
     dropped = Dropped()
     for bad in rows.bad:
@@ -78,6 +78,9 @@ def normalise(rows: CorpusRows, config: ExamplesConfig, layout: Layout | None = 
 
 
 def _drop_bad(bad: BadRow, source: str, dropped: Dropped, config: ExamplesConfig) -> None:
+    if bad.reason in NOTHING_TO_LEARN:
+        dropped.add(source, bad.reason)
+        return
     if config.on_bad_row == "error":
         raise DataError(bad.message) from None
     dropped.add(source, bad.reason, bad.message)
@@ -112,11 +115,16 @@ def content_digest(text: LearnedText) -> bytes:
     return digest_of(text.messages if text.tools is None else f"{text.messages}\0{text.tools}")
 
 
-def _for_generated(config: ExamplesConfig) -> ExamplesConfig:
-    """The config with the fields of reasoning-gym's rows, which can be mapped in only one way."""
-    fields: dict[str, Any] = {"prompt_field": "question", "response_field": "answer", "source_field": "source"}
-    unused = ("id_field", "messages_field", "prompt_template", "prompt_template_if_empty", "tools_field", "system_field")
-    return config.model_copy(update=fields | dict.fromkeys((*unused, "history_field")))
+def _with_known_fields(config: ExamplesConfig) -> ExamplesConfig:
+    """The config with the fields of a corpus that can be mapped in only one way; a radiology report's findings go into a
+    template where one is given."""
+    unused = ["messages_field", "tools_field", "system_field", "history_field"]
+    if isinstance(config.dataset, MimicRadiologyDataset):
+        fields = {"prompt_field": "findings", "response_field": "impression", "source_field": "source", "id_field": "row_id"}
+    else:
+        fields = {"prompt_field": "question", "response_field": "answer", "source_field": "source"}
+        unused += ["id_field", "prompt_template", "prompt_template_if_empty"]
+    return config.model_copy(update={**dict.fromkeys(unused), **fields})
 
 
 def _label(record: dict[str, Any], field: str | None, key: str) -> str | None:

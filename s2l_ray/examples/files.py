@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import io
+import json
 import lzma
 import os
 import re
@@ -111,8 +112,12 @@ class CorpusFile:
 
 
 def marked_encoding(head: bytes) -> str | None:
-    """The encoding that a byte-order mark at the start of a file names, None without one."""
-    return next((encoding for mark, encoding in _MARKS.items() if head.startswith(mark)), None)
+    """The encoding that a byte-order mark at the start of a file names, or the zeros of its first plain characters; None
+    without either."""
+    marked = next((encoding for mark, encoding in _MARKS.items() if head.startswith(mark)), None)
+    if marked is None and b"\0" in head[:4] and any(head[:4]):
+        return json.detect_encoding(head)
+    return marked
 
 
 def not_unicode(data: bytes, position: int, expected: str = "utf-8") -> str:

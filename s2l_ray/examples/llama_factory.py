@@ -44,9 +44,9 @@ def resolved(config: ExamplesConfig) -> tuple[ExamplesConfig, Layout]:
     if not isinstance(dataset, str) or not is_named(dataset):
         return config, Layout.of(config)
     place, _, name = dataset.partition("#")
-    folder, _, file = place.rpartition("/")
+    folder, file = place[: place.rfind("/") + 1], place[place.rfind("/") + 1 :]
     here = f"{dataset}: entry '{name}'"
-    entry = _entry(Storage(folder or ("/" if place.startswith("/") else ".")), file or DATASET_INFO, name)
+    entry = _entry(Storage(folder or "."), file or DATASET_INFO, name)
     update = _where(entry, folder, here) | _which_fields(entry, here)
     query = update.pop("query_field", None)
     # Not `model_fields_set`: a config that was written out and read again has all of them.
@@ -60,7 +60,7 @@ def resolved(config: ExamplesConfig) -> tuple[ExamplesConfig, Layout]:
 
 def _entry(folder: Storage, file: str, name: str) -> dict[str, Any]:
     """The entry of a name."""
-    place = f"{folder.uri}/{file}"
+    place = f"{folder.uri.rstrip('/')}/{file}"
     try:
         entries = folder.read_json(file)
     except ArtifactError as error:
@@ -98,8 +98,8 @@ def _where(entry: dict[str, Any], folder: str, here: str) -> dict[str, Any]:
             continue
         if not isinstance(value, str) or not value:
             raise ConfigError(f"{here}: {key} is not a name. Fix the entry.")
-        is_whole = key != "file_name" or "://" in value or value.startswith("/") or not folder
-        found["dataset"] = value if is_whole else f"{folder}/{value}"
+        is_whole = key != "file_name" or "://" in value or value.startswith("/")
+        found["dataset"] = value if is_whole else f"{folder}{value}"
         break
     if not found:
         elsewhere = [key for key in ("ms_hub_url", "om_hub_url") if entry.get(key)]

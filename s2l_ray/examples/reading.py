@@ -43,14 +43,24 @@ def fetch_rows(artifact: Artifact, ids: pa.Array | Sequence[str]) -> Iterator[pa
     The tables have the columns `example_id`, `row`, a struct of the corpus's own columns, and where rows have a text of their
     own `row_json`. Raises ArtifactError naming ids that are not in the corpus.
     """
+    for table in fetch_examples(artifact, ids, ["original", "row_json"]):
+        yield table.rename_columns(["row" if name == "original" else name for name in table.column_names])
+
+
+def fetch_examples(artifact: Artifact, ids: pa.Array | Sequence[str], columns: list[str]) -> Iterator[pa.Table]:
+    """The examples with these ids, part by part, in order of id: `example_id`, and of `columns` those that the parts have.
+
+    Parts without any are not read. Raises ArtifactError naming ids that are not in the corpus.
+    """
     wanted = ids.cast(pa.string()) if isinstance(ids, pa.Array) else pa.array(ids, pa.string())
     is_found = np.zeros(len(wanted), bool)
-    own = ["row_json"] if artifact.summary.get("has_row_json") else []
     for part in artifact.parts():
-        if not _may_hold(artifact, part, wanted):
+        footer = _footer(artifact, part)
+        if footer is not None and not _may_hold(footer, wanted):
             continue
-        table = artifact.read_table(part, ["example_id", "original", *own])
-        table = table.filter(pc.is_in(table["example_id"], wanted)).rename_columns(["example_id", "row", *own])
+        known = set(columns) if footer is None else set(footer.schema.to_arrow_schema().names)
+        table = artifact.read_table(part, ["example_id", *(name for name in columns if name in known)])
+        table = table.filter(pc.is_in(table["example_id"], wanted))
         is_found |= pc.is_in(wanted, table["example_id"].combine_chunks()).to_numpy(zero_copy_only=False)
         if len(table):
             yield table
@@ -59,13 +69,17 @@ def fetch_rows(artifact: Artifact, ids: pa.Array | Sequence[str]) -> Iterator[pa
         raise ArtifactError(f"{artifact.root.uri}: no example has the id {name_examples(missing)}.")
 
 
-def _may_hold(artifact: Artifact, part: str, ids: pa.Array) -> bool:
-    """Whether one of the ids lies between a part's first and last, by the statistics in its footer."""
+def _footer(artifact: Artifact, part: str) -> pq.FileMetaData | None:
+    """The footer of a part; None where it is missing or damaged: reading the part raises the error with the remedy."""
     try:
         with artifact.root.filesystem.open_input_file(artifact.root.path(part)) as source:
-            footer = pq.read_metadata(source)
+            return pq.read_metadata(source)
     except (OSError, pa.ArrowInvalid):
-        return True  # missing or damaged: reading the part raises the error with the remedy
+        return None
+
+
+def _may_hold(footer: pq.FileMetaData, ids: pa.Array) -> bool:
+    """Whether one of the ids lies between a part's first and last, by the statistics in its footer."""
     ranges = [footer.row_group(group).column(0).statistics for group in range(footer.num_row_groups)]
     if not all(found is not None and found.has_min_max for found in ranges):
         return True

@@ -9,7 +9,16 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-NOTHING_TO_LEARN = frozenset(["no_assistant_message", "nothing_learned", "empty_prompt", "empty_response"])
+# Of clinical notes.
+ANOTHER_CATEGORY, MARKED_AS_ERROR = "another_category", "marked_as_error"
+NO_FINDINGS, NO_IMPRESSION = "no_findings", "no_impression"
+
+NOTHING_TO_LEARN = frozenset(["no_assistant_message", "nothing_learned", "empty_prompt", "empty_response"]) | {
+    ANOTHER_CATEGORY,
+    MARKED_AS_ERROR,
+    NO_FINDINGS,
+    NO_IMPRESSION,
+}
 """Reasons of rows that are well-formed and teach nothing; every other reason is a row that cannot be understood."""
 
 LONGEST_NAME, MOST_NAMES = 40, 20

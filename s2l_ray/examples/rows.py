@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from s2l_ray.examples.columns import Columns, field_of, json_text, plain_type, plain_values
+from s2l_ray.examples.columns import Columns, field_of, is_unicode, json_text, plain_type, plain_values
 
 ROWS_AT_A_TIME = 16_384
 """Rows that a reader hands on together: as Python objects they take several times the memory of their text."""
@@ -109,7 +109,8 @@ class Records:
         ranks: dict[str, int] = {}
         for fields in {tuple(self.records[row]) for row in rows}:
             for rank, field in enumerate(fields):
-                ranks[field] = min(rank, ranks.get(field, rank))
+                if is_unicode(field):  # a column cannot be called otherwise; such a field is in the row's own text alone
+                    ranks[field] = min(rank, ranks.get(field, rank))
         return Columns({name: field_of(name, [self.records[row].get(name) for row in rows]) for name in ranks}, ranks)
 
 

@@ -62,13 +62,14 @@ def _check_bad_rows(dropped: Dropped, num_good: int, config: ExamplesConfig) -> 
     """Log the first bad row of each kind. Raises DataError where more rows are bad than may be dropped."""
     counts = dropped.by_reason
     for reason, message in dropped.first.items():
-        _log.warning("dropped %s rows as %s, the first: %s", f"{counts[reason]:,}", reason, message)
+        _log.warning("rows dropped as %s: %s, the first: %s", reason, f"{counts[reason]:,}", message)
     share = dropped.num_bad / max(1, dropped.num_bad + num_good)
     if share > config.max_dropped:
-        reasons = "; ".join(f"{counts[reason]:,} {reason}, the first: {message}" for reason, message in dropped.first.items())
+        reasons = ", ".join(f"{counts[reason]:,} {reason}" for reason in dropped.first)
+        most = max(dropped.first, key=lambda reason: counts[reason])
         raise DataError(
-            f"{dropped.num_bad:,} rows ({share:.1%}) cannot be read or understood, more than examples.max_dropped="
-            f"{config.max_dropped:g} allows ({reasons}). Fix the corpus or the fields, or allow more."
+            f"{dropped.num_bad:,} rows ({share:.1%}: {reasons}) cannot be read or understood, more than examples.max_dropped="
+            f"{config.max_dropped:g} allows. Fix the corpus or the fields, or allow more. First {most}: {dropped.first[most]}"
         )
 
 

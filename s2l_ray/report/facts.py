@@ -15,6 +15,8 @@ import numpy as np
 from s2l_ray.progress import duration
 
 State = Literal["finished", "outdated", "unfinished", "not started"]
+Texts = Literal["all", "selected", "none"]
+"""Whose texts are shown; see `config.sections.ReportConfig`."""
 NUM_PLOTTED_SOURCES = 30
 CLIPPED_CHARACTERS, MAX_CHARACTERS = 280, 4_000
 
@@ -33,6 +35,8 @@ class StageStatus:
     rows: int = 0
     dropped: Mapping[str, int] = field(default_factory=dict)
     shortened: Mapping[str, int] = field(default_factory=dict)
+    dropped_by_source: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    first_dropped: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Member:
-    """An example near the centroid of its group. Prompt and response are none where the text was not found."""
+    """An example near the centroid of its group. Prompt and response are none where the text was not found or is not shown."""
 
     example_id: str
     distance: float
@@ -178,6 +182,7 @@ class Facts:
     proxy_losses: Mapping[str, Sequence[Sequence[float]]]
     target_losses: Mapping[str, Sequence[Sequence[float]]]
     group_texts: Sequence[GroupTexts]
+    texts: Texts
     versions: Mapping[str, str]
     config: str | None
 

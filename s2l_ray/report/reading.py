@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from s2l_ray.errors import ArtifactError
-from s2l_ray.report.facts import Facts, GroupCurves, GroupTexts, Member, StageStatus, Text
+from s2l_ray.report.facts import Facts, GroupCurves, GroupTexts, Member, StageStatus, Text, Texts
 from s2l_ray.report.wording import (
     MODELS,
     STAGES,
@@ -56,6 +56,7 @@ def read_facts(run: Storage) -> Facts:
     held_out = summaries.get("evaluation", {}).get("sources", {})
     spent = costs({name: float(artifact.manifest["provenance"]["seconds"]) for name, artifact in artifacts.items()})
     groups, clustering = read_groups(artifacts), summaries.get("clustering", {})
+    shown: Texts = value_at(config, ("report", "texts")) or "all"
     return Facts(
         name=str(config.get("name") or run.uri.rstrip("/").rpartition("/")[2]),
         uri=without_credentials(run.uri),
@@ -75,7 +76,8 @@ def read_facts(run: Storage) -> Facts:
         sources=sources(summaries.get("examples"), selection),
         proxy_losses=_proxy_losses(summaries.get("proxy", {}), summaries.get("trajectories", {})),
         target_losses=target.get("training_loss") or {},
-        group_texts=read_group_texts(artifacts, groups) if groups else [],
+        group_texts=read_group_texts(artifacts, groups, shown) if groups else [],
+        texts=shown,
         versions=_versions(artifacts.values()),
         config=without_credentials(yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=100)) if config else None,
     )
@@ -123,6 +125,8 @@ def _finished(artifact: Artifact) -> StageStatus:
         summary["rows"],
         summary["dropped"],
         summary.get("shortened", {}),
+        summary.get("dropped_by_source", {}),
+        summary.get("first_dropped", {}),
     )
 
 
@@ -180,19 +184,22 @@ def read_groups(artifacts: Mapping[str, Artifact]) -> GroupCurves | None:
     )
 
 
-def read_group_texts(artifacts: Mapping[str, Artifact], groups: GroupCurves) -> list[GroupTexts]:
-    """The members of the groups that are shown, with their texts."""
+def read_group_texts(artifacts: Mapping[str, Artifact], groups: GroupCurves, texts_of: Texts = "all") -> list[GroupTexts]:
+    """The members of the groups that are shown, with their texts where those may be shown; others are not even kept."""
     shown = shown_groups(groups)
     members = nearest(artifacts["clustering"], shown)
     ids = sorted({example_id for found in members.values() for _, example_id in found})
     chosen = read_chosen(artifacts["selection"], ids) if "selection" in artifacts else None
-    texts = read_texts(artifacts["examples"], ids) if "examples" in artifacts else {}
+    rows = read_texts(artifacts["examples"], ids) if "examples" in artifacts else {}
+    may_show = {"all": set(ids), "selected": chosen or set(), "none": set[Any]()}[texts_of]
 
     def member(distance: float, example_id: Any) -> Member:
         is_selected = None if chosen is None else example_id in chosen
-        row = texts.get(example_id)
+        row = rows.get(example_id)
         if row is None:
             return Member(str(example_id), distance, is_selected)
+        if example_id not in may_show:
+            return Member(str(example_id), distance, is_selected, str(row["source"]))
         prompt, response = Text.of(row["prompt"]), Text.of(row["response"])
         return Member(str(example_id), distance, is_selected, str(row["source"]), prompt, response)
 

@@ -1,123 +1,121 @@
-"""The subset for another trainer: the corpus's own rows as one file. `s2l export`."""
+"""The subset for another trainer: the corpus's own rows as one file, or in the form of a trainer. `s2l export`."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from pyarrow import fs
 
 from s2l_ray.errors import ArtifactError, ConfigError
-from s2l_ray.progress import get_log
+from s2l_ray.selection.destination import Destination
+from s2l_ray.selection.subset_files import check_file, subset_lines, write_parquet
+from s2l_ray.selection.trainers import TRAINERS, TrainerRows
+from s2l_ray.selection.turns import Contents, DataPlace, open_examples
 from s2l_ray.storage.artifacts import Artifact
-from s2l_ray.storage.layout import RUN, STAGE_NAMES, WORK
-from s2l_ray.storage.places import Storage, absolute_uri
+from s2l_ray.storage.layout import as_written
+from s2l_ray.storage.places import Storage
 
-# Rows become Python objects so many at a time; a file is copied and hashed in pieces of so many bytes.
-_BATCH_ROWS, _PIECE_BYTES = 1_024, 8 * 2**20
-_log = get_log("export")
+FORMATS = ("jsonl", "parquet", *TRAINERS)
 
 
-def export_subset(run_dir: str, file_format: str, output: str, subset: str = "selected") -> int:
-    """Write the subset's rows to one JSON Lines or Parquet file, whole or not at all; how many they are.
+@dataclass(frozen=True)
+class Exported:
+    """What an export has written."""
 
-    `subset`: `selected`, `random`, or `selected-BUDGET`. Memory is for one row group (about 64 MB of rows at most). JSON is
-    strict: NaN and infinite numbers, which it does not know, become null, with a warning. Raises ArtifactError for an
-    unknown subset and, with nothing written, for a damaged one; ConfigError for an `output` that cannot be a file or
-    is a run's own, and for bytes, which JSON cannot hold.
+    output: str
+    num_examples: int
+    num_rows: int
+    """More than examples where a trainer needs a row for each learned turn."""
+
+    data: str
+    """The name of the file with the rows."""
+
+    companions: tuple[str, ...] = ()
+    """Names of the small files beside it."""
+
+    features: list[dict[str, Any]] | None = None
+    """The types of the columns for a card, where they must not be inferred."""
+
+    def __str__(self) -> str:
+        rows = f" in {self.num_rows:,} rows" if self.num_rows != self.num_examples else ""
+        beside = f", with {', '.join(self.companions)}" if self.companions else ""
+        return f"{self.output}: {self.num_examples:,} examples{rows}{beside}"
+
+
+def export_subset(
+    run_dir: str,
+    file_format: str,
+    output: str,
+    subset: str = "selected",
+    *,
+    with_columns: bool | None = None,
+    hub: str | None = None,
+) -> Exported:
+    """Write a subset, whole or not at all: its own rows as JSON Lines or Parquet, or a trainer's form of its conversations.
+
+    `subset`: `selected`, `random`, or `selected-BUDGET`. `output` is the file to write; for a trainer that needs small files
+    beside the data a folder, or a file ending in .jsonl. `with_columns`: whether rows have `example_id`, `cluster_id` and
+    `weight` at their end (by default those of JSON Lines and Parquet; a trainer's never). Rows of a JSON corpus are otherwise
+    as they were written. `hub`: the dataset there that a trainer's small files shall name, instead of the folder.
+    Memory is for one row group (about 64 MB of rows at most), for a trainer also the ids and one part.
+
+    Raises ArtifactError for an unknown subset and, with nothing written, for a damaged one; ConfigError for an `output` that
+    cannot be written or is not ours to replace, for bytes, which JSON cannot hold, and where there is nothing to make
+    conversations of.
     """
-    selection = Artifact.read(Storage(run_dir).child("selection"))
+    run = Storage(run_dir)
+    selection = Artifact.read(run.child("selection"))
+    path = _path_of(selection, subset, run_dir)
+    if file_format in TRAINERS:
+        if with_columns:
+            raise ConfigError(f"--with-columns: --format {file_format} has no place for them. Use jsonl or parquet.")
+        return _export_for_trainer(run, selection, path, file_format, output, hub)
+    place = Destination.file(output)
+    place.check(run, selection.root, {})
+    check_file(selection, path)
+    if file_format == "jsonl" and as_written(path) in selection.manifest["files"]:
+        check_file(selection, as_written(path))
+    shows_ours = with_columns is not False
+
+    def write(local: Path) -> None:
+        if file_format == "parquet":
+            write_parquet(selection, path, shows_ours, local)
+        else:
+            _write_lines(subset_lines(selection, path, shows_ours), local)
+
+    place.write(write, {})
+    with selection.root.explained(path), selection.root.open(path) as source:
+        num_rows = int(pq.ParquetFile(source).metadata.num_rows)
+    return Exported(output, num_rows, num_rows, place.name)
+
+
+def _path_of(selection: Artifact, subset: str, run_dir: str) -> str:
+    """The Parquet file of a subset. Raises ArtifactError where there is none."""
     path = f"{subset}.parquet"
     if path not in selection.manifest["files"]:
         hint = " Set evaluation.random_control=true for a random control." if subset == "random" else ""
-        known = ", ".join(path.removesuffix(".parquet") for path in selection.manifest["files"])
+        known = ", ".join(path.removesuffix(".parquet") for path in selection.manifest["files"] if path.endswith(".parquet"))
         raise ArtifactError(f"{run_dir}: has no subset '{subset}'. There are: {known}.{hint}")
-    folder, name = _place_of(output)
-    run = Storage(run_dir)
-    for own in (selection.root, run.child(RUN), *(run.child(one) for one in (*STAGE_NAMES, WORK))):
-        if f"{_resolved(folder, name)}/".startswith(f"{_resolved(own)}/"):
-            raise ConfigError(f"--output {output}: would replace what a run wrote in {own.uri}. Give another place.")
-    with folder.atomic_path(name) as local, local.open("wb") as file:
-        for piece in _checked_pieces(selection, path):
-            if file_format == "parquet":
-                file.write(piece)
-        if file_format == "jsonl":
-            for line in _json_lines(selection, path):
-                file.write(line)
-    with selection.root.explained(path), selection.root.open(path) as source:
-        return int(pq.ParquetFile(source).metadata.num_rows)
+    return path
 
 
-def _place_of(output: str) -> tuple[Storage, str]:
-    """The directory and the name of the file to write."""
-    parent, _, name = absolute_uri(output).rpartition("/")
-    folder = Storage(parent or "/")
-    if output.endswith("/") or folder.info(name).type == fs.FileType.Directory:
-        inside = f"{output.rstrip('/')}/subset.jsonl"
-        raise ConfigError(f"--output {output}: is a directory. Give the file to write, such as {inside}.")
-    if folder.is_local:
-        if not Path(folder.path()).exists():
-            raise ConfigError(f"--output {output}: there is no directory {parent}. Make it first, or give another place.")
-        if not Path(folder.path()).is_dir():
-            raise ConfigError(f"--output {output}: {parent} is a file. Give another directory.")
-        if Path(folder.path(name)).exists() and not Path(folder.path(name)).is_file():
-            raise ConfigError(f"--output {output}: is a device or a pipe. Give the file to write.")
-    return folder, name
+def _export_for_trainer(run: Storage, selection: Artifact, path: str, name: str, output: str, hub: str | None) -> Exported:
+    names = TRAINERS[name].companions(Contents(), DataPlace())
+    place = Destination.of_trainer(output) if names else Destination.file(output)
+    place.check(run, selection.root, names)
+    check_file(selection, path)
+    examples = open_examples(run, selection, path)
+    rows = TrainerRows(name, examples, Contents.of(examples()))
+    companions = TRAINERS[name].companions(rows.contents, DataPlace(hub or place.place, place.name, hub is not None))
+    place.write(lambda local: _write_lines(rows.lines(), local), companions)
+    rows.report()
+    features = TRAINERS[name].features(rows.contents)
+    return Exported(output, rows.num_examples, rows.num_rows, place.name, tuple(companions), features)
 
 
-def _resolved(place: Storage, name: str = "") -> str:
-    """A place with all links followed."""
-    return os.path.realpath(place.path(name)) if place.is_local else f"{place.uri}/{name}".rstrip("/")
-
-
-def _checked_pieces(artifact: Artifact, path: str) -> Iterator[bytes]:
-    """A file in pieces. Raises ArtifactError, after the last, where its hash is not the manifest's."""
-    content = hashlib.sha256()
-    place = f"{artifact.root.uri}/{path}"
-    remedy = f"Remove {artifact.storage.uri} and the stages after it, and run again to rebuild them."
-    try:
-        with artifact.root.explained(path), artifact.root.open(path) as source:
-            while piece := source.read(_PIECE_BYTES):
-                content.update(piece)
-                yield piece
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{place}: missing. {remedy}") from error
-    if content.hexdigest() != artifact.manifest["files"][path]["sha256"]:
-        raise ArtifactError(f"{place}: damaged (its hash is not the manifest's). {remedy}")
-
-
-def _json_lines(artifact: Artifact, path: str) -> Iterator[bytes]:
-    num_changed = 0
-    with artifact.root.explained(path), artifact.root.open(path) as source:
-        for batch in pq.ParquetFile(source).iter_batches(_BATCH_ROWS):
-            for row in batch.to_pylist():
-                try:
-                    line = json.dumps(row, ensure_ascii=False, allow_nan=False, default=_as_text)
-                except ValueError:
-                    num_changed += 1
-                    line = json.dumps(_without_nan(row), ensure_ascii=False, allow_nan=False, default=_as_text)
-                yield f"{line}\n".encode()
-    if num_changed:
-        _log.warning("%s rows have numbers that are NaN or infinite, which JSON lacks: written as null", f"{num_changed:,}")
-
-
-def _as_text(value: Any) -> str:
-    """A date, a time or a decimal number as text. Raises ConfigError for bytes: their text would not be what they hold."""
-    if isinstance(value, bytes):
-        raise ConfigError("--format jsonl: the rows have binary values, which JSON cannot hold. Use --format parquet.")
-    return str(value)
-
-
-def _without_nan(value: Any) -> Any:
-    """A value with null for every number that is NaN or infinite."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _without_nan(inner) for key, inner in value.items()}
-    return [_without_nan(inner) for inner in value] if isinstance(value, list | tuple) else value
+def _write_lines(lines: Iterator[bytes], local: Path) -> None:
+    with local.open("wb") as file:
+        file.writelines(lines)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from s2l_ray.clustering.columns import Floats, Ints
 from s2l_ray.clustering.groups import Clustering
@@ -21,12 +23,13 @@ from s2l_ray.examples.ids import id_column, one_array
 from s2l_ray.examples.reading import fetch_rows
 from s2l_ray.progress import get_log
 from s2l_ray.runtime.session import connect_ray
+from s2l_ray.selection.card import describe, front_matter
 from s2l_ray.selection.choosing import Budget
 from s2l_ray.selection.subset_rows import FetchRows, SubsetRows
 from s2l_ray.selection.subsets import Selection, Subset, choose_subsets, random_rows, stability
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.drafts import Draft
-from s2l_ray.storage.layout import ASSIGNMENTS, RANDOM, SELECTED, further_subset
+from s2l_ray.storage.layout import ASSIGNMENTS, CARD, RANDOM, SELECTED, as_written, further_subset
 from s2l_ray.storage.stages import Context
 from s2l_ray.trajectories.files import streamed
 from s2l_ray.trajectories.sorting import SortedTable
@@ -122,6 +125,7 @@ def build(context: Context) -> Artifact:
             scratch,
             draft,
             random_control=config.evaluation.random_control,
+            origin={name: inputs[name] for name in ("examples", "proxy")},
         )
 
 
@@ -134,11 +138,14 @@ def publish_selection(
     draft: Draft,
     *,
     random_control: bool = False,
+    origin: Mapping[str, Artifact] | None = None,
 ) -> Artifact:
     """Choose the subset and publish `selected.parquet` (and `random.parquet`): the rows as they were + our columns.
 
-    Each of `config.more_budgets` gets a file of its own, named in the summary. Texts are streamed: memory is for ids.
-    Raises ConfigError for a budget that cannot be met, DataError for a clustering of other examples.
+    For a corpus of JSON `selected.jsonl` has the same rows in the same order as they were written. Each of
+    `config.more_budgets` gets files of its own, named in the summary. `README.md` is the subset's card, by which `datasets`
+    reads the directory; `origin` has the run's examples and proxy for it, where there is a run. Texts are streamed: memory
+    is for ids. Raises ConfigError for a budget that cannot be met, DataError for a clustering of other examples.
     """
     groups = read_groups(clustering)
 
@@ -153,17 +160,20 @@ def publish_selection(
     with ThreadPoolExecutor(2) as pool:
         rows = SubsetRows.fetch(largest.rows, fetch_rows, scratch / "selected", pool)
         for path, one in zip(files, subsets, strict=True):
-            draft.write_tables(path, rows.with_ours(one.rows, one.selection.weights_M))
+            _write(draft, path, rows, one.rows, one.selection.weights_M)
         if random_control:
             control = random_rows(store, assigned, len(subsets[0].selection), config.seed)
             control_rows = SubsetRows.fetch(control, fetch_rows, scratch / "random", pool)
-            draft.write_tables(RANDOM, control_rows.with_ours(control, np.full(len(control), len(store) / len(control))))
-    summary = _summary(store, subsets[0], control) | {"columns": rows.names}
+            _write(draft, RANDOM, control_rows, control, np.full(len(control), len(store) / len(control)))
+    summary = _summary(store, subsets[0], control) | {"columns": rows.names, "added_columns": rows.added}
     summary["stability"] = stability(clustering, groups, config, len(subsets[0].selection))
     summary["budgets"] = [
         {"budget": one.selection.budget, "rows": len(one.selection), "file": path}
         for path, one in zip(files, subsets, strict=True)
     ]
+    named = {path.removesuffix(".parquet"): path for path in [*files, *([RANDOM] if random_control else [])]}
+    card = front_matter(named) + describe(draft.key.recipe, summary, {"clustering": clustering, **(origin or {})})
+    draft.write(CARD, card.encode())
     for one in subsets:
         _log.info(
             "%s of %s examples from %d groups (quotas %s to %s)",
@@ -171,6 +181,20 @@ def publish_selection(
             *(f"{one.selection.quotas_K.min():,}", f"{one.selection.quotas_K.max():,}"),
         )
     return draft.publish(summary)
+
+
+def _write(draft: Draft, path: str, rows: SubsetRows, chosen: pa.Table, weights_M: NDArray[np.float64]) -> None:
+    """A subset as Parquet with our columns, and where the corpus is of JSON also as it was written."""
+    draft.write_tables(path, rows.with_ours(chosen, weights_M))
+    if not rows.has_json:
+        return
+    made_strict: Counter[str] = Counter()
+    draft.write_pieces(as_written(path), rows.as_written(chosen, made_strict))
+    if made_strict["rows"]:
+        _log.info(
+            "%s: %s of %s rows have NaN or infinite numbers, which JSON lacks: null there",
+            *(as_written(path), f"{made_strict['rows']:,}", f"{len(chosen):,}"),
+        )
 
 
 def _file_name(budget: Budget) -> str:

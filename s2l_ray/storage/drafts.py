@@ -99,6 +99,13 @@ class Draft:
                     writer.close()
             self.add(FileRecord.of_file(path, local))
 
+    def write_pieces(self, path: str, pieces: Iterable[bytes]) -> None:
+        """Write bytes as they come, as one file, whole or not at all."""
+        with self.storage.atomic_path(path) as local:
+            with local.open("wb") as file:
+                file.writelines(pieces)
+            self.add(FileRecord.of_file(path, local))
+
     def publish(self, summary: dict[str, Any], machines: dict[str, Any] | None = None) -> Artifact:
         """Write the manifest: from here on the stage is finished. Its scratch directory goes away.
 

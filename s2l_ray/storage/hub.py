@@ -6,7 +6,7 @@ import os
 import re
 from typing import Any, Literal
 
-from s2l_ray.config import ReasoningGymDataset, RunConfig
+from s2l_ray.config import RunConfig
 from s2l_ray.config.sections import FORMATS
 from s2l_ray.errors import ConfigError, DataError
 from s2l_ray.progress import get_log
@@ -75,7 +75,7 @@ def hub_model(model: Any) -> str | None:
     return model if isinstance(model, str) and "://" not in model and not os.path.exists(model) else None
 
 
-def hub_id(dataset: str | list[str] | ReasoningGymDataset) -> str | None:
+def hub_id(dataset: Any) -> str | None:
     """The dataset's id on the Hub if it looks like one (`org/name`) and is no path here."""
     if not isinstance(dataset, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", dataset):
         return None

@@ -1,7 +1,7 @@
 """What lies where in a run directory; no other file knows these names.
 
     RUN_DIR/
-      run.json  STAGE/manifest.json  STAGE/...  report/index.html  .work/
+      run.json  STAGE/manifest.json  STAGE/...  report/index.html  trackers/  .work/
 
 `.work/` is scratch: locks, tokens, losses that are not joined yet, resume points. It is never read as a result.
 """
@@ -24,11 +24,14 @@ MANIFEST, BUILDING = "manifest.json", "building.json"
 PARTS, ASSIGNMENTS = "part-", "assignments-"  # and five digits
 TOKENIZER, CHECKPOINT = "tokenizer", "checkpoint.json"
 CENTROIDS, FEATURE_CENTROIDS, RESTARTS = "centroids.npy", "feature_centroids.npy", "restarts.parquet"
-SELECTED, RANDOM = "selected.parquet", "random.parquet"
+SELECTED, RANDOM, CARD = "selected.parquet", "random.parquet", "README.md"
 MODEL_FOLDERS, MODEL_RECORD = {"selected": "model", "random": "random_model"}, "model.json"
 """Subset -> the folder of the target trained on it, in training order; the file there that is written last."""
 METRICS, PREDICTIONS = "metrics.json", "predictions.jsonl"
 PAGE = "index.html"
+
+# Beside the stages: what trackers keep in files. No stage reads it.
+TRACKERS = "trackers"
 
 # Scratch of the run, and below it what several stages use.
 WORK, TAG = ".work", "CACHEDIR.TAG"
@@ -67,6 +70,11 @@ def further_subset(budget: str) -> str:
     return f"selected-{budget}.parquet"
 
 
+def as_written(subset: str) -> str:
+    """The file of the same rows as a subset's Parquet file, each as the text that the corpus has for it."""
+    return f"{subset.removesuffix('.parquet')}.jsonl"
+
+
 def step_folder(step: int) -> str:
     """The directory of a checkpoint of the proxy."""
     return f"step-{step:06d}"
@@ -90,7 +98,7 @@ _STAGE_FILES = {
     "proxy": rf"({TOKENIZER}|step-\d{{6,}})/({_MODEL_FILE}|{re.escape(CHECKPOINT)})",
     "trajectories": PARTS + _PART,
     "clustering": "|".join([ASSIGNMENTS + _PART, *map(re.escape, (CENTROIDS, FEATURE_CENTROIDS, RESTARTS))]),
-    "selection": rf"selected(-(tokens-)?[0-9.e+-]+)?\.parquet|{re.escape(RANDOM)}",
+    "selection": rf"(selected(-(tokens-)?[0-9.e+-]+)?|random)\.(parquet|jsonl)|{re.escape(CARD)}",
     "target": rf"({'|'.join(MODEL_FOLDERS.values())})/({_MODEL_FILE}|{re.escape(MODEL_RECORD)})",
     "evaluation": f"{re.escape(METRICS)}|{re.escape(PREDICTIONS)}",
     "report": re.escape(PAGE),

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from s2l_ray.config import RunConfig, Scratch, ScratchModel, TrainingConfig
+from s2l_ray.config import RunConfig, Scratch, ScratchModel, TargetConfig, TrainingConfig
 from s2l_ray.errors import ConfigError
 from s2l_ray.storage.places import Storage
 from s2l_ray.training.adapters import check_target_modules, merged, need_peft
+from s2l_ray.training.trackers import check_trackers
 
 # The sizes of a scratch model under the names that transformers' configurations use.
 _ALIASES = {
@@ -111,12 +113,39 @@ def load_model(
     return model
 
 
-def check_ahead(config: RunConfig) -> None:
-    """Raise ConfigError now for what would be found hours from now: a library that is missing, nothing at the target's URI,
-    adapters for layers that it does not have."""
-    target = config.target
-    if config.evaluation.tasks and importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError("evaluation.tasks needs lm-eval: pip install 's2l_ray[lm-eval]' (for the workers, too)")
+def check_ahead(config: RunConfig, run: Storage, building: Collection[str]) -> None:
+    """Raise ConfigError now for what would be found hours from now in the stages that are to be built: a library that is
+    missing, nothing at the target's URI, adapters for layers that it does not have, no model for BERTScore."""
+    if "proxy" in building or "target" in building:
+        check_trackers(config, run)
+    if "evaluation" in building:
+        if config.evaluation.tasks and importlib.util.find_spec("lm_eval") is None:
+            raise ConfigError("evaluation.tasks needs lm-eval: pip install 's2l_ray[lm-eval]' (for the workers, too)")
+        if config.evaluation.summary_sources and config.evaluation.bert_score_model is not None:
+            check_bert_score(config.evaluation.bert_score_model)
+    if "target" in building:
+        _check_target(config.target)
+
+
+def check_bert_score(model: str) -> None:
+    """Raise ConfigError where bert-score is not installed, or there is no such model."""
+    from transformers import AutoConfig
+
+    if importlib.util.find_spec("bert_score") is None:
+        raise ConfigError(
+            "evaluation.bert_score_model needs bert-score: pip install 's2l_ray[bert-score]' (for the workers, too)"
+        )
+    try:
+        AutoConfig.from_pretrained(local_place(model))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"evaluation.bert_score_model '{model}': cannot be loaded ({reason}). Give an encoder such as roberta-large: a Hub "
+            "id, or a path or URI of a folder."
+        ) from error
+
+
+def _check_target(target: TargetConfig) -> None:
     if isinstance(target.model, str) and "://" in target.model:
         _check_there(target.model)
     if target.lora is not None:

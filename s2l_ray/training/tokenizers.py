@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,23 @@ def proxy_tokenizer(config: ProxyConfig, examples: Artifact) -> Any:
 
 
 def train_tokenizer(config: TrainedTokenizer, examples: Artifact) -> Any:
-    """A byte-level BPE tokenizer of the pool's prompts and responses; one special token ends sequences and pads them."""
+    """A byte-level BPE tokenizer of the pool's prompts and responses."""
+
+    def texts() -> Iterator[list[str]]:
+        rows = 0
+        for part in examples.parts():
+            table = read_pool(examples, part, ["prompt", "response"])
+            yield table["prompt"].to_pylist()
+            yield table["response"].to_pylist()
+            rows += table.num_rows
+            if rows >= TOKENIZER_ROWS:
+                return
+
+    return tokenizer_of_texts(config, texts())
+
+
+def tokenizer_of_texts(config: TrainedTokenizer, texts: Iterator[list[str]]) -> Any:
+    """A byte-level BPE tokenizer of some texts; one special token ends sequences and pads them."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -87,18 +104,7 @@ def train_tokenizer(config: TrainedTokenizer, examples: Artifact) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-
-    def texts() -> Any:
-        rows = 0
-        for part in examples.parts():
-            table = read_pool(examples, part, ["prompt", "response"])
-            yield table["prompt"].to_pylist()
-            yield table["response"].to_pylist()
-            rows += table.num_rows
-            if rows >= TOKENIZER_ROWS:
-                return
-
-    tokenizer.train_from_iterator(texts(), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=end)
 
 
