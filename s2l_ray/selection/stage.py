@@ -166,6 +166,7 @@ def publish_selection(
             control_rows = SubsetRows.fetch(control, fetch_rows, scratch / "random", pool)
             _write(draft, RANDOM, control_rows, control, np.full(len(control), len(store) / len(control)))
     summary = _summary(store, subsets[0], control) | {"columns": rows.names, "added_columns": rows.added}
+    summary |= config.model_dump(include={"allocation", "allocation_of_strata", "draw"})
     summary["stability"] = stability(clustering, groups, config, len(subsets[0].selection))
     summary["budgets"] = [
         {"budget": one.selection.budget, "rows": len(one.selection), "file": path}
