@@ -97,7 +97,7 @@ def config_values(corpus: Path) -> dict[str, Any]:
             "include_untrained": True,
             **training,
         },
-        "clustering": {"num_clusters": NUM_CLUSTERS, "seed": SEED},
+        "clustering": {"num_clusters": NUM_CLUSTERS, "stratify_by": None, "seed": SEED},
         "selection": {"budget": BUDGET, "seed": SEED},
         "target": {"model": scratch(2, 32), "epochs": 2, **training},
         "evaluation": {
