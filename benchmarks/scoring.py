@@ -347,12 +347,13 @@ def bfloat16(arguments: argparse.Namespace) -> None:
 
     from s2l_ray.clustering.diagnostics import mean_agreement
     from s2l_ray.clustering.stage import cluster
+    from s2l_ray.config import ExamplesConfig
     from s2l_ray.storage.layout import TOKENIZER
     from s2l_ray.training.checkpoints import checkpoint_folder
     from s2l_ray.training.losses import losses_of_models
     from s2l_ray.training.models import load_model
     from s2l_ray.training.token_parts import TokenParts
-    from s2l_ray.training.token_rows import TokenRows
+    from s2l_ray.training.token_rows import RowLimit, TokenRows
 
     class Products(TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -373,8 +374,9 @@ def bfloat16(arguments: argparse.Namespace) -> None:
     examples, proxy = (Artifact.read(place.child(stage)) for stage in ("examples", "proxy"))
     config = json.loads(place.read("run.json"))
     max_tokens = (config.get("config") or config)["proxy"]["max_tokens"]
+    corpus = ExamplesConfig(dataset="none")  # its examples are made, and none of them is a conversation
     with tempfile.TemporaryDirectory() as scratch:
-        parts = TokenParts.of(examples, proxy.root.child(TOKENIZER), max_tokens, Storage(scratch))
+        parts = TokenParts.of(examples, proxy.root.child(TOKENIZER), RowLimit(max_tokens), Storage(scratch), corpus)
         tokens, taken = [], 0
         for part in map(parts.read, examples.parts()):
             tokens.append(part.tokens)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from s2l_ray.config import ProxyConfig, TrainingWorkerConfig
+from s2l_ray.config import ExamplesConfig, ProxyConfig, TrainingWorkerConfig
 from s2l_ray.errors import ConfigError, DataError, S2LError, cause_of
 from s2l_ray.progress import get_log
 from s2l_ray.runtime.fit import fit
@@ -29,10 +29,14 @@ from s2l_ray.training.fine_tuning import fine_tune, training_loss
 from s2l_ray.training.models import check_positions, load_model, make_model
 from s2l_ray.training.schedule import recorded_steps
 from s2l_ray.training.token_parts import TokenParts
+from s2l_ray.training.token_pools import row_counts, said_counts
+from s2l_ray.training.token_rows import RowLimit
 from s2l_ray.training.tokenizers import check_own_tokenizer, load_tokenizer, proxy_tokenizer, split_revision
-from s2l_ray.training.tokens import row_counts
 from s2l_ray.training.trackers import Tracking
 from s2l_ray.training.training_run import TrainingRun
+
+# So many are made into tokens on all CPUs before the training begins; fewer by its workers, sooner than others are started.
+MANY_CONVERSATIONS = 10_000
 
 
 def checkpoint_steps(config: ProxyConfig, steps: int) -> list[int]:
@@ -55,21 +59,26 @@ class ProxyJob:
     storage: Storage
     scratch: Storage
     machines: TrainingWorkerConfig
+    corpus: ExamplesConfig
     tracking: Tracking | None = None
 
     def token_parts(self) -> TokenParts:
         """The pool's tokens, once the tokenizer is in the proxy's directory."""
-        return TokenParts.of(self.examples, self.storage.child(TOKENIZER), self.config.max_tokens, self.scratch)
+        return TokenParts.of(self.examples, self.storage.child(TOKENIZER), RowLimit.of(self.config), self.scratch, self.corpus)
 
 
 def build(context: Context) -> Artifact:
     """Train the proxy (or take the checkpoints that the config names) and publish its checkpoints."""
     config, machines, draft = context.section, context.machines, context.draft
     workers = Workers.resolve(machines, one_per_cpu=False, at_most=config.global_batch_size)
-    job = ProxyJob(config, context.inputs["examples"], draft.storage, draft.shared, machines, Tracking.of(context))
+    corpus, tracking = context.config.examples, Tracking.of(context)
+    job = ProxyJob(config, context.inputs["examples"], draft.storage, draft.shared, machines, corpus, tracking)
     if config.checkpoints:
         result = _run_once(take_checkpoints, job, workers)
     else:
+        if job.examples.summary.get("conversations", 0) > MANY_CONVERSATIONS:
+            _run_once(make_tokenizer, job, workers)
+            job.token_parts().make_all(context.config.machines.examples)
         overlap = context.overlap(context)
         try:
             result = fit(
@@ -119,7 +128,9 @@ def train_proxy(job: ProxyJob, events: Any) -> dict[str, Any]:
     for part in job.examples.parts()[context.get_world_rank() :: context.get_world_size()]:
         parts.read(part)  # every worker makes its share
     torch.distributed.barrier()
-    ids, tokens, changed = parts.pool()
+    pool = parts.pool()
+    ids, tokens = pool.row_ids, pool.tokens
+    pool.check("proxy", parts.limit, job.corpus)
     if len(ids) < config.global_batch_size:
         raise DataError(
             f"the pool has {len(ids):,} examples, fewer than one batch of proxy.global_batch_size={config.global_batch_size}. "
@@ -132,8 +143,9 @@ def train_proxy(job: ProxyJob, events: Any) -> dict[str, Any]:
     check_positions(model, config.max_tokens, "proxy")
     num_parameters = int(model.num_parameters())
     if is_first:
-        sizes = f"{num_parameters:,} parameters, {len(ids):,} examples, {len(tokens.ids):,} tokens, {steps:,} steps"
-        events.put(sizes)
+        sizes = f"{num_parameters:,} parameters, {pool.sizes}, {len(tokens.ids):,} tokens, {steps:,} steps"
+        for line in (*said_counts(pool.changed, pool.refused), sizes):
+            events.put(line)
 
     def keep(step: int, model: Any) -> None:
         keep_checkpoint(job.storage, step, model, tokenizer)
@@ -142,8 +154,8 @@ def train_proxy(job: ProxyJob, events: Any) -> dict[str, Any]:
     run = TrainingRun("proxy", config, order, tokens, kept, steps)
     trainer = fine_tune(run, model, tokenizer, job.machines, events, on_keep=keep, tracking=job.tracking)
     return {
-        "rows": len(ids),
-        **row_counts(changed),
+        "rows": pool.num_examples,
+        **row_counts(pool.changed, pool.refused),
         "steps": kept,
         "total_steps": steps,
         "global_batch_size": config.global_batch_size,
@@ -152,6 +164,11 @@ def train_proxy(job: ProxyJob, events: Any) -> dict[str, Any]:
         "tokens": int(np.sum(tokens.lengths[order])),
         "training_loss": training_loss(trainer),
     }
+
+
+def make_tokenizer(job: ProxyJob) -> None:
+    """Put the run's tokenizer into the proxy's directory."""
+    shared_tokenizer(job, is_first=True)
 
 
 def shared_tokenizer(job: ProxyJob, is_first: bool) -> Any:

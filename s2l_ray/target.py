@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
-from s2l_ray.config import TargetConfig, TargetWorkerConfig
+from s2l_ray.config import ExamplesConfig, TargetConfig, TargetWorkerConfig
 from s2l_ray.errors import DataError
 from s2l_ray.progress import get_log
 from s2l_ray.runtime.fit import fit
@@ -27,8 +28,9 @@ from s2l_ray.training.adapters import merged, need_peft, with_adapters
 from s2l_ray.training.batches import check_steps, data_order, num_steps
 from s2l_ray.training.fine_tuning import fine_tune, training_loss
 from s2l_ray.training.models import check_positions, count_parameters, make_model, save_model
+from s2l_ray.training.token_pools import pool_tokens, row_counts, said_counts
+from s2l_ray.training.token_rows import RowLimit
 from s2l_ray.training.tokenizers import target_tokenizer
-from s2l_ray.training.tokens import pool_tokens, row_counts
 from s2l_ray.training.trackers import Tracking
 from s2l_ray.training.training_run import TrainingRun
 from s2l_ray.training.zero import make_models_whole, sharded_as_it_is_read, zero_config
@@ -46,13 +48,14 @@ class TargetJob:
     """Subset -> the ids in it."""
 
     machines: TargetWorkerConfig
+    corpus: ExamplesConfig
     tracking: Tracking | None = None
     weights: dict[str, dict[str, float]] = field(default_factory=dict)
     """Subset -> how much each id counts, where that is asked for."""
 
-    def weights_of(self, name: str, ids: list[str]) -> np.ndarray | None:
-        """The weight of each of these examples of a subset; None where all count alike."""
-        return np.array([self.weights[name][one] for one in ids]) if name in self.weights else None
+    def weights_of(self, name: str, ids: pa.Array) -> np.ndarray | None:
+        """How much each row counts of a subset, by the ids of their examples; None where all count alike."""
+        return np.array([self.weights[name][one] for one in ids.to_pylist()]) if name in self.weights else None
 
 
 def build(context: Context) -> Artifact:
@@ -73,9 +76,8 @@ def build(context: Context) -> Artifact:
             f"the subset has {smallest:,} examples, fewer than one batch of {target.global_batch_size} "
             "(target.global_batch_size). Raise selection.budget or use a smaller batch."
         )
-    job = TargetJob(
-        target, inputs["examples"], inputs["proxy"], draft.storage, subsets, machines, Tracking.of(context), weights
-    )
+    corpus, tracking = config.examples, Tracking.of(context)
+    job = TargetJob(target, inputs["examples"], inputs["proxy"], draft.storage, subsets, machines, corpus, tracking, weights)
     if target.zero_stage:
         get_log("target").info("DeepSpeed ZeRO %d; its first use on a machine compiles for half a minute", target.zero_stage)
     result = fit("target", train_target, job, workers, draft.work, resume_minutes=machines.resume_minutes)
@@ -107,16 +109,22 @@ def train_target(job: TargetJob, events: Any) -> dict[str, Any]:
 
     config, is_first = job.config, ray.train.get_context().get_world_rank() == 0
     tokenizer = target_tokenizer(config, job.proxy)
-    rows = {name: pool_tokens(job.examples, tokenizer, config.max_tokens, keep=set(ids)) for name, ids in job.subsets.items()}
+    limit = RowLimit.of(config)
+    pools = {name: pool_tokens(job.examples, tokenizer, limit, keep=set(ids)) for name, ids in job.subsets.items()}
+    for pool in pools.values():
+        pool.check("target", limit, job.corpus)
     # The control has as many steps, however few rows either lost to its length.
-    steps = min(num_steps(len(ids), config.epochs, config.global_batch_size) for ids, _, _ in rows.values())
+    steps = min(num_steps(len(pool.row_ids), config.epochs, config.global_batch_size) for pool in pools.values())
     check_steps(steps, "target")
     before = 0
-    for name, (ids, tokens, _) in rows.items():
+    for name, pool in pools.items():
         record = f"{MODEL_FOLDERS[name]}/{MODEL_RECORD}"
         if not job.storage.exists(record):
-            order = data_order(ids, config.epochs, config.global_batch_size, config.seed)[: steps * config.global_batch_size]
-            run = TrainingRun(name, config, order, tokens, (), steps * len(rows), before, job.weights_of(name, ids))
+            order = data_order(pool.row_ids, config.epochs, config.global_batch_size, config.seed)
+            order = order[: steps * config.global_batch_size]
+            run = TrainingRun(
+                name, config, order, pool.tokens, (), steps * len(pools), before, job.weights_of(name, pool.example_ids)
+            )
             deepspeed = zero_config(config.zero_stage, job.machines.offload)
             with sharded_as_it_is_read(config, deepspeed):
                 model = make_model(config, tokenizer)
@@ -128,23 +136,25 @@ def train_target(job: TargetJob, events: Any) -> dict[str, Any]:
             if is_first and not before:
                 trained = f" ({facts['num_trained_parameters']:,} trained)" if config.lora is not None else ""
                 parameters = f"{facts['num_parameters']:,} parameters{trained}"
-                events.put(f"{parameters}, {len(ids):,} examples, {steps:,} steps per model")
+                for line in said_counts(pool.changed, pool.refused):
+                    events.put(line)
+                events.put(f"{parameters}, {pool.sizes}, {steps:,} steps per model")
             trainer = fine_tune(run, model, tokenizer, job.machines, events, deepspeed=deepspeed, tracking=job.tracking)
             save_target(trainer, tokenizer, job, name, facts)
             trainer.accelerator.free_memory()
             del trainer, model
         before += steps
-    done = {name: job.storage.read_json(f"{MODEL_FOLDERS[name]}/{MODEL_RECORD}") for name in rows} if is_first else {}
+    done = {name: job.storage.read_json(f"{MODEL_FOLDERS[name]}/{MODEL_RECORD}") for name in pools} if is_first else {}
     return {
-        "rows": len(rows["selected"][0]),
-        **row_counts(rows["selected"][2]),
+        "rows": pools["selected"].num_examples,
+        **row_counts(pools["selected"].changed, pools["selected"].refused),
         "total_steps": steps,
         "num_parameters": next((record["num_parameters"] for record in done.values()), 0),
         "num_trained_parameters": next(
             (record.get("num_trained_parameters", record["num_parameters"]) for record in done.values()), 0
         ),
         "training_loss": {name: record["training_loss"] for name, record in done.items()},
-        "tokens": {name: int(tokens.lengths.sum()) for name, (_, tokens, _) in rows.items()},
+        "tokens": {name: int(pool.tokens.lengths.sum()) for name, pool in pools.items()},
     }
 
 

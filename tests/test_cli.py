@@ -32,6 +32,7 @@ from s2l_ray.storage.drafts import Draft
 from s2l_ray.storage.places import Storage
 from s2l_ray.storage.records import digest
 from s2l_ray.training.token_parts import TokenParts
+from s2l_ray.training.token_rows import RowLimit
 from s2l_ray.trajectories.units import losses_folder
 
 from .building import context_of
@@ -478,7 +479,9 @@ def test_status_of_a_stage_in_units_says_part_by_part_what_is_done(s2l, tmp_path
     for step in (10, 20):
         proxy.write(f"step-{step:06d}/checkpoint.json", json.dumps({"files": [step]}).encode())
     config = context_of(proxy, proxy={"model": "none", "max_tokens": 64}).config
-    tokens = TokenParts.of(Artifact.read(run.child("examples")), run.child("proxy/tokenizer"), 64, proxy.shared).name
+    tokens = TokenParts.of(
+        Artifact.read(run.child("examples")), run.child("proxy/tokenizer"), RowLimit(64), proxy.shared, config.examples
+    ).name
     other = config.model_copy(update={"trajectories": TrajectoriesConfig(precision="bfloat16")})
     for part, files, recipe in (
         (0, [10], config),

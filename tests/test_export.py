@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from s2l_ray.errors import ArtifactError, ConfigError
 from s2l_ray.examples.columns import json_field, struct_from_values
 from s2l_ray.selection.export import export_subset
+from s2l_ray.selection.json_text import strict_line, with_fields
 from s2l_ray.storage.artifacts import Key
 from s2l_ray.storage.drafts import Draft
 from s2l_ray.storage.places import Storage
@@ -96,6 +100,36 @@ def test_the_directory_of_a_selection_is_a_dataset_as_it_stands(tmp_path):
     assert "3 examples of 3" in card
     assert "files with the hash `0123`" in card
     assert not {"北京", "absent"} & set(card.split()), "no text of the corpus"
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.sampled_from(['NaN "Infinity"', "\\", "-Infinity\n"]),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(st.dictionaries(st.text(), json_values), st.sampled_from([None, 2]), st.booleans())
+def test_any_row_becomes_one_strict_line_of_the_same_values(row, indent, is_ascii):
+    def without_nan(value):
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        if isinstance(value, dict):
+            return {key: without_nan(inner) for key, inner in value.items()}
+        return [without_nan(inner) for inner in value] if isinstance(value, list) else value
+
+    line, was_strict = strict_line(json.dumps(row, indent=indent, ensure_ascii=is_ascii))
+    assert "\n" not in line
+    assert "\r" not in line
+    found = json.loads(line, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
+    assert json.dumps(found) == json.dumps(without_nan(row))
+    assert was_strict == (json.dumps(without_nan(row)) == json.dumps(row))
+    more = json.loads(with_fields(line, {"weight": 1.5}))
+    assert list(more)[-1] == "weight" or "weight" in row
 
 
 # --- the forms of trainers -----------------------------------------------------------------------------------------

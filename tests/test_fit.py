@@ -20,6 +20,7 @@ from s2l_ray.runtime.pool import PAUSES, UnitWorker
 from s2l_ray.runtime.workers import Workers
 from s2l_ray.storage.places import Storage
 from s2l_ray.target import TargetJob, train_target
+from tests.building import CORPUS
 
 from .test_machines import free, held
 from .test_resume import ZERO, Bench, bench  # noqa: F401 - bench is a fixture
@@ -152,7 +153,9 @@ def test_resume_points_are_kept_as_often_as_asked_and_old_ones_go(bench: Bench, 
     """The training takes a few seconds: at the default of half a minute there would be none."""
     machines = TargetWorkerConfig(device_batch_size=1, checkpoint_every_minutes=0.005)
     config = ZERO.model_copy(update={"zero_stage": 0, "epochs": 40.0})
-    job = TargetJob(config, bench.examples, bench.proxy, Storage(str(tmp_path / "target")), {"selected": bench.ids}, machines)
+    job = TargetJob(
+        config, bench.examples, bench.proxy, Storage(str(tmp_path / "target")), {"selected": bench.ids}, machines, CORPUS
+    )
     fit("target", train_target, job, ONE, Storage(str(tmp_path / "work")), resume_minutes=machines.resume_minutes)
     snapshot = json.loads((tmp_path / "work" / "ray" / "fit" / "checkpoint_manager_snapshot.json").read_text())
     steps = [int(step) for step in re.findall(r'\\?"step\\?": (\d+)', json.dumps(snapshot))]

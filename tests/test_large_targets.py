@@ -37,8 +37,9 @@ from s2l_ray.target import TargetJob, build, train_target
 from s2l_ray.training.adapters import merged, with_adapters
 from s2l_ray.training.losses import example_losses
 from s2l_ray.training.models import check_ahead, load_model, make_model, save_model, scratch_config
-from s2l_ray.training.tokens import pool_tokens
-from tests.building import context_of
+from s2l_ray.training.token_pools import pool_tokens
+from s2l_ray.training.token_rows import RowLimit
+from tests.building import CORPUS, context_of
 
 from .test_losses import make, rows
 from .test_resume import ZERO, Bench, bench, plain_training, sum_of_losses  # noqa: F401 - bench is a fixture
@@ -354,7 +355,7 @@ def story(bench: Bench, ray_session: None, tmp_path_factory: pytest.TempPathFact
             values["model"] = str(folder / "adapter")
         config = TargetConfig.model_validate(ZERO.model_dump() | values)
         storage = Draft.open(Storage(str(folder / f"{setting} {workers}")), Key("target", 1, {}, {})).storage
-        job = TargetJob(config, bench.examples, bench.proxy, storage, {"selected": bench.ids}, machines)
+        job = TargetJob(config, bench.examples, bench.proxy, storage, {"selected": bench.ids}, machines, CORPUS)
         jobs[f"{setting} {workers}"] = job
         copy = folder / f"{setting} on {workers[0]}"
         return Part(job, None if stops else copy, copy if stops else None, through_ray)
@@ -396,7 +397,7 @@ def tolerance(config: TargetConfig) -> float:
 
 def losses_of(model: Any, bench: Bench) -> np.ndarray:  # noqa: F811
     """Mean losses of all rows, those outside the subset too."""
-    _, tokens, _ = pool_tokens(bench.examples, bench.tokenizer, ZERO.max_tokens)
+    tokens = pool_tokens(bench.examples, bench.tokenizer, RowLimit.of(ZERO)).tokens
     with torch.no_grad():
         return np.array([float(sum_of_losses(model.eval(), tokens, row)[0]) for row in range(48)]) / tokens.num_labels
 

@@ -65,6 +65,16 @@ def test_a_loss_does_not_depend_on_the_neighbours():
     np.testing.assert_allclose(example_losses(model, tokens.take(some), tokens_per_batch=2048), together[some], atol=1e-5)
 
 
+def test_the_loss_of_an_example_of_several_rows_is_the_mean_over_the_labels_of_all_of_them():
+    model, tokens = make("llama"), rows(np.random.default_rng(7), 12)
+    owners = np.repeat(np.arange(5), [1, 4, 1, 3, 3])
+    each = example_losses(model, tokens, tokens_per_batch=512).astype(np.float64)
+    expected = np.bincount(owners, each * tokens.num_labels) / np.bincount(owners, tokens.num_labels)
+    found = example_losses(model, tokens, tokens_per_batch=512, owners=owners)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert found[[0, 2]].tobytes() == each.astype(np.float32)[[0, 5]].tobytes(), "an example of one row has that row's loss"
+
+
 def test_the_same_rows_give_the_same_bytes():
     model, tokens = make("gpt_neox"), rows(np.random.default_rng(3), 50)
     first, second = (example_losses(model, tokens, tokens_per_batch=512) for _ in range(2))

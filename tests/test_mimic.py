@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import logging
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from s2l_ray.examples.fields import normalise
 from s2l_ray.examples.mimic import sections, source_of
 from s2l_ray.examples.rows import ROWS_AT_A_TIME
 from s2l_ray.pipeline import run
+
+from .test_evaluation import encoder_folder
 
 HEADER = ["ROW_ID", "SUBJECT_ID", "HADM_ID", "CHARTDATE", "CHARTTIME", "STORETIME", "CATEGORY", "DESCRIPTION"]
 HEADER += ["CGID", "ISERROR", "TEXT"]
@@ -166,6 +169,52 @@ def test_a_run_takes_the_reports_and_says_what_it_left_out_and_no_text(tmp_path,
     (part,) = made.parts()
     assert made.read_table(part, ["prompt"])["prompt"].to_pylist()[0] == f"Findings: {PLAIN[0]}\n"
     assert "lung" not in caplog.text
+
+
+WORDS = "lungs clear heart cardiomegaly small effusion left right nodule fracture stone liver"
+
+
+def many_notes(number: int) -> list[dict[str, str]]:
+    generator = random.Random(3)
+    notes = []
+    for i in range(number):
+        seen = " ".join(generator.choices(WORDS.split(), k=6))
+        text = f"{HEAD} FINDINGS:  The {seen}.\n\n IMPRESSION:\n  {seen.title()}.\n"
+        notes.append(note(i, text, DESCRIPTION=("CHEST (PA & LAT)", "CT HEAD W/O CONTRAST")[i % 2]))
+    return notes
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_summaries_of_a_whole_run_get_their_scores_and_are_shown_nowhere(tmp_path, ray_session, caplog):
+    shape = {"architecture": "gpt_neox", "layers": 1, "hidden": 16, "heads": 2, "max_positions": 128}
+    training = {"model": {"scratch": shape}, "epochs": 1, "global_batch_size": 8, "learning_rate": 1.0e-2, "max_tokens": 128}
+    one = {"num_workers": 1, "cpus_per_worker": 1}
+    encoder = encoder_folder(tmp_path / "encoder", "roberta", model_max_length=32)
+    summaries = {"summary_sources": ["chest x-ray", "CT"], "bert_score_model": str(encoder), "max_new_tokens": 8}
+    values = run_config(write_notes(tmp_path / "NOTEEVENTS.csv.gz", many_notes(120))).model_dump(mode="json")
+    values["examples"]["held_out_fraction"] = 0.2
+    values |= {
+        "proxy": {"tokenizer": {"train": "bpe", "vocab_size": 300}, "num_checkpoints": 3, **training},
+        "clustering": {"num_clusters": 4},
+        "selection": {"budget": 0.5},
+        "target": {"zero_stage": 0, **training},
+        "evaluation": summaries,
+        "machines": dict.fromkeys(("examples", "proxy", "trajectories", "target", "evaluation"), one),
+    }
+    with caplog.at_level(logging.INFO):
+        run(parse_config(values), str(tmp_path / "run"))
+    metrics = json.loads((tmp_path / "run" / "evaluation" / "metrics.json").read_text())
+    for model in ("untrained", "selected"):
+        assert set(metrics[model]["tasks"]) == {"chest x-ray", "CT"}
+        for scores in metrics[model]["tasks"].values():
+            assert set(scores) == {"rougeL", "bleu", "bert_score", "rows"}
+            assert -1 <= scores["bert_score"] <= 1
+    page = (tmp_path / "run" / "report" / "index.html").read_text()
+    assert "CT: bert_score" in page
+    predictions = (tmp_path / "run" / "evaluation" / "predictions.jsonl").read_text()
+    assert "bert_score" in predictions
+    assert not [word for word in WORDS.split() if len(word) > 5 and word in (page + predictions + caplog.text).lower()]
 
 
 def test_the_same_notes_are_the_same_corpus_wherever_they_lie(tmp_path):

@@ -35,6 +35,7 @@ from s2l_ray.storage.artifacts import Artifact, Key, adopt
 from s2l_ray.storage.drafts import Draft
 from s2l_ray.storage.lock import exclusive
 from s2l_ray.storage.places import Storage
+from tests.exporting import answer, made_run, user
 
 
 def build(run: Storage, **recipe: object) -> Artifact:
@@ -112,6 +113,22 @@ def test_selecting_reads_and_writes_object_storage(bucket, tmp_path, rng_losses)
     assert export_subset(f"{bucket}/out", "parquet", f"{bucket}/export/subset.parquet").num_rows == 40
     assert Storage(f"{bucket}/export").read("subset.parquet") == here.read_bytes("selected.parquet")
     assert "selection     finished    40 rows" in status_text(f"{bucket}/out")
+
+
+def test_rows_as_they_were_and_a_trainers_files_are_exported_from_object_storage_and_to_it(bucket, tmp_path):
+    talks = {f"id{number}": [user("a"), answer("b", weight=number % 2), user("c"), answer("d")] for number in range(9)}
+    made_run(tmp_path / "run", talks, texts={name: f'{{"key": "{name}"}}' for name in talks})
+    there = Storage(f"{bucket}/chats")
+    for stage in ("examples", "selection"):
+        there.upload(tmp_path / "run" / stage, stage)
+    for kind, name in (("jsonl", "rows.jsonl"), ("trl", "trl"), ("axolotl", "named/rows.jsonl")):
+        (tmp_path / "named").mkdir(exist_ok=True)
+        export_subset(str(tmp_path / "run"), kind, str(tmp_path / name))
+        export_subset(there.uri, kind, f"{there.uri}/{name}")
+        data = f"{name}/data.jsonl" if kind == "trl" else name
+        assert there.read(data) == (tmp_path / data).read_bytes()
+    assert there.names("trl") == ["README.md", "data.jsonl", "trl.yaml"]
+    assert there.names("named") == ["axolotl.yaml", "rows.jsonl"]
 
 
 @pytest.fixture

@@ -42,9 +42,10 @@ from s2l_ray.target import TargetJob, train_target
 from s2l_ray.training.adapters import with_adapters
 from s2l_ray.training.batches import data_order, num_steps
 from s2l_ray.training.models import make_model
-from s2l_ray.training.token_rows import TokenRows
+from s2l_ray.training.token_pools import pool_tokens
+from s2l_ray.training.token_rows import RowLimit, TokenRows
 from s2l_ray.training.tokenizers import load_tokenizer, train_tokenizer
-from s2l_ray.training.tokens import pool_tokens
+from tests.building import CORPUS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -379,7 +380,8 @@ def sum_of_losses(model: Any, tokens: TokenRows, row: int) -> tuple[torch.Tensor
 
 def plain_training(bench: Bench, config: TargetConfig = ZERO) -> tuple[list[float], Any]:
     """The same recipe as a loop in plain torch on one process: the losses of the steps, and the model."""
-    ids, tokens, _ = pool_tokens(bench.examples, bench.tokenizer, config.max_tokens, keep=set(bench.ids))
+    pool = pool_tokens(bench.examples, bench.tokenizer, RowLimit.of(config), keep=set(bench.ids))
+    ids, tokens = pool.row_ids, pool.tokens
     order = data_order(ids, config.epochs, config.global_batch_size, config.seed)
     steps = num_steps(len(ids), config.epochs, config.global_batch_size)
     model = make_model(config, bench.tokenizer).train()
@@ -410,7 +412,7 @@ def test_zero_training_on_two_workers_equals_plain_torch_training(bench, ray_ses
     config = ZERO.model_copy(update={"zero_stage": stage})
     storage = Storage(str(tmp_path / "target"))
     machines = TargetWorkerConfig(device_batch_size=2)
-    job = TargetJob(config, bench.examples, bench.proxy, storage, {"selected": bench.ids}, machines)
+    job = TargetJob(config, bench.examples, bench.proxy, storage, {"selected": bench.ids}, machines, CORPUS)
     result = fit("target", train_target, job, Workers(2, 1, 0.0, 2), Storage(str(tmp_path / "work")))
     expected, plain = plain_training(bench)
     steps, losses = zip(*result["training_loss"]["selected"], strict=True)
@@ -421,8 +423,9 @@ def test_zero_training_on_two_workers_equals_plain_torch_training(bench, ray_ses
     folder = tmp_path / "target" / "model"
     assert not [p for p in folder.rglob("*") if p.suffix in {".bin", ".pt", ".pkl"}]
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    ids, tokens, _ = pool_tokens(bench.examples, bench.tokenizer, config.max_tokens)
-    assert len(ids) == 48, "rows outside the subset, too"
+    pool = pool_tokens(bench.examples, bench.tokenizer, RowLimit.of(config))
+    tokens = pool.tokens
+    assert pool.num_examples == 48, "rows outside the subset, too"
     with torch.no_grad():
         ours, theirs = ([float(sum_of_losses(m, tokens, row)[0]) for row in range(48)] for m in (model, plain))
     counts = tokens.num_labels

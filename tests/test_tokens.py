@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import pyarrow as pa
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from s2l_ray.errors import ConfigError, DataError
-from s2l_ray.training.token_rows import TokenRows
+from s2l_ray.training.token_pools import PoolTokens, row_counts
+from s2l_ray.training.token_rows import RowLimit, TokenRows
 from s2l_ray.training.tokenizers import load_tokenizer
-from s2l_ray.training.tokens import (
-    conversation_pieces,
-    encode,
-    encode_conversations,
-    generation_prompt,
-    learnable,
-    row_counts,
-)
+from s2l_ray.training.tokens import PartTokens, encode, encode_table, generation_prompt
+from tests.building import CORPUS
 
-WORDS = ["<end>", "<start>", "<unk>", "what", "is", "it", "a", "b", "c", "<|im_start|>", "<|im_end|>", "user", "assistant"]
+WORDS = ["<end>", "<start>", "<unk>", "what", "is", "it", "a", "b", "c"]
 
 
 def tokenizer(adds_start: bool = False, **options: object) -> PreTrainedTokenizerFast:
@@ -41,57 +39,69 @@ def words(rows: TokenRows, row: int = 0) -> tuple[str, str]:
     return " ".join(text), " ".join(word for word, marked in zip(text, is_label, strict=True) if marked)
 
 
+def pairs(prompts: list[str], responses: list[str], limit: int = 99, way: str = "right", **options: bool) -> PartTokens:
+    """Pairs of an examples part as tokens."""
+    ids = [f"id{number}" for number in range(len(prompts))]
+    table = pa.table({"example_id": ids, "source": ids, "prompt": prompts, "response": responses})
+    return encode_table(tokenizer(**options), table, RowLimit(limit, way))
+
+
+def pair(*texts: str, **options: Any) -> tuple[str, str]:
+    return words(pairs([texts[0]], [texts[1]], **options).tokens)
+
+
 def test_the_response_and_the_end_are_learned_and_the_prompt_is_not():
-    assert words(encode(tokenizer(), ["what is it"], ["a b"], 99)) == ("what is it a b <end>", "a b <end>")
+    assert pair("what is it", "a b") == ("what is it a b <end>", "a b <end>")
 
 
 def test_the_start_token_is_there_only_if_the_tokenizer_adds_one():
-    assert words(encode(tokenizer(adds_start=True), ["what"], ["a"], 99)) == ("<start> what a <end>", "a <end>")
-    assert words(encode(tokenizer(adds_start=False), ["what"], ["a"], 99)) == ("what a <end>", "a <end>")
+    assert pair("what", "a", adds_start=True) == ("<start> what a <end>", "a <end>")
+    assert pair("what", "a", adds_start=False) == ("what a <end>", "a <end>")
 
 
 def test_a_cut_response_has_no_end():
-    assert words(encode(tokenizer(), ["what is"], ["a b c"], 4)) == ("what is a b", "a b")
+    assert pair("what is", "a b c", limit=4) == ("what is a b", "a b")
+
+
+def test_a_long_prompt_may_be_cut_at_its_start_and_the_start_token_stays():
+    assert pair("what is it", "a b", limit=5, way="left_prompt", adds_start=True) == ("<start> it a b <end>", "a b <end>")
+    assert pair("what is it", "a b", limit=4, way="left_prompt") == ("it a b <end>", "a b <end>")
+    assert pair("what is it", "a b", limit=3, way="left_prompt", adds_start=True) == ("<start> it a", "a")
 
 
 def test_a_response_that_is_cut_off_whole_is_dropped_and_counted():
-    rows = encode(tokenizer(), ["what is it", "what", "is"], ["a", "a b c", "b"], 3)
-    left, kept, changed = learnable(rows, 3, 0)
-    assert kept.tolist() == [1, 2]
-    assert words(left, 0) == ("what a b", "a b")
-    assert changed == {"no_response_token": 1, "cut": 1}
-    assert row_counts(changed) == {"dropped": {"no_response_token": 1}, "shortened": {"cut": 1}}
+    found = pairs(["what is it", "what", "is"], ["a", "a b c", "b"], limit=3)
+    assert found.example_ids.to_pylist() == ["id1", "id2"]
+    assert words(found.tokens, 0) == ("what a b", "a b")
+    assert found.changed == {"no_response_token": 1, "cut": 1}
+    assert row_counts(found.changed, []) == {"dropped": {"no_response_token": 1}, "shortened": {"cut": 1}}
+
+
+def test_where_no_response_token_is_left_at_all_the_limit_and_the_median_length_are_named():
+    pool = PoolTokens.join([pairs(["what is it", "what is it a"], ["a", "a b c"], limit=3)])
+    with pytest.raises(
+        DataError, match=r"proxy\.max_tokens=3: no response token .* any of 2 examples, .* median length is 6 tok"
+    ):
+        pool.check("proxy", RowLimit(3), CORPUS)
+
+
+def test_a_row_that_ends_with_the_end_s_token_where_it_was_cut_counts_as_cut():
+    assert pairs(["what"], ["a <end> b"], limit=3).changed == {"cut": 1}
+    assert pairs(["what"], ["a b"], limit=4).changed == {}
 
 
 def test_the_first_token_of_a_row_is_never_learned():
     """Nothing predicts it."""
-    assert words(encode(tokenizer(), [""], ["a b"], 99)) == ("a b <end>", "b <end>")
-
-
-def test_every_assistant_message_is_learned_with_its_end_of_turn():
-    turns = [("user", "what is"), ("assistant", "a"), ("user", "it"), ("assistant", "b c")]
-    messages = [{"role": role, "content": f" {text} "} for role, text in turns]
-    pieces = conversation_pieces(tokenizer(), messages)
-    assert "".join(text for text, _ in pieces) == "".join(f"<|im_start|>{role}\n {text} <|im_end|>\n" for role, text in turns)
-    assert [text for text, is_learned in pieces if is_learned] == [" a <|im_end|>", " b c <|im_end|>"]
-    _, learned = words(encode_conversations(tokenizer(), [messages], 99))
-    assert learned == "a <|im_end|> b c <|im_end|>"
-
-
-def test_a_template_that_rewrites_earlier_turns_is_an_error_that_says_so():
-    rewriting = "{{ messages | length }}{% for m in messages %}{{ m.role }} {{ m.content }}{% endfor %}"
-    messages = [{"role": "user", "content": "what"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
-    with pytest.raises(DataError, match="writes earlier turns differently"):
-        conversation_pieces(tokenizer(chat_template=rewriting), messages)
+    assert pair("", "a b") == ("a b <end>", "b <end>")
 
 
 def test_a_model_answers_after_everything_before_the_first_label():
-    rows = encode(tokenizer(adds_start=True), ["what is"], ["a"], 99)
+    rows = encode(tokenizer(adds_start=True), ["what is"], ["a"])
     assert [WORDS[i] for i in generation_prompt(*rows[0])] == ["<start>", "what", "is"]
 
 
 def test_rows_laid_end_to_end_come_back_as_they_were():
-    parts = [encode(tokenizer(), ["what", "is it"], ["a", "b c"], 99), encode(tokenizer(), [], [], 99)]
+    parts = [pairs(["what", "is it"], ["a", "b c"]).tokens, pairs([], []).tokens]
     joined = TokenRows.join([*parts, parts[0]])
     assert len(joined) == 4
     assert [words(joined, row) for row in (0, 1)] == [words(joined, row) for row in (2, 3)]

@@ -11,7 +11,7 @@ from typing import Any
 
 from s2l_ray.config.run import RunConfig
 
-_TOKENIZING = {"model", "revision", "tokenizer", "max_tokens"}
+_TOKENIZING = {"model", "revision", "tokenizer", "max_tokens", "truncation"}
 
 
 def counts_target_tokens(config: RunConfig) -> bool:
@@ -26,7 +26,7 @@ def predicts_texts(config: RunConfig) -> bool:
 
 
 def _trajectories(config: RunConfig) -> dict[str, Any]:
-    return config.trajectories.model_dump(mode="json") | {"max_tokens": config.proxy.max_tokens}
+    return config.trajectories.model_dump(mode="json") | config.proxy.model_dump(include={"max_tokens", "truncation"})
 
 
 def _selection(config: RunConfig) -> dict[str, Any]:
@@ -57,11 +57,11 @@ RECIPES: dict[str, Callable[[RunConfig], dict[str, Any]]] = {
 
 SCHEMAS = {
     "examples": 3,
-    "proxy": 2,
-    "trajectories": 3,
+    "proxy": 3,
+    "trajectories": 4,
     "clustering": 4,
     "selection": 5,
-    "target": 2,
+    "target": 3,
     "evaluation": 3,
 }
 """Raised when the same recipe gives another result than before."""

@@ -36,16 +36,17 @@ from s2l_ray.storage.layout import METRICS, MODEL_FOLDERS, MODEL_RECORD, PREDICT
 from s2l_ray.storage.stages import Context
 from s2l_ray.training.losses import example_losses
 from s2l_ray.training.models import load_model, make_model
-from s2l_ray.training.token_rows import TokenRows
+from s2l_ray.training.token_pools import check_refused, row_counts
+from s2l_ray.training.token_rows import RowLimit
 from s2l_ray.training.tokenizers import target_tokenizer
-from s2l_ray.training.tokens import encode_table, generation_prompt, learnable, row_counts
+from s2l_ray.training.tokens import PartTokens, RefusedExample, encode_table, generation_prompt
 
 UNTRAINED = "untrained"
 # The part name of a unit that runs the tasks of the lm-evaluation-harness.
 TASKS = "tasks"
 TOKENS_PER_BATCH = 4096
-# The field of a unit's schema metadata with the counts of dropped and shortened held-out rows.
-CHANGED = b"changed"
+# The field of a unit's schema metadata with what was counted of its held-out rows.
+COUNTED = b"counted"
 _log = get_log("evaluation")
 
 
@@ -96,10 +97,12 @@ def _write_results(context: Context, models: list[str], parts: list[str]) -> dic
     found = [prediction(model, row, with_texts) for model in models for row in rows[model] if row["scores"]]
     lines = [json.dumps(line, ensure_ascii=False) for line in found]
     draft.write(PREDICTIONS, "".join(f"{line}\n" for line in lines).encode())
-    changed = sum((Counter(json.loads(table.schema.metadata[CHANGED])) for table in tables[UNTRAINED]), Counter[str]())
+    counted = [json.loads(table.schema.metadata[COUNTED]) for table in tables[UNTRAINED]]
+    changed = sum((Counter(found["changed"]) for found in counted), Counter[str]())
+    refused = [RefusedExample(*one) for found in counted for one in found["refused"]]
     counts = Counter(row["source"] for row in rows[UNTRAINED])
     summary = {"rows": len(rows[UNTRAINED]), "sources": dict(sorted(counts.items())), "predictions": len(lines)}
-    return summary | row_counts(changed)
+    return summary | row_counts(changed, refused)
 
 
 def _read_unit(draft: Draft, unit: Unit) -> pa.Table:
@@ -165,41 +168,46 @@ class Evaluator(UnitWorker):
         if part == TASKS:
             return json.dumps(run_tasks(model, self._tokenizer, self.job.config.evaluation.tasks)).encode()
         config: RunConfig = self.job.config
-        table, limit = read_held_out(self.job.inputs["examples"], part), config.target.max_tokens
-        tokens, kept, changed = learnable(encode_table(self._tokenizer, table, limit), limit, self._tokenizer.eos_token_id)
-        table = table.take(pa.array(kept))
-        losses = example_losses(model, tokens, tokens_per_batch=TOKENS_PER_BATCH, precision=config.target.precision)
-        rows = table.to_pylist()
-        predictions, scores = self._answer(model, rows, tokens)
+        table = read_held_out(self.job.inputs["examples"], part)
+        found = encode_table(self._tokenizer, table, RowLimit.of(config.target))
+        check_refused(found.refused, config.examples)
+        table = table.filter(pc.is_in(table["example_id"], found.example_ids))
+        losses = example_losses(
+            model, found.tokens, tokens_per_batch=TOKENS_PER_BATCH, precision=config.target.precision, owners=found.owners
+        )
+        predictions, scores = self._answer(model, table.to_pylist(), found)
         columns = {
             "example_id": table["example_id"],
             "source": table["source"],
             "loss": pa.array(losses),
-            "num_response_tokens": pa.array(tokens.num_labels),
+            "num_response_tokens": pa.array(found.num_labels),
             "prompt": table["prompt"],
             "reference": table["response"],
             "prediction": pa.array(predictions, pa.string()),
             "scores": pa.array(scores, pa.string()),
         }
-        scored = pa.table(columns).replace_schema_metadata({CHANGED: json.dumps(changed)})
+        scored = pa.table(columns).replace_schema_metadata(
+            {COUNTED: json.dumps({"changed": found.changed, "refused": found.refused})}
+        )
         return table_bytes(scored)
 
-    def _answer(self, model: Any, rows: list[dict[str, Any]], tokens: TokenRows) -> tuple[list[str | None], list[str | None]]:
+    def _answer(self, model: Any, rows: list[dict[str, Any]], found: PartTokens) -> tuple[list[str | None], list[str | None]]:
         """Generated responses and their scores as JSON, None where a row has none."""
         predictions: list[str | None] = [None] * len(rows)
         scores: list[str | None] = [None] * len(rows)
         score = scorers(self.job.config)
         wanted = [i for i, row in enumerate(rows) if row["example_id"] in self.job.generated_ids] if score else []
-        prompts = [generation_prompt(*tokens[i]) for i in wanted]
+        firsts = np.searchsorted(found.owners, wanted).tolist()  # of an example's several rows the first
+        prompts = [generation_prompt(*found.tokens[row]) for row in firsts]
         responses = generate(model, self._tokenizer, prompts, self.job.config.evaluation.max_new_tokens)
-        found = {i: score(rows[i], text) if score else {} for i, text in zip(wanted, responses, strict=True)}
+        scored = {i: score(rows[i], text) if score else {} for i, text in zip(wanted, responses, strict=True)}
         answers = dict(zip(wanted, responses, strict=True))
-        summaries = [i for i, of_row in found.items() if "rougeL" in of_row]
+        summaries = [i for i, of_row in scored.items() if "rougeL" in of_row]
         if summaries and self._bert_score is not None:
             alike = self._bert_score([answers[i] for i in summaries], [rows[i]["response"] for i in summaries])
             for i, value in zip(summaries, alike, strict=True):
-                found[i]["bert_score"] = value
-        for i, of_row in found.items():
+                scored[i]["bert_score"] = value
+        for i, of_row in scored.items():
             if of_row:
                 predictions[i], scores[i] = answers[i], json.dumps(of_row)
         return predictions, scores

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from s2l_ray.init.figures import TokenCounts
-from s2l_ray.init.layout import Setting
+from s2l_ray.init.layout import ConfigLine
 from s2l_ray.init.proxies import ProxyChoice, choose_proxy, scratch
 from s2l_ray.init.target import TargetModel
 
@@ -35,11 +35,11 @@ class CorpusFacts:
 class Advice:
     """The settings of every section but `examples`, in the order of a config."""
 
-    sections: dict[str, list[Setting]]
+    sections: dict[str, list[ConfigLine]]
     max_tokens: int
 
     @property
-    def settings(self) -> dict[str, Setting]:
+    def settings(self) -> dict[str, ConfigLine]:
         """Every setting by its place, such as `proxy.model`."""
         return {f"{section}.{one.key}": one for section, settings in self.sections.items() for one in settings}
 
@@ -53,14 +53,14 @@ def advise(facts: CorpusFacts, target: TargetModel | None) -> Advice:
         proxy, targets = _laptop_models(pool, limit)
     else:
         proxy = choose_proxy(target, is_chat=facts.is_chat, max_tokens=limit)
-        targets = [Setting("model", target.name, "the model that you named")]
+        targets = [ConfigLine("model", target.name, "the model that you named")]
     batch = batch_for(pool)
     share = budget_for(pool)
-    limits = Setting("max_tokens", limit, _limit_reason(facts.tokens, limit))
+    limits = ConfigLine("max_tokens", limit, _limit_reason(facts.tokens, limit))
     sections = {
         "proxy": _proxy_settings(proxy, pool, batch, limits),
         "clustering": _group_settings(pool, facts.sources),
-        "selection": [Setting("budget", share, _budget_reason(share, pool))],
+        "selection": [ConfigLine("budget", share, _budget_reason(share, pool))],
         "target": [*targets, *_target_settings(target, pool, share, limits)],
         "evaluation": _evaluation_settings(target),
         "machines": _machine_settings(target, (batch, batch_for(max(1, int(pool * share)))), limit),
@@ -111,77 +111,77 @@ def _limit_reason(tokens: TokenCounts, limit: int) -> str:
 # --- sections ------------------------------------------------------------------------------------------------------
 
 
-def _proxy_settings(proxy: ProxyChoice, pool: int, batch: int, limits: Setting) -> list[Setting]:
+def _proxy_settings(proxy: ProxyChoice, pool: int, batch: int, limits: ConfigLine) -> list[ConfigLine]:
     steps = max(1, -(-pool // batch) * EPOCHS)
     points = min(PAPER_POINTS, steps)
-    settings = [Setting("model", proxy.model, proxy.reason)]
+    settings = [ConfigLine("model", proxy.model, proxy.reason)]
     if proxy.question:
-        settings.append(Setting("model", None, proxy.question, is_open=True, is_set=False))
+        settings.append(ConfigLine("model", None, proxy.question, is_open=True, is_set=False))
     if proxy.tokenizer is not None:
-        settings.append(Setting("tokenizer", proxy.tokenizer))
+        settings.append(ConfigLine("tokenizer", proxy.tokenizer))
     rate = (2e-5, "the paper's") if proxy.is_pretrained else (3e-3, "higher than the paper's 2e-5: it starts from nothing")
     why = "the paper's" if batch == PAPER_BATCH else f"{steps:,} steps; the paper's {PAPER_BATCH} would leave too few"
     return [
         *settings,
-        Setting("epochs", EPOCHS),
-        Setting("global_batch_size", batch, why),
-        Setting("learning_rate", rate[0], rate[1]),
+        ConfigLine("epochs", EPOCHS),
+        ConfigLine("global_batch_size", batch, why),
+        ConfigLine("learning_rate", rate[0], rate[1]),
         limits,
-        Setting("num_checkpoints", points, "points of every example's trajectory"),
-        Setting("include_untrained", True, "one more point, and often a dimension more to group by"),
+        ConfigLine("num_checkpoints", points, "points of every example's trajectory"),
+        ConfigLine("include_untrained", True, "one more point, and often a dimension more to group by"),
     ]
 
 
-def _group_settings(pool: int, sources: dict[str, int]) -> list[Setting]:
+def _group_settings(pool: int, sources: dict[str, int]) -> list[ConfigLine]:
     groups = max(2, min(PAPER_GROUPS, pool // ROWS_PER_GROUP)) if pool > 1 else 1
     why = "the paper's" if groups == PAPER_GROUPS else f"about {pool // groups:,} rows a group"
-    settings = [Setting("num_clusters", groups, why)]
+    settings = [ConfigLine("num_clusters", groups, why)]
     sizes = sorted(sources.values())
     if len(sizes) > 1 and sizes[-1] >= 4 * sizes[0]:
         reason = f"sources have {sizes[0]:,} to {sizes[-1]:,} rows and equal shares each; null: if sources do not matter"
-        settings.append(Setting("stratify_by", "auto", reason, is_open=True, is_set=False))
+        settings.append(ConfigLine("stratify_by", "auto", reason, is_open=True, is_set=False))
     return settings
 
 
-def _target_settings(target: TargetModel | None, pool: int, share: float, limits: Setting) -> list[Setting]:
+def _target_settings(target: TargetModel | None, pool: int, share: float, limits: ConfigLine) -> list[ConfigLine]:
     batch = batch_for(max(1, int(pool * share)))
     rate = (1e-3, "from scratch") if target is None else (2e-5, "the paper's")
-    large = [] if target is None else [Setting("precision", "bfloat16", "on GPUs, and for the proxy, too", is_set=False)]
+    large = [] if target is None else [ConfigLine("precision", "bfloat16", "on GPUs, and for the proxy, too", is_set=False)]
     return [
-        Setting("epochs", EPOCHS),
-        Setting("global_batch_size", batch, "a subset is small: smaller batches give it more steps"),
-        Setting("learning_rate", rate[0], rate[1]),
+        ConfigLine("epochs", EPOCHS),
+        ConfigLine("global_batch_size", batch, "a subset is small: smaller batches give it more steps"),
+        ConfigLine("learning_rate", rate[0], rate[1]),
         limits,
         *large,
     ]
 
 
-def _machine_settings(target: TargetModel | None, batches: tuple[int, int], limit: int) -> list[Setting]:
+def _machine_settings(target: TargetModel | None, batches: tuple[int, int], limit: int) -> list[ConfigLine]:
     """`batches`: of the proxy and of the target. A named target is taken to be much larger than a proxy."""
     rows = max(1, TOKENS_PER_PASS // limit)
     passes, targets = min(batches[0], rows), min(batches[1], rows if target is None else max(1, rows // 4))
     return [
-        Setting(
+        ConfigLine(
             "proxy", {"device_batch_size": passes}, f"about {TOKENS_PER_PASS:,} tokens at once; more where there is memory"
         ),
-        Setting("target", {"device_batch_size": targets}, "`s2l plan --accelerator NAME` tells what fits"),
+        ConfigLine("target", {"device_batch_size": targets}, "`s2l plan --accelerator NAME` tells what fits"),
     ]
 
 
-def _evaluation_settings(target: TargetModel | None) -> list[Setting]:
+def _evaluation_settings(target: TargetModel | None) -> list[ConfigLine]:
     if target is None:
-        return [Setting("random_control", True, "also trains on a random subset: was the selection worth it?")]
-    return [Setting("random_control", False, "true also trains the target on a random subset of the same size")]
+        return [ConfigLine("random_control", True, "also trains on a random subset: was the selection worth it?")]
+    return [ConfigLine("random_control", False, "true also trains the target on a random subset of the same size")]
 
 
-def _laptop_models(pool: int, limit: int) -> tuple[ProxyChoice, list[Setting]]:
+def _laptop_models(pool: int, limit: int) -> tuple[ProxyChoice, list[ConfigLine]]:
     """Models from scratch that two CPU cores train, with a tokenizer of the corpus's own."""
     shapes = ((2, 16), (4, 128)) if pool < 20_000 else ((2, 32), (6, 256))
     tokenizer = laptop_tokenizer(pool)
     reason = "a tiny model that a laptop trains, with a tokenizer of the corpus's own"
     proxy = ProxyChoice(scratch(*shapes[0], limit), tokenizer, 1e5, reason)
     question = "no --target was given: name the model that you mean to fine-tune. Here stands one that a laptop trains"
-    return proxy, [Setting("model", scratch(*shapes[1], limit), question, is_open=True)]
+    return proxy, [ConfigLine("model", scratch(*shapes[1], limit), question, is_open=True)]
 
 
 def laptop_tokenizer(num_rows: int) -> dict[str, Any]:

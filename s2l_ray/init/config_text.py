@@ -8,13 +8,13 @@ from typing import Any
 import yaml
 
 from s2l_ray.init.advice import Advice
-from s2l_ray.init.layout import OPEN, Setting
+from s2l_ray.init.layout import OPEN, ConfigLine
 
 MOST_LINES = 60
 _WIDTH = 150
 
 
-def config_text(name: str, about: str, examples: list[Setting], advice: Advice) -> str:
+def config_text(name: str, about: str, examples: list[ConfigLine], advice: Advice) -> str:
     """The YAML of a run. `about`: what the corpus is, in a line. Texts of rows are not in it, names of fields are."""
     lines = [
         f"# {plain(about)}",
@@ -27,7 +27,7 @@ def config_text(name: str, about: str, examples: list[Setting], advice: Advice) 
     return "\n".join(lines) + "\n"
 
 
-def _line(setting: Setting) -> str:
+def _line(setting: ConfigLine) -> str:
     mark = f"{OPEN}: " if setting.is_open else ""
     remark = plain(f"{mark}{setting.reason}")
     value = f"{setting.key}: {_yaml(setting.value)}"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from s2l_ray.config import ExamplesConfig
+from s2l_ray.errors import DataError
 from s2l_ray.examples.dropped import Dropped
 from s2l_ray.examples.fields import normalise
 from s2l_ray.examples.layouts import Layout
@@ -24,6 +25,7 @@ NO_LIMIT = 2**20
 TOKENS_PER_BORDER = 6
 """About the tokens that a chat template puts around a learned text."""
 SHOWN = 3
+NEXT_ROW = "\n--- the next turn, a row of its own ---\n"
 
 Pieces = list[tuple[str, bool]]
 """A row's text in pieces, each with whether it is learned."""
@@ -34,7 +36,7 @@ class ReadExamples:
     """The examples in the rows that were read."""
 
     table: pa.Table
-    """prompt, response, source, and of conversations messages and tools as JSON text."""
+    """example_id, source, prompt, response, and of conversations messages and tools as JSON text."""
     dropped: Counter[str]
     """Reason -> rows that are none."""
     first: dict[str, str]
@@ -64,7 +66,7 @@ class ReadExamples:
 
 def read_examples(look: CorpusLook, config: ExamplesConfig, layout: Layout) -> ReadExamples:
     """The examples in the rows that were read; rows that are none are counted. Raises DataError as the run would."""
-    wanted = ["source", "prompt", "response", "messages", "tools"]
+    wanted = ["example_id", "source", "prompt", "response", "messages", "tools"]
     found = [normalise(rows, config, layout) for rows in look.blocks]
     dropped = Dropped.joined(one.dropped for one in found)
     table = pa.concat_tables([one.table.select(wanted) for one in found])
@@ -113,10 +115,12 @@ class TokenCounts:
     """The tokens of some examples."""
 
     lengths: np.ndarray
-    """Tokens of each, shape (examples,)."""
+    """Tokens of each, shape (examples,): of its longest row where it has several."""
     learned_fraction: float
     how: str
     """How they were counted, in words."""
+    notes: list[str] = field(default_factory=list)
+    """What a user should know of them."""
 
     def quantile(self, share: float) -> int:
         return int(np.quantile(self.lengths, share, method="higher"))
@@ -127,35 +131,53 @@ class TokenCounts:
 
 
 def count_tokens(table: pa.Table, tokenizer: Any | None, whose: str) -> TokenCounts:
-    """The tokens of the examples in a table: exactly with a tokenizer, which is called `whose`, else by characters."""
+    """The tokens of the examples in a table: exactly with a tokenizer, which is called `whose`, else by characters.
+
+    Raises DataError where the tokenizer's chat template refuses every one of them.
+    """
     if tokenizer is None:
-        texts = pieces_of(table, None)
-        lengths = [
-            sum(len(text) / CHARACTERS_PER_TOKEN + TOKENS_PER_BORDER * is_learned for text, is_learned in row) for row in texts
-        ]
-        learned = sum(len(text) for row in texts for text, is_learned in row if is_learned)
-        share = learned / max(1, sum(len(text) for row in texts for text, _ in row))
-        how = f"at {CHARACTERS_PER_TOKEN} characters a token, an assumption: {whose}"
-        return TokenCounts(np.ceil(lengths).astype(np.int64), share, how)
-    rows = _encoded(table, tokenizer)
-    return TokenCounts(rows.lengths, float(rows.is_label.mean()) if len(rows.ids) else 0.0, f"counted with {whose}")
+        return _count_characters(table, whose)
+    from s2l_ray.training.token_rows import RowLimit
+    from s2l_ray.training.tokens import encode_table
+
+    made = encode_table(tokenizer, table, RowLimit(NO_LIMIT))
+    if not len(made.tokens):
+        words = f": {made.refused[0].words}" if made.refused else ""
+        raise DataError(f"nothing is left to learn with {whose}{words}. Fix the rows, or name another target.")
+    lengths = np.zeros(len(made.example_ids), np.int64)
+    np.maximum.at(lengths, made.owners, made.tokens.lengths)
+    notes = [f"{count:,} {reason}" for reason, count in made.changed.items() if count]
+    notes += [f"example {made.refused[0].example_id}: {made.refused[0].words}"] if made.refused else []
+    return TokenCounts(lengths, float(made.tokens.is_label.mean()), f"counted with {whose}", notes)
+
+
+def _count_characters(table: pa.Table, whose: str) -> TokenCounts:
+    texts = pieces_of(table, None)
+    lengths = [
+        sum(len(text) / CHARACTERS_PER_TOKEN + TOKENS_PER_BORDER * is_learned for text, is_learned in row) for row in texts
+    ]
+    learned = sum(len(text) for row in texts for text, is_learned in row if is_learned)
+    share = learned / max(1, sum(len(text) for row in texts for text, _ in row))
+    how = f"at {CHARACTERS_PER_TOKEN} characters a token, an assumption: {whose}"
+    return TokenCounts(np.ceil(lengths).astype(np.int64), share, how)
 
 
 def pieces_of(table: pa.Table, tokenizer: Any | None) -> list[Pieces]:
-    """Every example of a table as text, learned or not: what the tokens say, without a tokenizer what the fields say."""
+    """Every example of a table as text, learned or not: what the tokens say, without a tokenizer what the fields say.
+
+    An example that is several rows of tokens has them one below the other; one that a chat template refuses is left out.
+    """
     if tokenizer is None:
         return [_fields_as_pieces(row) for row in table.to_pylist()]
-    rows = _encoded(table, tokenizer)
-    return [_decoded(tokenizer, *rows[row]) for row in range(len(rows))]
+    from s2l_ray.training.token_rows import RowLimit
+    from s2l_ray.training.tokens import encode_table
 
-
-def _encoded(table: pa.Table, tokenizer: Any) -> Any:
-    """The tokens of every example, uncut."""
-    from s2l_ray.training.tokens import encode, encode_conversations
-
-    if "messages" in table.column_names and table["messages"].null_count < table.num_rows:
-        return encode_conversations(tokenizer, list(map(_messages, table["messages"].to_pylist())), NO_LIMIT)
-    return encode(tokenizer, table["prompt"].to_pylist(), table["response"].to_pylist(), NO_LIMIT)
+    made = encode_table(tokenizer, table, RowLimit(NO_LIMIT))
+    shown: list[Pieces] = [[] for _ in range(len(made.example_ids))]
+    for row, owner in enumerate(made.owners):
+        shown[owner] += [(NEXT_ROW, False)] if shown[owner] else []
+        shown[owner] += _decoded(tokenizer, *made.tokens[row])
+    return shown
 
 
 def _decoded(tokenizer: Any, ids: np.ndarray, is_label: np.ndarray) -> Pieces:

@@ -23,7 +23,7 @@ MOST_SOURCES = 200
 
 
 @dataclass(frozen=True)
-class Setting:
+class ConfigLine:
     """A line of a config: a value and why it is that one."""
 
     key: str
@@ -40,7 +40,7 @@ class FoundLayout:
     """What the rows are, in a line for people, and the fields as a config has them."""
 
     text: str
-    settings: list[Setting] = field(default_factory=list)
+    settings: list[ConfigLine] = field(default_factory=list)
 
     def config_values(self) -> dict[str, Any]:
         """The keys of `examples` that are known."""
@@ -130,9 +130,11 @@ def _preferences(named: dict[str, SeenField]) -> FoundLayout | None:
     reason = f"preference pairs: the better answer is learned, `{named['rejected'].name}` is not read. Is that what you want?"
     chosen = named["chosen"].name
     if named["chosen"].kind == "messages" and "prompt" not in named:
-        return FoundLayout("preference pairs, each a conversation", [Setting("messages_field", chosen, reason, is_open=True)])
+        return FoundLayout(
+            "preference pairs, each a conversation", [ConfigLine("messages_field", chosen, reason, is_open=True)]
+        )
     prompt = next((named[name].name for name in PROMPTS if name in named), OPEN)
-    settings = [Setting("prompt_field", prompt), Setting("response_field", chosen, reason, is_open=True)]
+    settings = [ConfigLine("prompt_field", prompt), ConfigLine("response_field", chosen, reason, is_open=True)]
     return FoundLayout("preference pairs", settings)
 
 
@@ -143,8 +145,8 @@ def _prompt_and_completion(named: dict[str, SeenField]) -> FoundLayout | None:
     if prompt is None or answer is None or "messages" not in {answer.kind, prompt.kind}:
         return None
     settings = [
-        Setting("prompt_field", prompt.name, "its messages are context"),
-        Setting("response_field", answer.name, "its messages of the assistant are learned"),
+        ConfigLine("prompt_field", prompt.name, "its messages are context"),
+        ConfigLine("response_field", answer.name, "its messages of the assistant are learned"),
     ]
     return FoundLayout(f"messages in two fields, `{prompt.name}` and `{answer.name}`", settings)
 
@@ -161,13 +163,13 @@ def _conversation(seen: dict[str, SeenField], named: dict[str, SeenField]) -> Fo
     usual = [named[name].name for name in CONVERSATIONS if name in named and named[name].name in candidates]
     if len(candidates) > 1 and not usual:
         reason = f"several fields hold conversations: {', '.join(candidates)}"
-        return FoundLayout("conversations", [Setting("messages_field", OPEN, reason, is_open=True)])
+        return FoundLayout("conversations", [ConfigLine("messages_field", OPEN, reason, is_open=True)])
     chosen = (usual or candidates)[0]
     others = [name for name in candidates if name != chosen]
     reason = "the assistant's messages are learned, but for those marked otherwise"
-    settings = [Setting("messages_field", chosen, reason)]
+    settings = [ConfigLine("messages_field", chosen, reason)]
     if others:
-        settings.append(Setting("messages_field", chosen, f"conversations also stand in {', '.join(others)}", True, False))
+        settings.append(ConfigLine("messages_field", chosen, f"conversations also stand in {', '.join(others)}", True, False))
     return FoundLayout(f"conversations in `{chosen}`", settings + _companions(named))
 
 
@@ -194,50 +196,52 @@ def _context(prompts: list[SeenField], named: dict[str, SeenField]) -> SeenField
     return next((one for one in found if one.kind in {"text", "null"}), None)
 
 
-def _prompt_settings(prompts: list[SeenField], context: SeenField | None, texts: list[str]) -> list[Setting]:
+def _prompt_settings(prompts: list[SeenField], context: SeenField | None, texts: list[str]) -> list[ConfigLine]:
     if len(prompts) != 1:
         which = "several fields could be the prompt" if prompts else "no field has a prompt's usual name"
-        return [Setting("prompt_field", OPEN, f"{which}. Fields of text: {', '.join(texts)}", is_open=True)]
+        return [ConfigLine("prompt_field", OPEN, f"{which}. Fields of text: {', '.join(texts)}", is_open=True)]
     prompt = prompts[0].name
     if context is None:
-        return [Setting("prompt_field", prompt)]
+        return [ConfigLine("prompt_field", prompt)]
     if not all(name.replace("-", "_").isidentifier() for name in (prompt, context.name)):
         reason = f"`{prompt}` or `{context.name}` cannot stand in a prompt_template. Rename the columns"
-        return [Setting("prompt_field", OPEN, reason, is_open=True)]
+        return [ConfigLine("prompt_field", OPEN, reason, is_open=True)]
     return [
-        Setting("prompt_template", f"{{{prompt}}}\n\n{{{context.name}}}\n\n", "the wording between them is yours"),
-        Setting("prompt_template_if_empty", f"{{{prompt}}}\n\n", f"for rows whose `{context.name}` is empty"),
+        ConfigLine("prompt_template", f"{{{prompt}}}\n\n{{{context.name}}}\n\n", "the wording between them is yours"),
+        ConfigLine("prompt_template_if_empty", f"{{{prompt}}}\n\n", f"for rows whose `{context.name}` is empty"),
     ]
 
 
-def _response_setting(responses: list[SeenField], texts: list[str]) -> Setting:
+def _response_setting(responses: list[SeenField], texts: list[str]) -> ConfigLine:
     if len(responses) > 1:  # Alpaca's `text` is prompt and response together
         responses = [one for one in responses if one.name.lower() != "text"]
     longest = max(responses, key=lambda one: one.characters, default=None)
     if longest is None or (len(responses) > 1 and longest is not responses[0]):
         which = "several fields could be the response" if responses else "no field has a response's usual name"
-        return Setting("response_field", OPEN, f"{which}. Fields of text: {', '.join(texts)}", is_open=True)
+        return ConfigLine("response_field", OPEN, f"{which}. Fields of text: {', '.join(texts)}", is_open=True)
     if len(responses) > 1:
         others = ", ".join(one.name for one in responses[1:])
-        return Setting("response_field", longest.name, f"it is longer than {others}, which could be meant, too", is_open=True)
+        return ConfigLine(
+            "response_field", longest.name, f"it is longer than {others}, which could be meant, too", is_open=True
+        )
     kind = "; of a list the first one is learned" if longest.kind == "texts" else ""
-    return Setting("response_field", longest.name, f"learned{kind}")
+    return ConfigLine("response_field", longest.name, f"learned{kind}")
 
 
-def _companions(named: dict[str, SeenField]) -> list[Setting]:
+def _companions(named: dict[str, SeenField]) -> list[ConfigLine]:
     """Fields that go before a prompt or a conversation."""
     settings = []
     for key, names, kinds in (("system_field", SYSTEMS, {"text"}), ("history_field", HISTORIES, {"turns"})):
         found = next((named[name] for name in names if name in named and named[name].kind in kinds), None)
         if found is not None:
-            settings.append(Setting(key, found.name, "goes before what is learned"))
+            settings.append(ConfigLine(key, found.name, "goes before what is learned"))
     return settings
 
 
 # --- source, id, split ---------------------------------------------------------------------------------------------
 
 
-def source_setting(columns: dict[str, list[Any]]) -> list[Setting]:
+def source_setting(columns: dict[str, list[Any]]) -> list[ConfigLine]:
     """The field that names the sub-dataset, from whole columns by name; a remark where that is not sure."""
     names = {name.lower(): name for name in reversed(columns)}
     for usual in SOURCES:
@@ -245,17 +249,17 @@ def source_setting(columns: dict[str, list[Any]]) -> list[Setting]:
         if values and all(isinstance(value, str) and value for value in values):
             distinct = len(set(values))
             if distinct <= min(MOST_SOURCES, max(2, len(values) // 5)):
-                return [Setting("source_field", names[usual], f"{distinct:,} source{'s' if distinct > 1 else ''}")]
+                return [ConfigLine("source_field", names[usual], f"{distinct:,} source{'s' if distinct > 1 else ''}")]
     maybe = [names[name] for name in (*SOURCES, *MAYBE_SOURCES) if name in names]
     remarks = [(name, len(set(map(repr, columns[name])))) for name in maybe]
     remarks = [(name, count) for name, count in remarks if 1 < count <= min(MOST_SOURCES, len(columns[name]) // 5)]
     return [
-        Setting("source_field", name, f"if `{name}` ({count} values) names the sub-datasets", True, False)
+        ConfigLine("source_field", name, f"if `{name}` ({count} values) names the sub-datasets", True, False)
         for name, count in remarks[:1]
     ]
 
 
-def id_setting(columns: dict[str, list[Any]], is_all: bool) -> list[Setting]:
+def id_setting(columns: dict[str, list[Any]], is_all: bool) -> list[ConfigLine]:
     """The field with a unique id, from whole columns by name."""
     for usual in IDS:
         for name in (name for name in columns if name.lower() == usual):
@@ -263,12 +267,12 @@ def id_setting(columns: dict[str, list[Any]], is_all: bool) -> list[Setting]:
             if not all(isinstance(value, str | int) and not isinstance(value, bool) and value != "" for value in values):
                 continue
             if len(set(map(str, values))) == len(values):
-                return [Setting("id_field", name, "unique in every row" if is_all else "unique in the rows that were read")]
-            return [Setting("id_field", name, f"`{name}` is not unique: ids are made from the content", is_set=False)]
+                return [ConfigLine("id_field", name, "unique in every row" if is_all else "unique in the rows that were read")]
+            return [ConfigLine("id_field", name, f"`{name}` is not unique: ids are made from the content", is_set=False)]
     return []
 
 
-def split_setting(columns: dict[str, list[Any]]) -> list[Setting]:
+def split_setting(columns: dict[str, list[Any]]) -> list[ConfigLine]:
     """Rows of a test set in the corpus stay out."""
     name = next((name for name in columns if name.lower() == "split"), None)
     counts = Counter(value for value in columns.get(name or "", []) if isinstance(value, str))
@@ -276,9 +280,11 @@ def split_setting(columns: dict[str, list[Any]]) -> list[Setting]:
         return []
     train = next((value for value in counts if value.lower() in {"train", "training"}), None)
     if train is None:
-        return [Setting("where", {name: OPEN}, f"`{name}` is one of {', '.join(sorted(counts))}: keep which?", True, False)]
+        return [ConfigLine("where", {name: OPEN}, f"`{name}` is one of {', '.join(sorted(counts))}: keep which?", True, False)]
     others = sum(counts.values()) - counts[train]
-    return [Setting("where", {name: train}, f"{others:,} rows of other splits stay out. Is that what you want?", is_open=True)]
+    return [
+        ConfigLine("where", {name: train}, f"{others:,} rows of other splits stay out. Is that what you want?", is_open=True)
+    ]
 
 
 def all_fields(records: Iterable[dict[str, Any]]) -> list[str]:

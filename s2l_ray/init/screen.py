@@ -50,7 +50,7 @@ def _code(character: str) -> str:
 
 
 def _shortened(text: str) -> str:
-    if len(text) <= _MOST_CHARACTERS:
+    if len(text) <= 2 * _MOST_CHARACTERS:  # a few left-out ones would not be worth a remark
         return text
     half = _MOST_CHARACTERS // 2
     return f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"

@@ -19,7 +19,16 @@ from s2l_ray.examples.row_problems import names_in_words
 from s2l_ray.init.advice import Advice, CorpusFacts, advise, held_out_fraction, laptop_tokenizer
 from s2l_ray.init.config_text import config_text
 from s2l_ray.init.figures import SAMPLE_ROWS, SHOWN, Pieces, ReadExamples, count_tokens, pieces_of, read_examples
-from s2l_ray.init.layout import FoundLayout, Setting, all_fields, found_layout, id_setting, source_setting, split_setting
+from s2l_ray.init.layout import (
+    ConfigLine,
+    FoundLayout,
+    all_fields,
+    found_layout,
+    id_setting,
+    kind_of_value,
+    source_setting,
+    split_setting,
+)
 from s2l_ray.init.sampling import CorpusLook, look_at
 from s2l_ray.init.summary import summary_lines
 from s2l_ray.init.target import TargetModel, find_target
@@ -37,7 +46,7 @@ class Start:
     shown: list[Pieces]
     """A few examples."""
     advice: Advice
-    questions: dict[str, Setting]
+    questions: dict[str, ConfigLine]
     """By its place in the config, what the user has to decide, or to look at."""
     text: str
     """The config's YAML."""
@@ -77,7 +86,7 @@ def look_and_advise(data: list[str], target: str | None, name: str) -> Start:
     values = found.config_values() | {one.key: one.value for one in fields if one.is_set}
     config = config.model_copy(update=values | {"on_bad_row": "drop"})
     examples = _read(look, config, found, layout if is_named(dataset) else Layout.of(config))
-    settings = [Setting("dataset", dataset), *found.settings, *fields, *_bad_row_settings(examples, look)]
+    settings = [ConfigLine("dataset", dataset), *found.settings, *fields, *_bad_row_settings(examples, look)]
     return _advised(_Looked(look, examples, found, settings, model), dataset, name)
 
 
@@ -88,7 +97,7 @@ class _Looked:
     look: CorpusLook
     examples: ReadExamples
     layout: FoundLayout
-    settings: list[Setting]
+    settings: list[ConfigLine]
     target: TargetModel | None
 
 
@@ -102,7 +111,7 @@ def _advised(looked: _Looked, dataset: str | list[str], name: str) -> Start:
     is_chat = "messages" in examples.names and examples.table["messages"].null_count < examples.table.num_rows
     advice = advise(CorpusFacts(num_examples, tokens, is_chat, examples.sources()), target)
     about = f"{names_in_words([dataset] if isinstance(dataset, str) else dataset, 80)}: {look.counted()}; {looked.layout.text}"
-    settings = [*looked.settings, Setting("held_out_fraction", held_out_fraction(num_examples), "kept for evaluation")]
+    settings = [*looked.settings, ConfigLine("held_out_fraction", held_out_fraction(num_examples), "kept for evaluation")]
     shown = pieces_of(examples.sample(SHOWN), tokenizer)[:SHOWN] if looked.layout.is_known else []
     summary = summary_lines(look, examples, looked.layout, tokens, advice)
     if target is not None and target.problem:
@@ -116,11 +125,12 @@ def _advised(looked: _Looked, dataset: str | list[str], name: str) -> Start:
 # --- what the rows are ---------------------------------------------------------------------------------------------
 
 
-def _fields_of(look: CorpusLook) -> tuple[FoundLayout, list[Setting]]:
+def _fields_of(look: CorpusLook) -> tuple[FoundLayout, list[ConfigLine]]:
     """The layout, and the fields of source, id and split."""
     records = look.records(LAYOUT_ROWS)
     found = found_layout(records)
-    if not found.is_known and sum(kind == "text" for kind in _kinds(records).values()) < 2:
+    texts = {name for one in records for name, value in one.items() if kind_of_value(value) in {"text", "texts", "messages"}}
+    if not found.is_known and len(texts) < 2:
         raise DataError(
             f"{look.blocks[0].source}: no field of the rows looks like a prompt and a response, or like a conversation "
             f"(fields: {names_in_words(all_fields(records))}). Give a corpus of rows with texts to learn."
@@ -130,22 +140,13 @@ def _fields_of(look: CorpusLook) -> tuple[FoundLayout, list[Setting]]:
     return found, [*source_setting(columns), *id_setting(columns, look.is_all), *split_setting(columns)]
 
 
-def _kinds(records: list[dict[str, Any]]) -> dict[str, str]:
-    """The kind of every field in its first row that has it."""
-    kinds: dict[str, str] = {}
-    for record in records:
-        for name, value in record.items():
-            if isinstance(value, str):
-                kinds.setdefault(name, "text")
-    return kinds
-
-
 def _read(look: CorpusLook, config: ExamplesConfig, found: FoundLayout, layout: Layout) -> ReadExamples:
-    """The examples in the rows; without a known layout all texts of each row. Raises DataError where there are none."""
+    """The examples in the rows; without a known layout all that is in a row as its text. Raises DataError without any."""
     if not found.is_known:
         records = look.records(SAMPLE_ROWS)
-        texts = ["\n".join(value for value in record.values() if isinstance(value, str)) for record in records]
-        columns = {"prompt": texts, "response": [""] * len(texts), "source": [look.blocks[0].source] * len(texts)}
+        texts = ["\n".join(map(str, record.values())) for record in records]
+        nothing, source = [""] * len(texts), [look.blocks[0].source] * len(texts)
+        columns = {"example_id": nothing, "source": source, "prompt": texts, "response": nothing}
         return ReadExamples(pa.table(columns), Counter(), {}, 0)
     examples = read_examples(look, config, layout)
     if not examples.table.num_rows:
@@ -156,11 +157,11 @@ def _read(look: CorpusLook, config: ExamplesConfig, found: FoundLayout, layout: 
     return examples
 
 
-def _bad_row_settings(examples: ReadExamples, look: CorpusLook) -> list[Setting]:
+def _bad_row_settings(examples: ReadExamples, look: CorpusLook) -> list[ConfigLine]:
     if not examples.num_bad:
         return []
     reason = f"{examples.num_bad:,} of {look.num_read:,} rows cannot be used; without this they stop the run"
-    return [Setting("on_bad_row", "drop", reason, is_open=True, is_set=False)]
+    return [ConfigLine("on_bad_row", "drop", reason, is_open=True, is_set=False)]
 
 
 def _refuse_folder_of_named(dataset: str | list[str]) -> None:

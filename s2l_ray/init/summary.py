@@ -32,6 +32,7 @@ def summary_lines(
     scope = "" if look.is_all else f" among the {read:,} examples that were read"
     lines.append(("duplicates", f"{copies:,} exact copies of earlier examples{scope}"))
     lines.append(("tokens", _tokens_in_words(tokens)))
+    lines += [("template", "\n".join(tokens.notes))] if tokens.notes else []
     lines.append(("too long", _too_long(tokens, advice.max_tokens, look.num_rows)))
     return lines
 

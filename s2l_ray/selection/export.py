@@ -66,6 +66,8 @@ def export_subset(
     cannot be written or is not ours to replace, for bytes, which JSON cannot hold, and where there is nothing to make
     conversations of.
     """
+    if file_format not in FORMATS:
+        raise ConfigError(f"--format {file_format}: no such format. Formats: {', '.join(FORMATS)}.")
     run = Storage(run_dir)
     selection = Artifact.read(run.child("selection"))
     path = _path_of(selection, subset, run_dir)

@@ -10,7 +10,7 @@ from typing import Any
 from s2l_ray.errors import ConfigError
 
 # Outside of strings: what Python and pandas write for numbers that JSON lacks, and the line ends of a row over several lines.
-_STRING = r'"(?:[^"\\]|\\.)*"'
+_STRING = r'"[^"\\]*(?:\\.[^"\\]*)*"'
 _LENIENT = re.compile(rf"{_STRING}|-?\b(?:NaN|Infinity)\b")
 _LINE_ENDS = re.compile(rf"{_STRING}|\s*[\r\n]\s*")
 

@@ -52,7 +52,9 @@ def trl_features(contents: Contents) -> list[dict[str, Any]] | None:
 def trl_companions(contents: Contents, place: DataPlace) -> dict[str, str]:
     """The card, which tells `datasets` how to read the rows, and the config for `trl sft`."""
     learned = "assistant_only_loss" if _is_messages(contents) else "completion_only_loss"
+    marks = "# The chat template needs {% generation %} marks for it; TRL brings such templates for the usual models.\n"
     config = f"""# {MARK}: trl sft --config trl.yaml --model_name_or_path MODEL --output_dir OUTPUT
+{marks if _is_messages(contents) else ""}\
 {yaml.safe_dump({"dataset_name": place.folder, learned: True}, sort_keys=False)}"""
     card = front_matter({"default": place.name}, trl_features(contents)) + "\n# A subset chosen by s2l_ray, for TRL\n"
     return {CARD: card, "trl.yaml": config}

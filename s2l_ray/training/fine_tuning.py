@@ -21,12 +21,11 @@ from s2l_ray.training.adapters import base_of
 from s2l_ray.training.batches import NO_ROW, BatchPlan, batch_weights, length_balanced_order
 from s2l_ray.training.losses import pad
 from s2l_ray.training.output_head import accepts_logits_to_keep
-from s2l_ray.training.token_rows import TokenRows
+from s2l_ray.training.token_rows import Row, TokenRows
 from s2l_ray.training.trackers import Tracking, reporting
 from s2l_ray.training.training_run import TrainingRun
 from s2l_ray.training.zero import UNIVERSAL, with_batches
 
-Row = tuple[np.ndarray, np.ndarray]
 WeightedRow = tuple[np.ndarray, np.ndarray, float]
 
 

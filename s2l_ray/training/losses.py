@@ -125,16 +125,20 @@ def pad(tokens: TokenRows, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return ids_BL, is_label_BL
 
 
-def example_losses(model: Any, tokens: TokenRows, *, tokens_per_batch: int, precision: str = "float32") -> np.ndarray:
-    """Mean cross-entropy in nats over each row's labels, float32 (rows,).
+def example_losses(
+    model: Any, tokens: TokenRows, *, tokens_per_batch: int, precision: str = "float32", owners: np.ndarray | None = None
+) -> np.ndarray:
+    """Mean cross-entropy in nats over each example's labels, float32 (examples,).
 
-    Every row needs a label. The forward pass runs in `precision`, the cross-entropy in float32, the sum of a row in
-    float64.
+    `owners`: the number of each row's example, (rows,), from 0 without a gap; without it every row is one. Every row needs a
+    label. The forward pass runs in `precision`, the cross-entropy in float32, the sum of an example in float64.
     """
-    return next(iter(losses_of_models([model], tokens, tokens_per_batch, precision)))
+    return next(iter(losses_of_models([model], tokens, tokens_per_batch, precision, owners=owners)))
 
 
-def losses_of_models(models: list[Any], tokens: TokenRows, tokens_per_batch: int, precision: str) -> Iterator[np.ndarray]:
+def losses_of_models(
+    models: list[Any], tokens: TokenRows, tokens_per_batch: int, precision: str, *, owners: np.ndarray | None = None
+) -> Iterator[np.ndarray]:
     """`example_losses` under several models of one shape; the batches are made, and sent to a GPU, once."""
     if not len(tokens):
         yield from (np.zeros(0, dtype=np.float32) for _ in models)
@@ -149,6 +153,8 @@ def losses_of_models(models: list[Any], tokens: TokenRows, tokens_per_batch: int
     made = batches(tokens, limit, max_labels, packed=packed, of_one_length=is_alike)
     sent = [batch.to(device) for batch in made]
     rows = np.concatenate([batch.rows_P for batch in sent])
+    owner_of = np.arange(len(tokens)) if owners is None else owners
+    num_labels = np.bincount(owner_of, tokens.num_labels)
     for model, head in zip(models, heads, strict=True):
         if head is not None and dtype == torch.bfloat16:
             head.cast(dtype)
@@ -156,8 +162,8 @@ def losses_of_models(models: list[Any], tokens: TokenRows, tokens_per_batch: int
             # One transfer at the end: on a GPU nothing waits between batches.
             pieces = _whole(model, sent) if head is None else _tiled(model, head, sent)
             losses = torch.cat(list(pieces)).cpu().numpy()
-        sums = np.bincount(rows, weights=losses.astype(np.float64), minlength=len(tokens))
-        yield (sums / tokens.num_labels).astype(np.float32)
+        sums = np.bincount(owner_of[rows], weights=losses.astype(np.float64))
+        yield (sums / num_labels).astype(np.float32)
 
 
 @contextlib.contextmanager

@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 import io
 import json
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -15,36 +14,26 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from s2l_ray.config import RunConfig
+from s2l_ray.config import ExamplesConfig, RunConfig, WorkerConfig
 from s2l_ray.errors import cause_of
 from s2l_ray.examples.reading import read_pool
-from s2l_ray.runtime.data import quiet_ray_data
+from s2l_ray.runtime.data import quiet_ray_data, run_tasks
 from s2l_ray.runtime.room import await_room
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.drafts import table_bytes
 from s2l_ray.storage.layout import TOKENS
 from s2l_ray.storage.places import Storage
 from s2l_ray.storage.records import FileRecord, digest
-from s2l_ray.training.token_rows import TokenRows
+from s2l_ray.training.token_pools import PoolTokens, check_refused
+from s2l_ray.training.token_rows import RowLimit, TokenRows
 from s2l_ray.training.tokenizers import load_tokenizer, target_tokenizer
-from s2l_ray.training.tokens import encode_table, learnable
+from s2l_ray.training.tokens import PartTokens, RefusedExample, encode_table
 
-# The schema's metadata field with the counts of dropped and shortened rows.
-_CHANGED = b"changed"
+# The schema's metadata field with what was counted.
+_COUNTED = b"counted"
 # Raised when the same text gives other tokens than before.
-SCHEMA = 1
+SCHEMA = 2
 _tokenizer = functools.lru_cache(maxsize=2)(load_tokenizer)
-
-
-@dataclass(frozen=True)
-class PartTokens:
-    """One part of the pool: the rows that have a label."""
-
-    example_ids: pa.ChunkedArray
-    sources: pa.ChunkedArray
-    tokens: TokenRows
-    changed: dict[str, int]
-    """Rows dropped and shortened, by reason."""
 
 
 @dataclass(frozen=True)
@@ -55,56 +44,86 @@ class TokenParts:
     tokenizer: Storage
     """The tokenizer's folder."""
 
-    max_tokens: int
+    limit: RowLimit
+    corpus: ExamplesConfig
+    """What an example does that the chat template refuses."""
+
     storage: Storage
     name: str
     """Stands for all that decides the tokens; the parts lie in a folder of this name."""
 
     @classmethod
-    def of(cls, examples: Artifact, tokenizer: Storage, max_tokens: int, scratch: Storage) -> TokenParts:
+    def of(
+        cls, examples: Artifact, tokenizer: Storage, limit: RowLimit, scratch: Storage, corpus: ExamplesConfig
+    ) -> TokenParts:
         """Tokens below a run's scratch directory."""
         files = {name: FileRecord.of(name, tokenizer.read(name)).sha256 for name in tokenizer.names(recursive=True)}
-        return cls(
-            examples, tokenizer, max_tokens, scratch.child(TOKENS), digest([SCHEMA, examples.identity, files, max_tokens])
-        )
+        name = digest([SCHEMA, examples.identity, files, asdict(limit)])
+        return cls(examples, tokenizer, limit, corpus, scratch.child(TOKENS), name)
 
     def read(self, part: str) -> PartTokens:
-        """A part's tokens; where nobody has made them they are made and kept."""
+        """A part's tokens; where nobody has made them they are made and kept.
+
+        Raises DataError where the chat template refuses an example and that is not to be dropped.
+        """
         try:
-            table = pq.read_table(io.BytesIO(self.storage.read(f"{self.name}/{part}")))
+            read = _from_table(pq.read_table(io.BytesIO(self.storage.read(f"{self.name}/{part}"))))
         except FileNotFoundError:
-            table = self._make(part)
-            self.storage.write(f"{self.name}/{part}", table_bytes(table, ["source", "tokens"]))
-        ids, marks = table["tokens"].combine_chunks(), table["is_label"].combine_chunks()
-        starts = ids.offsets.to_numpy()
-        tokens = TokenRows(ids.flatten().to_numpy(), marks.flatten().to_numpy(zero_copy_only=False), starts - starts[:1])
-        changed = json.loads(table.schema.metadata[_CHANGED])
-        return PartTokens(table["example_id"], table["source"], tokens, changed)
+            tokenizer = _tokenizer(self.tokenizer.local_folder(""))
+            read = encode_table(tokenizer, read_pool(self.examples, part), self.limit)
+            self.storage.write(f"{self.name}/{part}", table_bytes(_to_table(read), ["example_id", "source", "tokens"]))
+        check_refused(read.refused, self.corpus)
+        return read
 
-    def pool(self) -> tuple[list[str], TokenRows, dict[str, int]]:
-        """Ids and tokens of the whole pool, in order of its parts, and the counts of dropped and shortened rows."""
-        ids: list[str] = []
-        rows: list[TokenRows] = []
-        changed: Counter[str] = Counter()
-        for part in map(self.read, self.examples.parts()):
-            ids += part.example_ids.to_pylist()
-            rows.append(part.tokens)
-            changed.update(part.changed)
-        return ids, TokenRows.join(rows), dict(changed)
+    def pool(self) -> PoolTokens:
+        """The tokens of the whole pool, in order of its parts."""
+        return PoolTokens.join(map(self.read, self.examples.parts()))
 
-    def _make(self, part: str) -> pa.Table:
-        tokenizer = _tokenizer(self.tokenizer.local_folder(""))
-        table = read_pool(self.examples, part)
-        encoded = encode_table(tokenizer, table, self.max_tokens)
-        tokens, kept, changed = learnable(encoded, self.max_tokens, tokenizer.eos_token_id)
-        starts = pa.array(tokens.starts)
-        columns = {
-            "example_id": table["example_id"].take(pa.array(kept)),
-            "source": table["source"].take(pa.array(kept)),
-            "tokens": pa.LargeListArray.from_arrays(starts, pa.array(tokens.ids)),
-            "is_label": pa.LargeListArray.from_arrays(starts, pa.array(tokens.is_label)),
-        }
-        return pa.table(columns).replace_schema_metadata({_CHANGED: json.dumps(changed)})
+    def make_all(self, workers: WorkerConfig) -> None:
+        """Make the parts that nobody has made, on all CPUs of the connected Ray. Raises what `read` does."""
+        missing = sorted(set(self.examples.parts()) - set(self.storage.names(self.name)))
+        for _ in run_tasks(_MakePart(self, tuple(missing)), len(missing), workers) if missing else ():
+            pass
+
+
+@dataclass(frozen=True)
+class _MakePart:
+    """A task of Ray Data: one part."""
+
+    parts: TokenParts
+    missing: tuple[str, ...]
+
+    def __call__(self, number: int) -> dict[str, Any]:
+        return {"examples": len(self.parts.read(self.missing[number]).example_ids)}
+
+
+def _to_table(part: PartTokens) -> pa.Table:
+    """One line for each row of tokens; the rows of an example stand together."""
+    starts, owners = pa.array(part.tokens.starts), pa.array(part.owners)
+    columns = {
+        "example_id": part.example_ids.take(owners),
+        "source": part.sources.take(owners),
+        "tokens": pa.LargeListArray.from_arrays(starts, pa.array(part.tokens.ids)),
+        "is_label": pa.LargeListArray.from_arrays(starts, pa.array(part.tokens.is_label)),
+    }
+    counted = {"changed": part.changed, "refused": part.refused, "unlearned_lengths": part.unlearned_lengths}
+    return pa.table(columns).replace_schema_metadata({_COUNTED: json.dumps(counted)})
+
+
+def _from_table(table: pa.Table) -> PartTokens:
+    table = table.combine_chunks()
+    row_ids, sources, ids, marks = (
+        table[name].chunk(0) if table.num_rows else table[name].combine_chunks()
+        for name in ("example_id", "source", "tokens", "is_label")
+    )
+    is_first = np.ones(len(row_ids), bool)
+    is_first[1:] = pc.not_equal(row_ids[1:], row_ids[:-1]).to_numpy(zero_copy_only=False)
+    firsts = pa.array(np.flatnonzero(is_first))
+    starts = ids.offsets.to_numpy()
+    tokens = TokenRows(ids.flatten().to_numpy(), marks.flatten().to_numpy(zero_copy_only=False), starts - starts[:1])
+    counted = json.loads(table.schema.metadata[_COUNTED])
+    counted["refused"] = [RefusedExample(*found) for found in counted["refused"]]
+    return PartTokens(row_ids.take(firsts), sources.take(firsts), tokens, np.cumsum(is_first) - 1, **counted)
 
 
 def count_response_tokens(config: RunConfig, inputs: Mapping[str, Artifact], example_ids: pa.Array) -> np.ndarray:
@@ -114,8 +133,9 @@ def count_response_tokens(config: RunConfig, inputs: Mapping[str, Artifact], exa
     def count(batch: dict[str, Any]) -> pa.Table:
         tokenizer = target_tokenizer(config.target, inputs["proxy"])
         table = read_pool(inputs["examples"], str(batch["part"][0]))
-        tokens = encode_table(tokenizer, table, config.target.max_tokens)
-        return pa.table({"example_id": table["example_id"], "count": tokens.num_labels})
+        found = encode_table(tokenizer, table, RowLimit.of(config.target))
+        check_refused(found.refused, config.examples)
+        return pa.table({"example_id": found.example_ids, "count": found.num_labels})
 
     await_room("target", {"CPU": 1}, 1, config.machines.target.wait_minutes)
     with quiet_ray_data():
@@ -125,4 +145,5 @@ def count_response_tokens(config: RunConfig, inputs: Mapping[str, Artifact], exa
         except ray.exceptions.RayError as error:
             raise cause_of(error) or error from None
     rows = pc.index_in(example_ids, counted["example_id"].combine_chunks())
-    return np.asarray(counted["count"].combine_chunks().take(rows).to_numpy())
+    # An example of which that tokenizer leaves nothing to learn has none.
+    return np.asarray(pc.fill_null(counted["count"].combine_chunks().take(rows), 0).to_numpy())

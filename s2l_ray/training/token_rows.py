@@ -1,4 +1,4 @@
-"""Packed rows of tokens: what is learned and scored, without a Python object per example."""
+"""Packed rows of tokens, what is learned and scored, without a Python object per example; and how long a row may be."""
 
 from __future__ import annotations
 
@@ -6,6 +6,37 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from s2l_ray.config import TrainingConfig
+
+Row = tuple[np.ndarray, np.ndarray]
+"""Tokens (int32) and whether each is a label (bool)."""
+
+
+@dataclass(frozen=True)
+class RowLimit:
+    """How long a row may be, and where a longer one is cut."""
+
+    max_tokens: int
+    truncation: str = "right"
+    """`right`, or `left_prompt`: at the start of the prompt first, so that the response stays."""
+
+    @classmethod
+    def of(cls, config: TrainingConfig) -> RowLimit:
+        """That of a model's training."""
+        return cls(config.max_tokens, config.truncation)
+
+    def cut(self, row: Row, bos: int | None) -> Row:
+        """A row of at most `max_tokens`. With `left_prompt` its token BOS, if it has one, and the end of the prompt (all before
+        the first label) stay, one token of it at least; a response that is still too long is cut on the right."""
+        ids, is_label = row
+        excess = len(ids) - self.max_tokens
+        if excess > 0 and self.truncation == "left_prompt":
+            begin = int(ids[0] == bos)
+            prompt = int(np.argmax(is_label)) if is_label.any() else len(ids)
+            dropped = slice(begin, begin + max(0, min(excess, prompt - begin - 1)))
+            ids, is_label = np.delete(ids, dropped), np.delete(is_label, dropped)
+        return ids[: self.max_tokens], is_label[: self.max_tokens]
 
 
 @dataclass(frozen=True)
@@ -24,7 +55,7 @@ class TokenRows:
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, row: int) -> Row:
         """Tokens and label marks of one row."""
         span = slice(self.starts[row], self.starts[row + 1])
         return self.ids[span], self.is_label[span]
@@ -47,7 +78,7 @@ class TokenRows:
         return TokenRows.of([self[int(row)] for row in rows])
 
     @classmethod
-    def of(cls, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> TokenRows:
+    def of(cls, rows: Sequence[Row]) -> TokenRows:
         """Rows of (tokens, label marks), packed."""
         starts = np.concatenate([[0], np.cumsum([len(ids) for ids, _ in rows])]).astype(np.int64)
         ids = np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in rows)])

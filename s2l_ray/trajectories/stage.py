@@ -37,9 +37,11 @@ from s2l_ray.training.checkpoints import checkpoint_folder, checkpoint_records
 from s2l_ray.training.flops import matmul_flops_per_second, scoring_flops
 from s2l_ray.training.losses import full_path, losses_of_models
 from s2l_ray.training.models import load_model
-from s2l_ray.training.token_parts import PartTokens, TokenParts
+from s2l_ray.training.token_parts import TokenParts
+from s2l_ray.training.token_pools import check_refused, row_counts, said_counts
+from s2l_ray.training.token_rows import RowLimit
 from s2l_ray.training.tokenizers import load_tokenizer
-from s2l_ray.training.tokens import row_counts
+from s2l_ray.training.tokens import NO_LABEL, RefusedExample
 from s2l_ray.trajectories.store import trajectories_table
 from s2l_ray.trajectories.units import losses_folder
 
@@ -72,7 +74,7 @@ class ScoringJob:
         cls, config: RunConfig, examples: Artifact, proxy: Storage, steps: list[int], scratch: Storage, device: str = "cpu"
     ) -> ScoringJob:
         """The scoring of checkpoints in the proxy's directory; a name holds the hash of the checkpoint's files."""
-        parts = TokenParts.of(examples, proxy.child(TOKENIZER), config.proxy.max_tokens, scratch)
+        parts = TokenParts.of(examples, proxy.child(TOKENIZER), RowLimit.of(config.proxy), scratch, config.examples)
         files = {step: [asdict(record) for record in checkpoint_records(proxy, step)] for step in steps}
         return cls(config, parts, proxy, {f"{step_folder(step)}-{digest(files[step])}": step for step in steps}, device)
 
@@ -123,6 +125,7 @@ def log_throughput(done: Throughput, seconds: float) -> None:
 def join_units(job: ScoringJob, work: Storage, draft: Draft) -> dict[str, Any]:
     """Join the units' columns into the artifact's parts; the summary's counts and mean losses."""
     rows, num_tokens, counts, totals_T = 0, 0, Counter[str](), np.zeros(len(job.steps))
+    refused: list[RefusedExample] = []
     with ThreadPoolExecutor(READERS) as pool:
         for part in job.parts.examples.parts():
             reading = pool.submit(job.parts.read, part)
@@ -130,15 +133,24 @@ def join_units(job: ScoringJob, work: Storage, draft: Draft) -> dict[str, Any]:
             losses_NT = np.stack(list(pool.map(partial(_unit_losses, work), units)), axis=1)
             read = reading.result()
             if not draft.has(part):
-                columns = (read.example_ids, losses_NT, read.sources, read.tokens.num_labels)
+                columns = (read.example_ids, losses_NT, read.sources, read.num_labels)
                 draft.write_table(part, trajectories_table(*columns))
             counts.update(read.changed)
+            refused += read.refused
             rows += len(losses_NT)
             num_tokens += len(read.tokens.ids)
             totals_T += losses_NT.sum(0, dtype=np.float64)
+    check_refused(refused, job.config.examples, "proxy", rows + counts[NO_LABEL] + len(refused))
+    for line in said_counts(counts, refused) if job.config.proxy.checkpoints else ():  # else the training has said it
+        get_log("trajectories").info(line)
     if not rows:
         raise DataError("no example has a response token left within proxy.max_tokens. Raise it.")
-    return {"rows": rows, **row_counts(dict(counts)), "tokens": num_tokens, "mean_losses": (totals_T / rows).round(6).tolist()}
+    return {
+        "rows": rows,
+        **row_counts(counts, refused),
+        "tokens": num_tokens,
+        "mean_losses": (totals_T / rows).round(6).tolist(),
+    }
 
 
 def _unit_losses(work: Storage, unit: Unit) -> np.ndarray:
@@ -167,19 +179,21 @@ class Scorer(UnitWorker):
             precision = torch.bfloat16 if options.precision == "bfloat16" else torch.float32
             self._rate = matmul_flops_per_second(self.device, precision)
         begun = time.perf_counter()
-        read: PartTokens = self.job.parts.read(part)
-        losses = losses_of_models(list(models.values()), read.tokens, options.tokens_per_batch, options.precision)
+        read = self.job.parts.read(part)
+        losses = losses_of_models(
+            list(models.values()), read.tokens, options.tokens_per_batch, options.precision, owners=read.owners
+        )
         for name, losses_N in zip(models, losses, strict=True):
             check_finite(losses_N, read.example_ids, self.job.steps[name], options.precision)
             yield name, table_bytes(pa.table({"loss": losses_N}), [])
-            needed = scoring_flops(models[name], read.tokens.lengths, int(read.tokens.num_labels.sum()))
+            needed = scoring_flops(models[name], read.tokens.lengths, int(read.num_labels.sum()))
             self.throughput.add(len(losses_N), len(read.tokens.ids), needed, time.perf_counter() - begun, self._rate)
             if full_path:
                 self.throughput.note = min(full_path)
             begun = time.perf_counter()
 
 
-def check_finite(losses_N: np.ndarray, ids: pa.ChunkedArray, step: int, precision: str) -> None:
+def check_finite(losses_N: np.ndarray, ids: pa.Array, step: int, precision: str) -> None:
     """Raise DataError that names the examples whose loss under the checkpoint of a step is not finite."""
     rows = np.flatnonzero(~np.isfinite(losses_N))
     if len(rows):

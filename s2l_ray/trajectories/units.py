@@ -11,9 +11,10 @@ from s2l_ray.storage.ownership import read_run
 from s2l_ray.storage.places import Storage
 from s2l_ray.storage.records import digest
 from s2l_ray.training.token_parts import TokenParts
+from s2l_ray.training.token_rows import RowLimit
 
 # Raised when the same checkpoint gives other losses than before.
-SCHEMA = 1
+SCHEMA = 2
 
 
 def losses_folder(tokens: str, config: RunConfig, device: str) -> str:
@@ -53,7 +54,7 @@ def unit_grid(run: Storage) -> tuple[list[str], dict[str, set[str]]]:
         config = RunConfig.model_validate(values)
     except ValidationError:  # of another version, or not begun: nothing there counts
         return examples.parts(), {model.rpartition("-")[0]: set() for model in sorted(grid)}
-    tokens = TokenParts.of(examples, proxy.child(TOKENIZER), config.proxy.max_tokens, run.child(WORK)).name
+    tokens = TokenParts.of(examples, proxy.child(TOKENIZER), RowLimit.of(config.proxy), run.child(WORK), config.examples).name
     for device in ("cpu", "cuda"):
         folder = losses_folder(tokens, config, device)
         for file in run.child(WORK).child(folder).names(recursive=True):
