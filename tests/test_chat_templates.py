@@ -32,6 +32,7 @@ from s2l_ray.errors import DataError
 from s2l_ray.training.token_pools import PoolTokens, check_refused, row_counts, said_counts
 from s2l_ray.training.token_rows import RowLimit
 from s2l_ray.training.tokens import PartTokens, encode_table, generation_prompt
+from s2l_ray.training.turns import TOOLS_LOST
 from tests.building import CORPUS
 from tests.chat_templates import GLM_4, LLAMA_3, MARKED, MISTRAL_V0_3, PHI_4, QWEN_2_5, QWEN_3, TEMPLATES, chat_tokenizer
 

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import datasets
@@ -17,9 +18,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from s2l_ray import cli
 from s2l_ray.errors import ArtifactError, ConfigError
 from s2l_ray.examples.columns import json_field, struct_from_values
-from s2l_ray.selection.export import export_subset
+from s2l_ray.selection.export import FORMATS, export_subset
 from s2l_ray.selection.json_text import strict_line, with_fields
 from s2l_ray.storage.artifacts import Key
 from s2l_ray.storage.drafts import Draft
@@ -292,6 +294,13 @@ def test_examples_of_another_run_are_refused(tmp_path):
     (other / "examples").rename(run / "examples")
     with pytest.raises(ArtifactError, match="not the examples that"):
         export_subset(str(run), "trl", str(tmp_path / "out"))
+
+
+def test_the_command_offers_every_format_and_the_python_call_names_them(tmp_path):
+    offered, _none = typing.get_args(typing.get_type_hints(cli.export)["format_"])
+    assert typing.get_args(offered) == FORMATS
+    with pytest.raises(ConfigError, match="--format csv: no such format"):
+        export_subset(str(tmp_path), "csv", str(tmp_path / "a.csv"))
 
 
 def test_the_command_prints_what_it_wrote(tmp_path, s2l):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 
 from s2l_ray.config import TrainedTokenizer, load_config
 from s2l_ray.config.schema import config_schema
-from s2l_ray.errors import ConfigError, DataError
+from s2l_ray.errors import ConfigError, DataError, S2LError
+from s2l_ray.examples import formats
 from s2l_ray.init import sampling
 from s2l_ray.init.advice import batch_for
 from s2l_ray.init.figures import NEXT_ROW
@@ -189,16 +194,31 @@ def test_learned_turns_context_calls_and_tools_are_counted():
     )
 
 
-def test_of_a_large_corpus_pieces_are_read_and_the_rest_is_estimated(monkeypatch):
+def test_of_a_large_corpus_pieces_are_read_and_its_lines_are_counted(monkeypatch):
     monkeypatch.setattr(sampling, "MOST_BYTES", 2**20)
     name = write([{"prompt": f"{number:07d}", "response": "r" * 90} for number in range(60_000)])
     found = begin(name)
-    number, read = re.fullmatch(
-        r"about ([\d,]+) rows \(estimated by size\), ([\d,]+) of them read", line(found, "corpus")
-    ).groups()
-    assert int(number.replace(",", "")) == pytest.approx(60_000, rel=0.01)
-    assert int(read.replace(",", "")) < 20_000
+    read = re.fullmatch(r"60,000 rows, ([\d,]+) of them read", line(found, "corpus"))
+    assert read is not None
+    assert int(read[1].replace(",", "")) < 20_000
     assert "examples that were read" in line(found, "duplicates")
+
+
+def test_a_corpus_that_cannot_be_counted_cheaply_is_estimated_and_said_so(monkeypatch):
+    monkeypatch.setattr(sampling, "MOST_BYTES", 2**20)
+    monkeypatch.setattr(sampling, "MOST_COUNTED_BYTES", 2**20)
+    found = begin(write([{"prompt": f"{number:07d}", "response": "r" * 90} for number in range(60_000)]))
+    number = re.match(r"about ([\d,]+) rows \(estimated by size\), ", line(found, "corpus"))
+    assert number is not None
+    assert int(number[1].replace(",", "")) == pytest.approx(60_000, rel=0.01)
+
+
+def test_of_a_compressed_file_that_is_not_read_to_its_end_no_number_is_made_up(monkeypatch):
+    monkeypatch.setattr(sampling, "MOST_ROWS", 1_000)
+    monkeypatch.setattr(formats, "BLOCK_BYTES", 2**16)
+    with gzip.open("corpus.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in pairs(20_000))
+    assert re.match(r"more than [1-9],\d{3} rows", line(begin("corpus.jsonl.gz"), "corpus"))
 
 
 def test_a_large_parquet_corpus_is_counted_by_its_footers(monkeypatch):
@@ -429,6 +449,37 @@ def test_a_target_that_cannot_be_had_is_refused_before_anything_is_read(target, 
     os.mkdir("empty")
     with pytest.raises(ConfigError, match=message):
         start(["no-such-corpus.jsonl"], target, None)
+
+
+TEXTS = st.text(max_size=8) | st.sampled_from(["user", "assistant", "[{", "[]"])
+NAMES = st.sampled_from(
+    ["prompt", "response", "messages", "input", "id", "source", "split", "system", "history", "tools", "chosen"]
+)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 10**20) | st.floats() | TEXTS,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(TEXTS | st.sampled_from(["role", "content"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=60)
+@given(st.lists(st.dictionaries(NAMES | st.text(max_size=6), VALUES | TEXTS, max_size=6), min_size=1, max_size=5))
+def test_any_rows_give_a_config_that_plans_or_one_message(rows):
+    with tempfile.TemporaryDirectory() as folder:
+        path, config = Path(folder, "corpus.jsonl"), Path(folder, "run.yaml")
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        try:
+            start([str(path)], None, str(config))
+        except S2LError:
+            return
+        problem = ""
+        try:
+            assert not make_plan(load_config(config)).is_refused
+        except S2LError as error:
+            problem = str(error)
+        assert not problem or re.search(r"CHOOSE|corpus\.jsonl line \d", problem)
 
 
 @pytest.mark.slow

@@ -25,6 +25,9 @@ from .test_architecture import MODULES, tree_of
 
 FOREIGN = ("accelerate", "datasets", "deepspeed", "faiss", "peft", "ray", "tokenizers", "torch", "transformers")
 HOME = "runtime.private"
+NO_ATTRIBUTES = {"_id", "_S2L_COMPLETE"}
+"""Words that are no attribute of anything: the id of MongoDB's exports, the variable by which a shell asks for completions."""
+ENDS = {"endswith", "removesuffix", "removeprefix", "startswith"}
 
 
 def is_private(name: str) -> bool:
@@ -34,18 +37,29 @@ def is_private(name: str) -> bool:
 
 def private_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """Private names of other objects than `self` and `cls`, and of other packages' modules, with their lines."""
+    pieces = set(_pieces_of_words(tree))
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and is_private(node.attr):
             if not (isinstance(node.value, ast.Name) and node.value.id in {"self", "cls"}):
                 yield node.lineno, ast.unparse(node)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
-            if is_private(node.value) and node.value.strip("_"):  # what getattr may be given
+            is_name = is_private(node.value) and node.value.strip("_") and node.value not in NO_ATTRIBUTES
+            if is_name and node not in pieces:  # what getattr may be given
                 yield node.lineno, repr(node.value)
         elif isinstance(node, ast.ImportFrom | ast.Import):
             modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             for name in [*modules, *(alias.name for alias in node.names)]:
                 if name != "__future__" and any(is_private(part) for part in name.split(".")):
                     yield node.lineno, name
+
+
+def _pieces_of_words(tree: ast.Module) -> Iterator[ast.AST]:
+    """Constants that are put to a word or taken from it: parts of f-strings, and arguments such as of `removesuffix`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield from node.values
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ENDS:
+            yield from node.args
 
 
 @pytest.mark.parametrize("module", sorted(MODULES.keys() - {HOME}))

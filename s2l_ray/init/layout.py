@@ -244,8 +244,8 @@ def _companions(named: dict[str, SeenField]) -> list[ConfigLine]:
 def source_setting(columns: dict[str, list[Any]]) -> list[ConfigLine]:
     """The field that names the sub-dataset, from whole columns by name; a remark where that is not sure."""
     names = {name.lower(): name for name in reversed(columns)}
-    for usual in SOURCES:
-        values = columns.get(names.get(usual, ""), [])
+    for usual in filter(names.__contains__, SOURCES):
+        values = columns[names[usual]]
         if values and all(isinstance(value, str) and value for value in values):
             distinct = len(set(values))
             if distinct <= min(MOST_SOURCES, max(2, len(values) // 5)):
@@ -275,8 +275,10 @@ def id_setting(columns: dict[str, list[Any]], is_all: bool) -> list[ConfigLine]:
 def split_setting(columns: dict[str, list[Any]]) -> list[ConfigLine]:
     """Rows of a test set in the corpus stay out."""
     name = next((name for name in columns if name.lower() == "split"), None)
-    counts = Counter(value for value in columns.get(name or "", []) if isinstance(value, str))
-    if name is None or len(counts) < 2 or len(counts) > 10:
+    if name is None:
+        return []
+    counts = Counter(value for value in columns[name] if isinstance(value, str))
+    if not 2 <= len(counts) <= 10:
         return []
     train = next((value for value in counts if value.lower() in {"train", "training"}), None)
     if train is None:

@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 
 from s2l_ray.config import ExamplesConfig
 from s2l_ray.errors import DataError
-from s2l_ray.examples.corpus import find_files
 from s2l_ray.examples.cutting import cut_corpus
+from s2l_ray.examples.files import CorpusFile
+from s2l_ray.examples.formats import Lines, RowGroups
 from s2l_ray.examples.pieces import Piece
 from s2l_ray.examples.rows import CorpusRows
 from s2l_ray.storage.hub import hub_commit, hub_id
@@ -20,6 +21,8 @@ from s2l_ray.storage.hub import hub_commit, hub_id
 MOST_BYTES = 32 * 2**20
 """Of a larger corpus only pieces of about this size together are read."""
 MOST_ROWS = 200_000
+MOST_COUNTED_BYTES = 2 * 2**30
+"""The lines of a larger corpus are not counted."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class CorpusLook:
     """Rows of the whole corpus."""
     is_exact: bool
     """Whether `num_rows` is counted and not estimated."""
+    is_least: bool = False
+    """Whether there are more than `num_rows`, nobody knows how many."""
 
     @property
     def is_all(self) -> bool:
@@ -51,6 +56,8 @@ class CorpusLook:
         """How many rows there are and how that is known, in words."""
         if self.is_all:
             return f"{self.num_rows:,} rows, all of them read"
+        if self.is_least:
+            return f"more than {self.num_rows:,} rows, of which so many were read"
         total = f"{self.num_rows:,} rows" if self.is_exact else f"about {self.num_rows:,} rows (estimated by size)"
         return f"{total}, {self.num_read:,} of them read"
 
@@ -71,7 +78,7 @@ def look_at(config: ExamplesConfig) -> CorpusLook:
     blocks: list[CorpusRows] = []
     is_whole = True
     for piece in chosen:
-        read, ended = _rows_of(piece, max(1, MOST_ROWS // len(chosen)))
+        read, ended = _rows_of(piece, MOST_ROWS)
         blocks += read
         is_whole &= ended
     num_read = sum(map(len, blocks))
@@ -82,8 +89,10 @@ def look_at(config: ExamplesConfig) -> CorpusLook:
         raise DataError(problem)
     if is_whole and len(chosen) == len(pieces):
         return CorpusLook(blocks, num_read, num_read, True)
-    counted = total if are_rows else _rows_in_footers(config)
+    counted = total if are_rows else _counted_rows(pieces)
     estimate = round(num_read * total / max(1, sum(piece.size for piece in chosen)))
+    if counted is None and not is_whole:  # of a compressed file it is not known how much of it was read
+        return CorpusLook(blocks, num_read, num_read, False, is_least=True)
     return CorpusLook(blocks, num_read, counted or max(num_read, estimate), counted is not None)
 
 
@@ -98,15 +107,27 @@ def _rows_of(piece: Piece, most: int) -> tuple[list[CorpusRows], bool]:
     return blocks, True
 
 
-def _rows_in_footers(config: ExamplesConfig) -> int | None:
-    """The rows of a corpus of Parquet files alone, which say it; None for another."""
-    if not isinstance(config.dataset, str | list):
-        return None
-    files = find_files(config.dataset)
-    if not all(file.format == "parquet" for file in files):
+def _counted_rows(pieces: list[Piece]) -> int | None:
+    """The rows of a corpus of Parquet files, which say it, or of plain JSON Lines, whose lines are counted; None where counting
+    takes as long as reading."""
+    files = {piece.file.uri: piece.file for piece in pieces if isinstance(piece, Lines | RowGroups)}
+    are_lines = all(isinstance(piece, Lines) for piece in pieces)
+    if are_lines and sum(file.num_bytes for file in files.values()) <= MOST_COUNTED_BYTES:
+        return sum(map(_num_lines, files.values()))
+    if not all(isinstance(piece, RowGroups) for piece in pieces):
         return None
     count = 0
-    for file in files:
+    for file in files.values():
         with file.readable(), file.open() as source:
             count += pq.read_metadata(source).num_rows
     return count
+
+
+def _num_lines(file: CorpusFile) -> int:
+    """The lines of a file, without a blank one at its end."""
+    count, last = 0, b"\n"
+    with file.readable(), file.stream() as source:
+        while block := source.read(2**24):
+            count += block.count(b"\n")
+            last = block[-1:]
+    return count + (last != b"\n")

@@ -1,7 +1,8 @@
 """What the stages with torch stand on: models, tokens, losses, fine-tuning.
 
-Takes rows of tokens and a section of the config; gives losses and trained models. Read `tokenizers`, `tokens`, `token_rows` and
-`token_parts` (text to tokens), `losses` over `output_head` and `varlen_attention` (per-example loss at the machine's speed;
+Takes examples and a section of the config; gives losses and trained models. Read `tokenizers`, `tokens` over `token_rows`,
+`chat_rows`, `turns` and `chat_templates` (text to tokens, of pairs and of conversations), `token_pools` and `token_parts`
+(of the whole pool), `losses` over `output_head` and `varlen_attention` (per-example loss at the machine's speed;
 `flops` measures that), `batches` (which rows in which step), `fine_tuning`, `training_run`, `resume_points` and `zero` (one
 worker of a training), `models`, `adapters` and `checkpoints` (found, made, saved), `schedule` (when losses are recorded).
 """

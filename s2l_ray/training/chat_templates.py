@@ -10,8 +10,8 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError, UndefinedError
 
-# ChatML, for tokenizers that bring no chat template: reasoning, calls and their results as Qwen and Hermes write them. It has no
-# place for the tools themselves; a list of them would fill the context of the small models that come without a template.
+# ChatML, for tokenizers that bring no chat template: reasoning, calls and their results as Qwen and Hermes write them. It has
+# no place for the tools themselves; a list of them would fill the context of the small models that come without a template.
 CHATML = """
 {%- for message in messages -%}
   {%- set content = message.content or '' -%}

@@ -237,7 +237,8 @@ def _closes_a_message(prompt: str, token: str, one: Chat, turn: int) -> bool:
 
 def _joined(template: ChatTemplate, one: Chat, whole: Rendered, answers: list[_Answer]) -> ReadChat:
     """The texts of a conversation: the whole where every answer stands in it as it was rendered, else one for each."""
-    notes = {TOOLS_LOST} if any(name not in whole.text for name in one.tool_names) else set()
+    prompt = whole.text[: answers[0].spans[0][0]] if answers else whole.text
+    notes = {TOOLS_LOST} if any(name not in prompt for name in one.tool_names) else set()
     if any(_lacks_calls(one, answer) for answer in answers):
         notes.add(CALLS_LOST)
         # An answer that is nothing but a call would teach to say nothing.
