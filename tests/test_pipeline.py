@@ -483,6 +483,14 @@ def test_select_in_python_gives_exactly_what_the_pipeline_gave(finished):
     assert selection.weights_M.tolist() == ours["_weight"].to_pylist()
 
 
+def test_the_target_trains_with_the_selections_weights_and_the_control_whose_are_alike_to_the_byte(finished, tmp_path):
+    config = finished.config(target={"use_weights": True})
+    target = run(config, str(tmp_path), reuse=str(finished.place), until="target")["target"]
+    weighted, plain = target.manifest["files"], finished.artifacts["target"].manifest["files"]
+    assert weighted["random_model/model.safetensors"] == plain["random_model/model.safetensors"]
+    assert weighted["model/model.safetensors"] != plain["model/model.safetensors"]
+
+
 # --- another run that takes what matches ---------------------------------------------------------------------------
 
 
