@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -111,13 +113,12 @@ def test_a_real_bash_completes_and_puts_no_space_behind_equals(tmp_path):
     command = tmp_path / "s2l"
     command.write_text(f"#!/bin/sh\nexec {sys.executable} -c 'from s2l_ray.cli import main; main()' \"$@\"\n")
     command.chmod(0o755)
-    bash = Bash(tmp_path)
-    bash.type('eval "$(_S2L_COMPLETE=source_bash s2l)"; echo rea""dy\n', "ready")
-    bash.type("s2l run quickstart --set selection.bud\t", "selection.budget=")
-    bash.type("0.1 --set clustering.tr\t", "0.1 --set clustering.training_rows=")
-    bash.type("null --set selection.meth\t", "selection.method=")
-    bash.type("s\t", "s2l ")
-    bash.close()
+    with contextlib.closing(Bash(tmp_path)) as bash:
+        bash.type('eval "$(_S2L_COMPLETE=source_bash s2l)"; echo rea""dy\n', "ready")
+        bash.type("s2l run quickstart --set selection.bud\t", "selection.budget=")
+        bash.type("0.1 --set clustering.tr\t", "0.1 --set clustering.training_rows=")
+        bash.type("null --set selection.meth\t", "selection.method=")
+        bash.type("s\t", "s2l ")
 
 
 class Bash:
@@ -139,6 +140,6 @@ class Bash:
                 shown += os.read(self._terminal, 65536).decode()
 
     def close(self) -> None:
-        os.write(self._terminal, b"\x03exit\n")
+        os.kill(self.pid, signal.SIGKILL)  # what is typed behind an interrupt may be lost
         os.waitpid(self.pid, 0)
         os.close(self._terminal)

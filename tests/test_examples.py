@@ -526,6 +526,14 @@ def test_a_bad_row_is_named_with_its_line_and_remedy(tmp_path: Path, case: str) 
         assert fragment in str(caught.value)
 
 
+def test_a_run_that_stopped_at_a_bad_row_goes_on_where_it_was_with_such_rows_dropped(ray_session: None, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", questions(40))
+    path.write_text(path.read_text() + "{broken\n")
+    with pytest.raises(DataError, match="line 41: not JSON"):
+        build(tmp_path / "run", path)
+    assert build(tmp_path / "run", path, on_bad_row="drop").summary["dropped"] == {"not_json": 1}
+
+
 BROKEN = ["{not json}", '{"prompt": "p"}', '{"prompt": 1, "response": "r"}']
 
 

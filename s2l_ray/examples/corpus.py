@@ -155,7 +155,8 @@ _OF_KNOWN_FIELDS = ("where", "held_out_fraction", "rows_per_part")
 
 def examples_recipe(config: ExamplesConfig, corpus: str) -> dict[str, Any]:
     """The recipe of the stage: the corpus by its identity, and those fields of the config that decide its examples."""
-    recipe = config.model_dump(mode="json", exclude={"dataset", "revision"})
+    # What a bad row does decides whether there is a result, not which.
+    recipe = config.model_dump(mode="json", exclude={"dataset", "revision", "on_bad_row", "max_dropped"})
     if isinstance(config.dataset, ReasoningGymDataset):
         recipe = {key: recipe[key] for key in _OF_KNOWN_FIELDS}
     elif isinstance(config.dataset, MimicRadiologyDataset):
