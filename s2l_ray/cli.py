@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -113,8 +113,16 @@ def select(
         typer.Option(help="Examples (3000), a fraction (0.1) or response tokens (tokens:100000). Several: nested subsets."),
     ],
     output: Annotated[str, typer.Option(metavar="DIR", help="Gets clustering/ and selection/.")],
-    num_clusters: Annotated[int, typer.Option(help="K, in each stratum if there are strata.")] = 100,
-    stratify_by: Annotated[str | None, typer.Option(metavar="COLUMN", help="Group within the values of this column.")] = None,
+    num_clusters: Annotated[int, typer.Option(help="K, in each value of a named column; 'auto' shares them.")] = 100,
+    stratify_by: Annotated[
+        str, typer.Option(metavar="COLUMN", help="Group within its values; auto: by source if there are several; or none.")
+    ] = "auto",
+    levels: Annotated[str | None, typer.Option(metavar="K,K,...", help="Groups of groups, such as 1000,100,20.")] = None,
+    allocation: Annotated[
+        float, typer.Option(help="A group's share: its size to this power; 0 equal, 1 as in the pool.")
+    ] = 0.0,
+    allocation_of_strata: Annotated[float, typer.Option(help="The same for strata.")] = 0.0,
+    draw: Annotated[Literal["random", "central", "spread"], typer.Option(help="Which rows of a group.")] = "random",
     seed: Annotated[int, typer.Option(help="Seed of the grouping and of the sampling.")] = 0,
     features: Annotated[
         Literal["raw", "reduction", "shape", "whitened"], typer.Option(help="What k-means sees of the losses.")
@@ -137,26 +145,38 @@ def select(
 
     clustering = checked(
         ClusteringConfig,
-        num_clusters=num_clusters,
+        **(_levels(levels) if levels else {"num_clusters": num_clusters}),
         features=features,
         num_iterations=num_iterations,
         num_restarts=num_restarts,
         tolerance=tolerance,
         training_rows=training_rows,
-        stratify_by=stratify_by,
+        stratify_by=None if stratify_by == "none" else stratify_by,
         seed=seed,
     )
-    first, *more = map(_budget, budget)
     selection = checked(
         SelectionConfig,
-        budget=first,
-        more_budgets=more,
+        **_budgets(budget),
         seed=seed,
-        defer_groups_up_to=defer_groups_up_to,
+        draw=draw,
         min_per_source=min_per_source,
+        defer_groups_up_to=defer_groups_up_to,
+        allocation=allocation,
+        allocation_of_strata=allocation_of_strata,
     )
     machines = checked(GroupingConfig, engine=engine, memory_gb=memory_gb, num_workers=num_workers)
     select_trajectories(trajectories, output, clustering, selection, machines)
+
+
+def _levels(text: str) -> dict[str, list[int | str]]:
+    """Groups of groups as a config has them: `1000,100,20` is [1000, 100, 20]."""
+    return {"levels": [int(part) if part.strip().isdigit() else part for part in text.split(",")]}
+
+
+def _budgets(texts: list[str]) -> dict[str, Any]:
+    """The budget and the further ones as a config has them."""
+    first, *more = map(_budget, texts)
+    return {"budget": first, "more_budgets": more}
 
 
 def _budget(text: str) -> str | dict[str, str]:

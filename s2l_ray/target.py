@@ -7,9 +7,12 @@ of steps: the workers, their imports and the base model are paid once.
 from __future__ import annotations
 
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import pyarrow as pa
 
 from s2l_ray.config import ExamplesConfig, TargetConfig, TargetWorkerConfig
 from s2l_ray.errors import DataError
@@ -47,6 +50,12 @@ class TargetJob:
     machines: TargetWorkerConfig
     corpus: ExamplesConfig
     tracking: Tracking | None = None
+    weights: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Subset -> how much each id counts, where that is asked for."""
+
+    def weights_of(self, name: str, ids: pa.Array) -> np.ndarray | None:
+        """How much each row counts of a subset, by the ids of their examples; None where all count alike."""
+        return np.array([self.weights[name][one] for one in ids.to_pylist()]) if name in self.weights else None
 
 
 def build(context: Context) -> Artifact:
@@ -58,6 +67,9 @@ def build(context: Context) -> Artifact:
     workers = Workers.resolve(machines, one_per_cpu=False, at_most=target.global_batch_size)
     files = {"selected": SELECTED} | ({"random": RANDOM} if config.evaluation.random_control else {})
     subsets = {name: selected_ids(inputs["selection"], file) for name, file in files.items()}
+    weights = {}
+    if target.use_weights:
+        weights = {name: selected_weights(inputs["selection"], file) for name, file in files.items()}
     smallest = min(len(ids) for ids in subsets.values())
     if smallest < target.global_batch_size:
         raise DataError(
@@ -65,7 +77,7 @@ def build(context: Context) -> Artifact:
             "(target.global_batch_size). Raise selection.budget or use a smaller batch."
         )
     corpus, tracking = config.examples, Tracking.of(context)
-    job = TargetJob(target, inputs["examples"], inputs["proxy"], draft.storage, subsets, machines, corpus, tracking)
+    job = TargetJob(target, inputs["examples"], inputs["proxy"], draft.storage, subsets, machines, corpus, tracking, weights)
     if target.zero_stage:
         get_log("target").info("DeepSpeed ZeRO %d; its first use on a machine compiles for half a minute", target.zero_stage)
     result = fit("target", train_target, job, workers, draft.work, resume_minutes=machines.resume_minutes)
@@ -80,6 +92,12 @@ def selected_ids(selection: Artifact, file: str) -> list[str]:
     """The ids in a subset's file."""
     name = selection.summary["columns"]["example_id"]
     return [str(value) for value in selection.read_table(file, columns=[name])[name].to_pylist()]
+
+
+def selected_weights(selection: Artifact, file: str) -> dict[str, float]:
+    """The weight of each id in a subset's file."""
+    name = selection.summary["columns"]["weight"]
+    return dict(zip(selected_ids(selection, file), selection.read_table(file, columns=[name])[name].to_pylist(), strict=True))
 
 
 # --- on a worker ---------------------------------------------------------------------------------------------------
@@ -104,7 +122,9 @@ def train_target(job: TargetJob, events: Any) -> dict[str, Any]:
         if not job.storage.exists(record):
             order = data_order(pool.row_ids, config.epochs, config.global_batch_size, config.seed)
             order = order[: steps * config.global_batch_size]
-            run = TrainingRun(name, config, order, pool.tokens, (), steps * len(pools), before)
+            run = TrainingRun(
+                name, config, order, pool.tokens, (), steps * len(pools), before, job.weights_of(name, pool.example_ids)
+            )
             deepspeed = zero_config(config.zero_stage, job.machines.offload)
             with sharded_as_it_is_read(config, deepspeed):
                 model = make_model(config, tokenizer)

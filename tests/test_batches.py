@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s2l_ray.config import TrainingConfig, TrainingWorkerConfig
@@ -17,7 +18,7 @@ from s2l_ray.errors import ConfigError
 from s2l_ray.runtime.fit import fit
 from s2l_ray.runtime.workers import Workers
 from s2l_ray.storage.places import Storage
-from s2l_ray.training.batches import NO_ROW, BatchPlan, length_balanced_order
+from s2l_ray.training.batches import NO_ROW, BatchPlan, batch_weights, length_balanced_order
 from s2l_ray.training.fine_tuning import Collator, TrainingRows, fine_tune, token_mean_loss, training_loss
 from s2l_ray.training.token_rows import TokenRows
 from s2l_ray.training.training_run import TrainingRun
@@ -110,6 +111,59 @@ def test_a_worker_that_is_a_row_short_computes_the_rows_it_has():
     assert batch["input_ids"].tolist() == [tokens[2][0].tolist()]
 
 
+# --- weights -------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(1, 7), st.integers(1, 12))
+@settings(max_examples=60, deadline=None)
+def test_a_batchs_weights_have_mean_one_whoever_computes_its_rows(seed, workers, device_batch, batch):
+    workers = min(workers, batch)
+    rng = np.random.default_rng(seed)
+    weights, order = rng.gamma(1, 10, 30) + 0.01, rng.integers(0, 30, 4 * batch)
+    plan = BatchPlan.of(batch, workers, device_batch)
+    places = length_balanced_order(order, rng.integers(1, 9, 30), plan)
+    found = batch_weights(places, weights, plan).reshape(4, -1)
+    for step, (of_places, rows_of_step) in enumerate(zip(found, order.reshape(4, -1), strict=True)):
+        expected = weights[rows_of_step] / weights[rows_of_step].mean()
+        rows_there = places.reshape(4, -1)[step]
+        by_row = dict(zip(rows_of_step.tolist(), expected.tolist(), strict=True))
+        assert of_places.tolist() == pytest.approx([by_row.get(row, 0.0) for row in rows_there.tolist()], rel=1e-6)
+        assert of_places.sum() == pytest.approx(batch, rel=1e-5)
+    alone = BatchPlan.of(batch, 1, batch)
+    one = batch_weights(order, weights, alone).reshape(4, -1)
+    assert [sorted(row[row > 0].tolist()) for row in found] == [sorted(row.tolist()) for row in one]
+
+
+def test_weights_that_are_alike_are_exactly_one_and_reach_no_batch():
+    tokens = rows(np.random.default_rng(7), 12)
+    plan = BatchPlan.of(12, 2, 4)
+    places = length_balanced_order(np.arange(12), tokens.lengths, plan)
+    found = batch_weights(places, np.full(12, 0.1), plan)
+    assert set(found.tolist()) == {1.0}
+    weighted = TrainingRows(tokens, places, found)
+    plain = TrainingRows(tokens, places)
+    batches = [Collator(True)([some[i] for i in range(len(some))]) for some in (weighted, plain)]
+    assert list(batches[0]) == list(batches[1]) == ["input_ids", "labels", "logits_to_keep"]
+    assert all(torch.equal(batches[0][name], batches[1][name]) for name in batches[0])
+
+
+@pytest.mark.parametrize("restrict", [True, False])
+def test_a_row_of_weight_three_counts_as_three_of_it(restrict):
+    tokens = rows(np.random.default_rng(7), 3)
+    weights = np.array([1.0, 3.0, 2.0])
+    gradients = []
+    for rows_there in ([0, 1, 2], [0, 1, 1, 1, 2, 2]):
+        model = make("gpt_neox")
+        is_weighted = len(rows_there) == 3
+        data = TrainingRows(tokens, np.array(rows_there), weights if is_weighted else None)
+        batch = Collator(restrict)([data[i] for i in range(len(data))])
+        labels, of_rows = batch.pop("labels"), batch.pop("weights", None)
+        assert (of_rows is not None) == is_weighted
+        token_mean_loss(model(**batch), labels, torch.tensor(17), of_rows).backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
+
+
 # --- trained -------------------------------------------------------------------------------------------------------
 
 BATCH, STEPS = 64, 5
@@ -131,6 +185,29 @@ def train(job: tuple[int, str], events: Any) -> dict[str, Any]:
     machines = TrainingWorkerConfig(device_batch_size=int(device_batch))
     trainer = fine_tune(run, make("gpt_neox"), None, machines, events, deepspeed=zero_config(stage, "none"))
     return {"losses": training_loss(trainer)}
+
+
+def train_with_weights(names: tuple[str, ...], events: Any) -> dict[str, Any]:
+    """The same few steps without weights, with equal and with uneven ones: losses and a hash of the trained model."""
+    many, found = rows(np.random.default_rng(11), 32), {}
+    order = np.concatenate([np.random.default_rng(step).permutation(32)[:16] for step in range(4)])
+    config = TrainingConfig(model="none", global_batch_size=16, learning_rate=3e-3, warmup_fraction=0.0)
+    weights = {"plain": None, "equal": np.full(32, 0.1), "uneven": np.arange(1.0, 33.0)}
+    for name in names:
+        run = TrainingRun(name, config, order, many, (), 12, 4 * len(found), weights[name])
+        torch.manual_seed(0)
+        trainer = fine_tune(run, make("gpt_neox"), None, TrainingWorkerConfig(device_batch_size=5), events)
+        state = b"".join(value.numpy().tobytes() for value in trainer.model.state_dict().values())
+        found[name] = [training_loss(trainer), hashlib.sha256(state).hexdigest()]
+    return found
+
+
+@pytest.mark.timeout(300)
+def test_a_training_with_equal_weights_is_that_without_any_to_the_byte(ray_session, tmp_path):
+    done = fit("target", train_with_weights, ("plain", "equal", "uneven"), Halves(1, 1, 0.0, 1), Storage(str(tmp_path)))
+    assert done["equal"] == done["plain"]
+    assert done["uneven"][1] != done["plain"][1]
+    assert done["uneven"][0] != done["plain"][0]
 
 
 class Halves(Workers):

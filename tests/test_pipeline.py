@@ -97,7 +97,7 @@ def config_values(corpus: Path) -> dict[str, Any]:
             "include_untrained": True,
             **training,
         },
-        "clustering": {"num_clusters": NUM_CLUSTERS, "seed": SEED},
+        "clustering": {"num_clusters": NUM_CLUSTERS, "stratify_by": None, "seed": SEED},
         "selection": {"budget": BUDGET, "seed": SEED},
         "target": {"model": scratch(2, 32), "epochs": 2, **training},
         "evaluation": {
@@ -481,6 +481,14 @@ def test_select_in_python_gives_exactly_what_the_pipeline_gave(finished):
     assert selection.example_ids.to_pylist() == ours["example_id"].to_pylist()
     assert selection.cluster_ids_M.tolist() == ours["cluster_id"].to_pylist()
     assert selection.weights_M.tolist() == ours["_weight"].to_pylist()
+
+
+def test_the_target_trains_with_the_selections_weights_and_the_control_whose_are_alike_to_the_byte(finished, tmp_path):
+    config = finished.config(target={"use_weights": True})
+    target = run(config, str(tmp_path), reuse=str(finished.place), until="target")["target"]
+    weighted, plain = target.manifest["files"], finished.artifacts["target"].manifest["files"]
+    assert weighted["random_model/model.safetensors"] == plain["random_model/model.safetensors"]
+    assert weighted["model/model.safetensors"] != plain["model/model.safetensors"]
 
 
 # --- another run that takes what matches ---------------------------------------------------------------------------

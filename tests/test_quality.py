@@ -49,7 +49,9 @@ def features_of(kind: str, losses: np.ndarray) -> Features:
 
 def grouped(losses: np.ndarray, sources: np.ndarray, **recipe: Any) -> Clustering:
     """Groups over all rows, of trajectories that have sources."""
-    return cluster_store(TrajectoryStore.of(Trajectories.of(losses, sources=sources)), ClusteringConfig(**recipe))
+    return cluster_store(
+        TrajectoryStore.of(Trajectories.of(losses, sources=sources)), ClusteringConfig(**recipe, stratify_by=None)
+    )
 
 
 # --- measures ------------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """Trajectories -> groups of examples whose losses fell in the same way. Needs neither torch nor Ray.
 
 Takes a trajectory store; gives `Groups` and the files of `clustering/`. Read `stage` (what is called and written), `groups`
-(what comes out), `grouping` (two passes over the store, then each stratum), `strata` (sample, restarts, all rows), `kmeans`
-(Lloyd's loop and where it starts), `bounds` (searches saved), `numbering` (canonical cluster ids) and `diagnostics` (how good
-the groups are). Where rows are: `engines` chooses between `local_rows`, `ray_rows` and `gpu_rows`; `columns` are memory or
-files. `features` is what k-means sees of the losses, `threads` is faiss.
+(what comes out), `stratifying` (within which strata, and how many in each), `grouping` (two passes over the store, then each
+stratum), `strata` (sample, restarts, all rows), `kmeans` (Lloyd's loop and where it starts), `bounds` (searches saved),
+`numbering` (canonical cluster ids), `levels` (groups of groups) and `diagnostics` (how good the groups are). Where rows
+are: `engines` chooses between `local_rows`, `ray_rows` and `gpu_rows`; `columns` are memory or files. `features` is what
+k-means sees of the losses, `threads` is faiss.
 """

@@ -21,12 +21,15 @@ from s2l_ray.clustering.engines import Engine
 from s2l_ray.clustering.features import Features, Spectrum, on_grid
 from s2l_ray.clustering.groups import ALL_ROWS, Groups, Stratum
 from s2l_ray.clustering.kmeans import group_sums
+from s2l_ray.clustering.levels import levels_above
 from s2l_ray.clustering.numbering import Numbering, rows_by_code
 from s2l_ray.clustering.strata import FittedStratum, StratumKMeans, StratumRows, lowest
+from s2l_ray.clustering.stratifying import AUTO, config_of_stratum, strata_of
 from s2l_ray.clustering.threads import SearchThreads
 from s2l_ray.config import ClusteringConfig
 from s2l_ray.errors import ConfigError
 from s2l_ray.examples.ids import priority_cut
+from s2l_ray.progress import get_log
 from s2l_ray.trajectories.sorting import in_order
 from s2l_ray.trajectories.store import TrajectoryStore, losses_matrix
 
@@ -34,10 +37,11 @@ from s2l_ray.trajectories.store import TrajectoryStore, losses_matrix
 DIAGNOSTIC_ROWS = 65_536
 # Groups times sources up to which their agreement is counted: 8 MB.
 MAX_CELLS = 1_000_000
+_log = get_log("clustering")
 
 
-def group(store: TrajectoryStore, config: ClusteringConfig, engine: Engine) -> Grouping:
-    """The groups of the rows of a store, within each value of `config.stratify_by` where that is given.
+def group(store: TrajectoryStore, config: ClusteringConfig, engine: Engine, *, sources_are_files: bool = False) -> Grouping:
+    """The groups of the rows of a store, within each value of `config.stratify_by` where that is given (see `stratifying`).
 
     Raises ConfigError for more groups than rows, or an unknown column to stratify by.
     """
@@ -46,22 +50,32 @@ def group(store: TrajectoryStore, config: ClusteringConfig, engine: Engine) -> G
             f"clustering.num_clusters: {config.num_clusters:,} groups of {len(store):,} examples. "
             f"Set clustering.num_clusters to {len(store):,} or less, or bring more examples."
         )
-    by = config.stratify_by
+    found = strata_of(config, store.names_of("source") if "source" in store.names else [], len(store), sources_are_files)
+    by = found.column
+    if config.stratify_by == AUTO:
+        _log.info("stratify_by auto: %s (%s)", "by source" if by else "no strata", found.reason)
     names = [ALL_ROWS] if by is None else store.names_of(by)
     counts = [len(store)] if by is None else store.counts_of(by).tolist()
-    features, spectrum = _features_of(store, config, engine.pool)
+    configs = [config_of_stratum(config, count, len(store)).model_copy(update={"stratify_by": by}) for count in counts]
+    config = config.model_copy(update={"stratify_by": by})
+    features, spectrum = features_of(store, config, engine.pool)
     width = features.num_features
-    sources = [StratumRows(name, count, width, config, engine) for name, count in zip(names, counts, strict=True)]
+    sources = [StratumRows(name, count, width, own, engine) for name, count, own in zip(names, counts, configs, strict=True)]
     totals = _fill(store, sources, features, config, engine.pool)
-    strata = [StratumKMeans(source, config, engine).fit() for source in sources]
-    return Grouping(store, config, strata, features, spectrum, totals)
+    strata = [StratumKMeans(source, own, engine).fit() for source, own in zip(sources, configs, strict=True)]
+    grouping = Grouping(store, config, strata, features, spectrum, totals)
+    if config.levels is not None:
+        grouping.parents = levels_above(grouping.centroids_of_strata, names, configs, engine.pool)
+        counts = [grouping.num_clusters, *(int(parents.max()) + 1 for parents in grouping.parents)]
+        _log.info("levels of %s groups", " -> ".join(f"{count:,}" for count in counts))
+    return grouping
 
 
 def _diagnostic_cut(store: TrajectoryStore) -> np.uint64:
     return np.uint64(priority_cut(DIAGNOSTIC_ROWS, len(store)))
 
 
-def _features_of(store: TrajectoryStore, config: ClusteringConfig, pool: SearchThreads) -> tuple[Features, Spectrum]:
+def features_of(store: TrajectoryStore, config: ClusteringConfig, pool: SearchThreads) -> tuple[Features, Spectrum]:
     """What k-means will see of the losses, and the trajectories' principal components: one pass over the rows."""
     cut, is_sampled = _diagnostic_cut(store), len(store) > DIAGNOSTIC_ROWS
 
@@ -154,6 +168,9 @@ class Grouping:
         self._store, self._config, self._strata = store, config, strata
         self._features, self._spectrum, self._totals = features, spectrum, totals
         self._numbering, self._centroids_KT = Numbering.canonical(store, config.stratify_by, strata, features)
+        self.parents: tuple[NDArray[np.int64], ...] = ()
+        """The levels above the groups (see `levels`)."""
+
         self._rows_KS: NDArray[np.int64] | None = None
         """Rows of each group and source, once `assignments` has run through."""
 
@@ -173,12 +190,20 @@ class Grouping:
         self._rows_KS = rows_KS
 
     @property
-    def feature_centroids_KF(self) -> Floats | None:
-        """Centroids in the space of the features, in canonical order; None where features are the losses."""
-        if self._features.kind == "raw":
-            return None
+    def num_clusters(self) -> int:
+        """K, over all strata."""
+        return self._numbering.num_clusters
+
+    @property
+    def centroids_of_strata(self) -> list[Floats]:
+        """Centroids of each stratum in the space of the features, in canonical order."""
         pairs = zip(self._strata, self._numbering.orders, strict=True)
-        return np.concatenate([stratum.fit.centroids_KF[order] + stratum.center_F for stratum, order in pairs])
+        return [stratum.fit.centroids_KF[order] + stratum.center_F for stratum, order in pairs]
+
+    @property
+    def feature_centroids_KF(self) -> Floats | None:
+        """The same in one; None where features are the losses."""
+        return None if self._features.kind == "raw" else np.concatenate(self.centroids_of_strata)
 
     def groups(self, has_untrained: bool | None = None) -> Groups:
         """The groups and how good they are; after `assignments` has run through.
@@ -201,7 +226,8 @@ class Grouping:
             explained_variance=diagnostics.explained(inertia, self._totals.to_mean),
             num_iterations=max(stratum.num_iterations for stratum in strata),
             strata=tuple(strata),
-            is_stratified=self._config.stratify_by is not None,
+            stratified_by=self._config.stratify_by,
+            parents=self.parents,
             diagnostics=self._diagnostics(np.concatenate(sizes), has_untrained),
         )
 

@@ -57,9 +57,14 @@ class Groups:
     """Lloyd iterations over all rows (the most that a stratum took)."""
 
     strata: tuple[Stratum, ...]
-    is_stratified: bool
+    stratified_by: str | None
+    """The column within whose values the groups were made; None without strata."""
+
     diagnostics: dict[str, Any] = field(default_factory=dict)
     """How good the groups are (see `grouping`)."""
+
+    parents: tuple[NDArray[np.int64], ...] = ()
+    """For each level of groups of groups, from below: in which of its groups each group of the level under it is."""
 
     def __post_init__(self) -> None:
         assert self.sizes_K.min() > 0
@@ -76,11 +81,23 @@ class Groups:
         return int(self.sizes_K.sum())
 
     @property
+    def is_stratified(self) -> bool:
+        return self.stratified_by is not None
+
+    @property
     def strata_K(self) -> NDArray[np.int64] | None:
         """The stratum of each group, counted in the order of their names; None without strata."""
         if not self.is_stratified:
             return None
         return np.repeat(np.arange(len(self.strata)), [stratum.num_clusters for stratum in self.strata])
+
+    @property
+    def topmost_strata(self) -> NDArray[np.int64] | None:
+        """The stratum of each group of the topmost level; None without strata."""
+        strata = self.strata_K
+        for parents in self.parents:
+            strata = None if strata is None else strata[np.unique(parents, return_index=True)[1]]
+        return strata
 
     def summary(self) -> dict[str, Any]:
         """For the manifest and the report."""
@@ -94,7 +111,9 @@ class Groups:
             "num_iterations": self.num_iterations,
             "ended_by": sorted({stratum.ended_by for stratum in self.strata}),
             "capped": capped,
+            "stratify_by": self.stratified_by,
             "strata": {stratum.name: asdict(stratum) for stratum in self.strata} if self.is_stratified else {},
+            "parents": [parents.tolist() for parents in self.parents],
             "diagnostics": self.diagnostics,
         }
 
@@ -111,7 +130,8 @@ class Groups:
             centroids_KT=centroids_KT,
             sizes_K=np.array(summary["sizes"], np.int64),
             strata=strata or (only,),
-            is_stratified=bool(strata),
+            stratified_by=summary["stratify_by"],
+            parents=tuple(np.array(parents, np.int64) for parents in summary["parents"]),
             **{name: summary[name] for name in same},
         )
 

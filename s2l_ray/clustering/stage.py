@@ -15,6 +15,7 @@ from s2l_ray.clustering.columns import Floats, Ints
 from s2l_ray.clustering.engines import Engine
 from s2l_ray.clustering.grouping import group
 from s2l_ray.clustering.groups import Clustering, Groups
+from s2l_ray.clustering.stratifying import AUTO
 from s2l_ray.clustering.threads import SearchThreads
 from s2l_ray.config import ClusteringConfig, GroupingConfig, checked
 from s2l_ray.progress import duration, get_log
@@ -35,6 +36,7 @@ def cluster(
     losses_NT: Any,
     *,
     num_clusters: int = 100,
+    levels: list[int] | None = None,
     num_iterations: int = 20,
     num_restarts: int = 3,
     features: str = "raw",
@@ -49,14 +51,15 @@ def cluster(
 
     `losses_NT` is anything of shape (N, T), in nats; ids are row numbers unless given, and the result is in ascending order
     of ids: any order of the rows gives the same group for each id. With `strata` (one value per row) there are
-    `num_clusters` groups in each. `num_threads` (all processors unless given) decides no result. The others are as in
-    the section `clustering` of a config.
+    `num_clusters` groups in each. `levels`, such as [1000, 100, 20], take the place of `num_clusters`. `num_threads`
+    (all processors unless given) decides no result. The others are as in the section `clustering` of a config.
 
     Raises DataError naming the ids of ragged, missing or non-finite losses, ConfigError for more groups than rows.
     """
     config = checked(
         ClusteringConfig,
-        num_clusters=num_clusters,
+        num_clusters=levels[0] if levels else num_clusters,
+        levels=levels,
         num_iterations=num_iterations,
         num_restarts=num_restarts,
         features=features,
@@ -90,8 +93,18 @@ def build(context: Context) -> Artifact:
     if context.machines.engine == "ray":
         connect_ray()
     source = context.inputs["trajectories"]
-    with streamed(source, draft.shared, seed=config.seed, stratify_by=config.stratify_by) as (store, scratch):
-        return publish_clustering(config, context.machines, store, scratch, draft, has_untrained(source))
+    examples = context.config.examples
+    by = None if config.stratify_by == AUTO else config.stratify_by
+    with streamed(source, draft.shared, seed=config.seed, stratify_by=by) as (store, scratch):
+        return publish_clustering(
+            config,
+            context.machines,
+            store,
+            scratch,
+            draft,
+            has_untrained(source),
+            sources_are_files=examples.sources_are_files,
+        )
 
 
 def has_untrained(trajectories: Artifact) -> bool:
@@ -106,17 +119,20 @@ def publish_clustering(
     scratch: Path,
     draft: Draft,
     has_untrained: bool | None = None,
+    *,
+    sources_are_files: bool = False,
 ) -> Artifact:
     """Group trajectories and publish `assignments-*.parquet` (example_id, cluster_id, distance), `centroids.npy` (K, T),
     for other features than the losses `feature_centroids.npy` (K, F), and `restarts.parquet`.
 
     `has_untrained`: whether the trajectories begin with the untrained model; None where that is unknown. It decides nothing
-    but what a warning advises. Raises ConfigError for what the config asks of this machine or these trajectories in vain.
+    but what a warning advises. `sources_are_files`: see `stratifying`. Raises ConfigError for what the config asks of this
+    machine or these trajectories in vain.
     """
     begun = time.monotonic()
     with SearchThreads() as pool, Engine.choose(machines, pool, scratch, len(store), store.num_points) as engine:
         _log.info("%s trajectories of %d points, %s", f"{len(store):,}", store.num_points, engine.describe())
-        grouping = group(store, config, engine)
+        grouping = group(store, config, engine, sources_are_files=sources_are_files)
         grouped = time.monotonic()
         parts = in_order(pool, lambda table: table_bytes(table, ["cluster_id"]), _parts(grouping.assignments()))
         for part, data in enumerate(parts):

@@ -59,8 +59,8 @@ SCHEMAS = {
     "examples": 3,
     "proxy": 3,
     "trajectories": 4,
-    "clustering": 3,
-    "selection": 4,
+    "clustering": 4,
+    "selection": 5,
     "target": 3,
     "evaluation": 3,
 }

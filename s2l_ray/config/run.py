@@ -76,7 +76,7 @@ class RunConfig(Section):
         if zero_stage < {"none": 0, "optimizer": 1, "parameters": 3}[offload]:
             needed = "3" if offload == "parameters" else "1, 2 or 3"
             raise ValueError(f"machines.target.offload={offload} needs target.zero_stage {needed}, found {zero_stage}")
-        if self.clustering.stratify_by not in (None, "source"):
+        if self.clustering.stratify_by not in (None, "auto", "source"):
             raise ValueError(
                 f"clustering.stratify_by='{self.clustering.stratify_by}': a run knows strata by 'source'. Set "
                 "examples.source_field to that column, or use `s2l select`"

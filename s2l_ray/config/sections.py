@@ -116,6 +116,11 @@ class ExamplesConfig(Section):
     """Rows in one part, the unit of restart; auto: 512 up to half a million rows, then so that there are about 1,000
     parts."""
 
+    @property
+    def sources_are_files(self) -> bool:
+        """Whether rows take the name of their file for a source."""
+        return self.source_field is None and not isinstance(self.dataset, ReasoningGymDataset)
+
     @model_validator(mode="after")
     def _templates_name_plain_fields(self) -> ExamplesConfig:
         for name in ("prompt_template", "prompt_template_if_empty"):
@@ -156,7 +161,14 @@ class ClusteringConfig(Section):
     """How the trajectories are grouped."""
 
     num_clusters: Positive = 100
-    """K, in each stratum if there are strata (paper: 100). Capped by the rows of a stratum, with a log line."""
+    """K (paper: 100). In each stratum where `stratify_by` names a column (the reference code); with `stratify_by: auto` in all,
+    shared over the sources by their rows and at least one each: a corpus that happens to name its sources gets about the
+    groups that were asked for, and its small sources no groups of one row. Capped by the rows, with a log line."""
+
+    levels: list[Positive] | None = None
+    """Groups of groups: `[1000, 100, 20]` makes 1,000 groups of the rows, 100 of the centroids of these and 20 of the centroids
+    of those (Vo et al. 2024, arXiv 2405.15613), and the budget is shared from the top down. So shares follow the space that
+    trajectories fill, and not how many lie where. The first number is `num_clusters`."""
 
     features: Literal["raw", "reduction", "shape", "whitened"] = "raw"
     """What k-means sees: the losses (raw, the paper), their drop since the first point (reduction), what is left without
@@ -175,11 +187,33 @@ class ClusteringConfig(Section):
     num_restarts: Positive = 3
     """Initialisations tried; the one with the lowest inertia on the sample is kept."""
 
-    stratify_by: str | None = None
-    """Column, such as `source`, within whose values the groups are made (the reference code: source)."""
+    stratify_by: str | None = "auto"
+    """Column, such as `source`, within whose values the groups are made (the reference code: source); null: none. auto: by
+    source where the corpus names several, else none. Files without `examples.source_field` name sources by their own names,
+    if these differ in more than numbers: shards of one corpus are no sources."""
 
     seed: int = 0
     """Seed of the initialisation."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _levels_begin_with_the_groups(cls, values: Any) -> Any:
+        levels = values.get("levels") if isinstance(values, dict) else None
+        if isinstance(levels, list | tuple) and levels:
+            if values.get("num_clusters", levels[0]) != levels[0]:
+                raise ValueError(
+                    f"levels={list(levels)} begins with the groups of the rows, but num_clusters={values['num_clusters']}. "
+                    "Leave num_clusters out"
+                )
+            return values | {"num_clusters": levels[0]}
+        return values
+
+    @field_validator("levels")
+    @classmethod
+    def _levels_descend(cls, levels: list[int] | None) -> list[int] | None:
+        if levels is not None and (len(levels) < 2 or sorted(set(levels), reverse=True) != levels):
+            raise ValueError(f"expected numbers, each smaller than the one before, such as [1000, 100, 20]: {levels}")
+        return levels
 
     @model_validator(mode="after")
     def _trains_on_enough(self) -> ClusteringConfig:
@@ -192,7 +226,21 @@ class SelectionConfig(Section):
     """How many examples, and how they are sampled from the groups."""
 
     method: Literal["s2l"] = "s2l"
-    """Equal shares of every group, small groups first (METHOD: water-filling)."""
+    """Shares of every group, small groups first (METHOD: water-filling)."""
+
+    allocation: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """A group's quota grows with its size to this power, capped by its size. 0: equal shares (the paper); 1: shares as in the
+    pool, stratified sampling, whose mean over the subset never varies more than a random subset's; between them temperature
+    sampling."""
+
+    allocation_of_strata: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The same for strata. 0: each source alike (the reference code); 1: as in the pool."""
+
+    draw: Literal["random", "central", "spread"] = "random"
+    """Which rows of a group: those of lowest priority (random, the paper); those nearest to its centroid (central); or of as
+    many groups of its own rows as it gives rows the most central one each (spread). Only `random` is a sample: the others
+    are for comparison, and their weights make no estimate unbiased. `spread` knows one budget in examples and holds all
+    features in memory."""
 
     budget: int | float | dict[Literal["tokens"], Positive]
     """An integer is examples, a decimal below 1 a fraction of the pool, `{tokens: n}` response tokens."""
@@ -208,6 +256,18 @@ class SelectionConfig(Section):
 
     seed: int = 0
     """Seed of the priorities inside a group."""
+
+    @model_validator(mode="after")
+    def _spread_has_no_order(self) -> SelectionConfig:
+        if self.draw == "spread":
+            for name, is_given in (
+                ("more_budgets", bool(self.more_budgets)),
+                ("a budget in tokens", isinstance(self.budget, dict)),
+                ("min_per_source", self.min_per_source > 0),
+            ):
+                if is_given:
+                    raise ValueError(f"draw=spread chooses for one number of examples, not in an order. Leave out {name}")
+        return self
 
     @field_validator("more_budgets", mode="before")
     @classmethod

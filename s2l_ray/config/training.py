@@ -151,6 +151,10 @@ class TargetConfig(TrainingConfig):
     lora: Lora | None = None
     """Train adapters instead of all weights (`pip install 's2l_ray[lora]'`)."""
 
+    use_weights: bool = False
+    """Count each example's loss as often as its weight in `selected.parquet` says, divided by the mean weight of its batch: an
+    unbiased estimate of the pool's gradient, which equal shares of groups are not. Random subsets have equal weights."""
+
     @model_validator(mode="after")
     def _adapters_have_a_base(self) -> TargetConfig:
         if self.lora is not None and self.lora.save == "adapter" and isinstance(self.model, ScratchModel):

@@ -138,8 +138,8 @@ def _group_settings(pool: int, sources: dict[str, int]) -> list[ConfigLine]:
     settings = [ConfigLine("num_clusters", groups, why)]
     sizes = sorted(sources.values())
     if len(sizes) > 1 and sizes[-1] >= 4 * sizes[0]:
-        reason = f"sources have {sizes[0]:,} to {sizes[-1]:,} rows: equal shares for each, if every source counts alike"
-        settings.append(ConfigLine("stratify_by", "source", reason, is_open=True, is_set=False))
+        reason = f"sources have {sizes[0]:,} to {sizes[-1]:,} rows and equal shares each; null: if sources do not matter"
+        settings.append(ConfigLine("stratify_by", "auto", reason, is_open=True, is_set=False))
     return settings
 
 

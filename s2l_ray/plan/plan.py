@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from s2l_ray.clustering.stratifying import AUTO, strata_of
 from s2l_ray.config import RunConfig
 from s2l_ray.errors import ConfigError, DataError
 from s2l_ray.pipeline import STAGES, Decision, decide
@@ -89,7 +90,7 @@ def make_plan(
         decisions = [Decision(stage, "build", "the corpus cannot be looked at") for stage in STAGES]
     sizes = sizes_of(config, decisions, notes)
     costs = costs_of(config, sizes, accelerator)
-    notes += resume_point_lines(config, sizes)
+    notes += [*resume_point_lines(config, sizes), *_strata_lines(config, decisions)]
     memory: list[str] = []
     is_built = any(decision.stage.name == "target" and decision.action in ("build", "resume") for decision in decisions)
     if accelerator is not None and sizes.target_parameters and is_built:
@@ -102,3 +103,15 @@ def make_plan(
     if config.evaluation.random_control:
         notes.append("The target counts twice: evaluation.random_control trains a second one on a random subset.")
     return Plan(config.name, place.uri, decisions, costs, memory, notes, price)
+
+
+def _strata_lines(config: RunConfig, decisions: list[Decision]) -> list[str]:
+    """What `clustering.stratify_by: auto` means for the corpus, as far as that is known; nothing for a given column."""
+    if config.clustering.stratify_by != AUTO:
+        return []
+    found = next((d.artifact.summary for d in decisions if d.stage.name == "examples" and d.artifact is not None), None)
+    if found is None:
+        return ["Strata (clustering.stratify_by=auto): by source where the corpus turns out to name several."]
+    sources = [name for name, counts in found["sources"].items() if counts["pool"]]
+    strata = strata_of(config.clustering, sources, found["pool"], config.examples.sources_are_files)
+    return [f"Strata (clustering.stratify_by=auto): {'by source' if strata.column else 'none'}, {strata.reason}."]

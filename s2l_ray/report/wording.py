@@ -26,6 +26,11 @@ FEATURES = {
     "shape": "the losses without their level (shape)",
     "whitened": "the principal components, each with variance 1 (whitened)",
 }
+DRAWS = {
+    "random": "at random, by a hash of their ids",
+    "central": "those nearest to its centroid",
+    "spread": "one of each of as many groups inside it",
+}
 ENDS = {
     "converged": "no example changed its group",
     "tolerance": "the centroids hardly moved",
@@ -155,14 +160,19 @@ def sources(examples: Summary | None, selection: Summary | None) -> list[Source]
 
 def quality(clustering: Summary, selection: Summary) -> list[tuple[str, str]]:
     """How good the groups are, in plain words: (what, value). What was not measured is left out."""
-    known = {**clustering, **clustering.get("diagnostics", {}), "stability": selection.get("stability")}
+    known = {**clustering, **clustering.get("diagnostics", {})}
+    known |= {name: selection.get(name) for name in ("stability", "allocation", "draw")}
     pool, ends = known.get("rows"), [ENDS.get(end, end) for end in known.get("ended_by", [])]
     until = f", until {' or '.join(ends)}" if ends else ""
     sample = f" on {known['sampled_rows']:,} examples" if known.get("sampled_rows", pool) != pool else ""
+    known["strata"] = _strata(clustering)
     tiny = f"groups of at most {known.get('tiny_rows')} examples"
     if known.get("training_rows") == pool:
         known["training_rows"] = None
     lines: list[tuple[str, str, Callable[[Any], str]]] = [
+        ("strata", "groups were made", str),
+        ("allocation", "share of a group", lambda power: f"its size to the power {power:g}" if power else "all alike"),
+        ("draw", "which rows of a group", lambda draw: DRAWS.get(draw, draw)),
         ("features", "what k-means saw", lambda kind: FEATURES.get(kind, kind)),
         ("training_rows", "trained on", lambda rows: f"{rows:,} of {pool:,} examples; the others were only assigned"),
         ("num_iterations", "iterations", lambda count: f"{count:,}{until}"),
@@ -175,6 +185,16 @@ def quality(clustering: Summary, selection: Summary) -> list[tuple[str, str]]:
         ("tiny_groups", tiny, lambda n: f"{n:,} of {known['num_clusters']:,}"),
     ]
     return [(what, in_words(known[key])) for key, what, in_words in lines if known.get(key) is not None]
+
+
+def _strata(clustering: Summary) -> str | None:
+    """Within what groups were made, and in how many levels; None where a summary does not say."""
+    if "stratify_by" not in clustering:
+        return None
+    column, parents = clustering["stratify_by"], clustering.get("parents", [])
+    within = f"within each {column} ({len(clustering['strata']):,})" if column else "over all examples"
+    levels = [clustering["num_clusters"], *(max(above) + 1 for above in parents)]
+    return f"{within}, in levels of {' -> '.join(f'{count:,}' for count in levels)}" if parents else within
 
 
 def _stability(stability: Summary) -> str:

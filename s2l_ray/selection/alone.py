@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from s2l_ray.clustering.stage import has_untrained, publish_clustering
+from s2l_ray.clustering.stratifying import AUTO
 from s2l_ray.config import ClusteringConfig, GroupingConfig, SelectionConfig
 from s2l_ray.config.recipes import SCHEMAS
 from s2l_ray.errors import ArtifactError
@@ -45,7 +46,8 @@ def select_trajectories(
         connect_ray()
     with exclusive(place) as still_held:
         own, work = find_artifact(source), scratch_of(place)
-        with streamed(own or source, work, seed=clustering.seed, stratify_by=clustering.stratify_by) as (store, scratch):
+        by = None if clustering.stratify_by == AUTO else clustering.stratify_by
+        with streamed(own or source, work, seed=clustering.seed, stratify_by=by) as (store, scratch):
             check_columns(selection, store)
             with ThreadPoolExecutor(2) as pool:
                 identity = own.identity if own is not None else store.identity(pool)

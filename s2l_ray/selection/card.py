@@ -60,8 +60,8 @@ def describe(
             f"# {num_chosen:,} examples of {summary['pool']:,}, chosen by s2l_ray",
             "",
             f"Chosen by {_METHOD}: a small model was trained on all examples, their losses along that training",
-            f"were put into {summary['num_clusters']:,} groups by k-means, and every group gives an equal share, small groups",
-            "first. `cluster_id` is an example's group, `weight` the size of that group over the number taken from it.",
+            f"were put into {summary['num_clusters']:,} groups by k-means, and every group gives {_share(summary)}",
+            "`cluster_id` is an example's group, `weight` the size of that group over the number taken from it.",
             "",
             f"- Corpus: {_corpus(inputs.get('examples'), dataset)}",
             f"- Small model: {_model(proxy)}",
@@ -102,6 +102,11 @@ def _model(proxy: Artifact | None) -> str:
         model = model.rstrip("/").rpartition("/")[2]
     parameters = f"{proxy.summary['num_parameters']:,} parameters" if "num_parameters" in proxy.summary else ""
     return ", ".join(filter(None, [_escaped(model) if isinstance(model, str) else "from scratch", parameters]))
+
+
+def _share(summary: Mapping[str, Any]) -> str:
+    power = summary["allocation"]
+    return f"a share that grows with its size to the power {power:g}." if power else "an equal share, small groups first."
 
 
 def _subsets(summary: Mapping[str, Any]) -> list[str]:

@@ -1,7 +1,8 @@
 """Choosing in a stream: the rows that the order of `quotas` takes first, with memory for little more than these.
 
 How many rows each group gives is known from the sizes, and below which priority they lie is known but for a few rows, since
-priorities are uniform. So one pass over the pool keeps little more than what is chosen.
+priorities are uniform. So one pass over the pool keeps little more than what is chosen; of keys that are not uniform at most
+twice as many.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from numpy.typing import NDArray
 from s2l_ray.errors import ConfigError
 from s2l_ray.examples.ids import priority_cut
 from s2l_ray.progress import get_log
-from s2l_ray.selection.quotas import Integers, quotas, ranks, selection_order
+from s2l_ray.selection.quotas import Integers, Sharing, ranks, selection_order
 from s2l_ray.trajectories.store import NUM_RESPONSE_TOKENS
 
 NO_TOKENS = (
     f"selection.budget: a budget in tokens needs the column {NUM_RESPONSE_TOKENS}. Add it, or give a number of examples."
 )
+# Rows by a key are thinned out whenever there are so many more than twice those wanted.
+_PRUNED_ROWS = 262_144
 _log = get_log("selection")
 
 Budget = int | float | dict[str, int]
@@ -36,9 +39,11 @@ def select_rows(
     *,
     strata_K: Integers | None = None,
     defer_up_to: int = 0,
+    allocation: float = 0.0,
+    allocation_of_strata: float = 0.0,
     num_response_tokens_N: NDArray[np.integer[Any]] | None = None,
 ) -> Integers:
-    """Row numbers of a balanced selection, ascending: the first `budget` of `selection_order`, or all if there are fewer.
+    """Row numbers of a selection, ascending: the first `budget` of `selection_order`, or all if there are fewer.
 
     Raises ConfigError for a budget that takes nothing, or in tokens where token counts are unknown.
     """
@@ -46,17 +51,17 @@ def select_rows(
     if num_response_tokens_N is not None:
         columns[NUM_RESPONSE_TOKENS] = num_response_tokens_N
     sizes_K = np.bincount(cluster_ids_N, minlength=0 if strata_K is None else len(strata_K))
-    chosen = choose(lambda: [pa.table(columns)], sizes_K, [budget], strata_K=strata_K, defer_up_to=defer_up_to)[0]
-    return np.asarray(chosen["row"].to_numpy())
+    sharing = Sharing(
+        sizes_K, strata_K, defer_up_to=defer_up_to, allocation=allocation, allocation_of_strata=allocation_of_strata
+    )
+    return np.asarray(choose(lambda: [pa.table(columns)], sharing, [budget])[0]["row"].to_numpy())
 
 
 def choose(
     rows: Callable[[], Iterable[pa.Table]],
-    sizes_K: Integers,
+    sharing: Sharing,
     budgets: Sequence[Budget],
     *,
-    strata_K: Integers | None = None,
-    defer_up_to: int = 0,
     sizes_S: Integers | None = None,
     min_per_source: int = 0,
 ) -> list[pa.Table]:
@@ -64,24 +69,23 @@ def choose(
 
     `rows()` streams the pool in tables of `cluster_id`, `priority` (uint64), for budgets in tokens `num_response_tokens`, for
     `min_per_source` a `source` (a number), and whatever else shall come along. It is called again where a first guess
-    of how many rows a budget in tokens takes was too low. `sizes_K` and `sizes_S` are the rows of each group and source.
-    With `min_per_source` the rows of lowest priority of each source come first, then all others in their order.
+    of how many rows a budget in tokens takes was too low. `sizes_S` are the rows of each source. Inside a group rows come by
+    priority, or by the column `key` (uint64) where there is one. With `min_per_source` the rows of lowest priority of each
+    source come first, then all others in their order.
 
     Raises ConfigError for a budget that takes nothing or less than the minimum of every source, or in tokens where
     token counts are unknown.
     """
-    num_rows = int(sizes_K.sum())
+    num_rows = int(sharing.sizes_K.sum())
     if sizes_S is None or not min_per_source:
         sizes_S = np.zeros(0, np.int64)
     num_wanted = _first_guess(rows, budgets, num_rows)
     while True:
-        quotas_K = quotas(sizes_K, num_wanted, strata_K=strata_K, defer_up_to=defer_up_to)
-        found = _candidates(rows, quotas_K, sizes_K, np.minimum(sizes_S, min_per_source), sizes_S)
-        groups_M, priorities_M = found["cluster_id"].to_numpy(), found["priority"].to_numpy()
-        order_M = selection_order(groups_M, priorities_M, sizes_K=sizes_K, strata_K=strata_K, defer_up_to=defer_up_to)
+        found = _candidates(rows, sharing.quotas(num_wanted), sharing.sizes_K, np.minimum(sizes_S, min_per_source), sizes_S)
+        order_M = selection_order(found["cluster_id"].to_numpy(), keys_of(found), sharing, num_wanted)
         num_first = 0
         if len(sizes_S):
-            is_first_M = ranks(found["source"].to_numpy(), priorities_M) < min_per_source
+            is_first_M = ranks(found["source"].to_numpy(), found["priority"].to_numpy()) < min_per_source
             order_M, num_first = order_M[np.argsort(~is_first_M[order_M], kind="stable")], int(is_first_M.sum())
         counts = [_num_taken(budget, found, order_M[:num_wanted], num_rows, num_first) for budget in budgets]
         if None not in counts:
@@ -89,9 +93,14 @@ def choose(
         num_wanted = min(num_rows, 2 * num_wanted)
 
 
+def keys_of(rows: pa.Table) -> NDArray[np.uint64]:
+    """By what rows come inside their group, the lowest first, shape (M,)."""
+    return np.asarray(rows["key" if "key" in rows.column_names else "priority"].to_numpy())
+
+
 def _first_guess(rows: Callable[[], Iterable[pa.Table]], budgets: Sequence[Budget], num_rows: int) -> int:
     """Examples that the largest budget takes: exactly, but for budgets in tokens."""
-    largest = max((_num_examples(b, num_rows, quietly=True) for b in budgets if not isinstance(b, dict)), default=0)
+    largest = max((num_examples(b, num_rows, quietly=True) for b in budgets if not isinstance(b, dict)), default=0)
     tokens = max((budget["tokens"] for budget in budgets if isinstance(budget, dict)), default=0)
     if not tokens:
         return largest
@@ -106,15 +115,38 @@ def _first_guess(rows: Callable[[], Iterable[pa.Table]], budgets: Sequence[Budge
 def _candidates(
     rows: Callable[[], Iterable[pa.Table]], quotas_K: Integers, sizes_K: Integers, minimums_S: Integers, sizes_S: Integers
 ) -> pa.Table:
-    """Of each group and of each source the rows of lowest priority: as many as wanted, and few more."""
+    """Of each group the rows of lowest key and of each source those of lowest priority: as many as wanted, and few more."""
     margin = 6.0
     while True:
         cuts_K, cuts_S = _cuts(quotas_K, sizes_K, margin), _cuts(minimums_S, sizes_S, margin)
-        found = pa.concat_tables([_below(block, cuts_K, cuts_S) for block in rows()]).combine_chunks()
-        is_complete = (_num_below(found, "cluster_id", cuts_K) >= quotas_K).all()
+        found = _pruned(rows(), quotas_K, cuts_K, cuts_S)
+        is_complete = "key" in found.column_names or (_num_below(found, "cluster_id", cuts_K) >= quotas_K).all()
         if is_complete and (not len(cuts_S) or (_num_below(found, "source", cuts_S) >= minimums_S).all()):
             return found
         margin *= 4  # once in a billion
+
+
+def _pruned(rows: Iterable[pa.Table], quotas_K: Integers, cuts_K: NDArray[np.uint64], cuts_S: NDArray[np.uint64]) -> pa.Table:
+    """The rows of a stream below their cuts. Of keys nobody knows which are low: the lowest so far are kept, group by group."""
+    kept: list[pa.Table] = []
+    num_kept, limit = 0, 2 * int(quotas_K.sum()) + _PRUNED_ROWS
+    for block in rows:
+        kept.append(block if "key" in block.column_names else _below(block, cuts_K, cuts_S))
+        num_kept += len(kept[-1])
+        if "key" in block.column_names and num_kept > limit:
+            kept = [_lowest(pa.concat_tables(kept), quotas_K, cuts_S)]
+            num_kept = len(kept[0])
+    found = pa.concat_tables(kept).combine_chunks()
+    return _lowest(found, quotas_K, cuts_S) if "key" in found.column_names else found
+
+
+def _lowest(rows: pa.Table, quotas_K: Integers, cuts_S: NDArray[np.uint64]) -> pa.Table:
+    """Of each group the rows of lowest key, as many as its quota, and those below the cut of their source."""
+    groups_M = rows["cluster_id"].to_numpy()
+    is_low_M = ranks(groups_M, keys_of(rows)) < quotas_K[groups_M]
+    if len(cuts_S):
+        is_low_M |= rows["priority"].to_numpy() <= cuts_S[rows["source"].to_numpy()]
+    return rows.take(pa.array(np.flatnonzero(is_low_M))).combine_chunks()
 
 
 def _cuts(wanted_K: Integers, sizes_K: Integers, margin: float) -> NDArray[np.uint64]:
@@ -140,7 +172,7 @@ def _num_below(found: pa.Table, column: str, cuts_K: NDArray[np.uint64]) -> Inte
 def _num_taken(budget: Budget, found: pa.Table, order_M: Integers, num_rows: int, num_first: int) -> int | None:
     """How many rows of the order a budget takes; None where the order, known so far only, ends before it."""
     if not isinstance(budget, dict):
-        count = _num_examples(budget, num_rows)
+        count = num_examples(budget, num_rows)
     else:
         totals_M = np.cumsum(found[NUM_RESPONSE_TOKENS].to_numpy()[order_M], dtype=np.int64)
         count = int(np.searchsorted(totals_M, budget["tokens"], side="right"))
@@ -162,7 +194,7 @@ def _num_taken(budget: Budget, found: pa.Table, order_M: Integers, num_rows: int
     return count
 
 
-def _num_examples(budget: int | float, num_rows: int, *, quietly: bool = False) -> int:
+def num_examples(budget: int | float, num_rows: int, *, quietly: bool = False) -> int:
     """A budget in examples: a fraction is rounded down in decimal (0.29 of 100 is 29), to one example at least."""
     if budget <= 0:
         raise ConfigError(f"selection.budget: must be above 0, found {budget}.")

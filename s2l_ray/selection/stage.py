@@ -12,7 +12,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from s2l_ray.clustering.columns import Floats, Ints
+from s2l_ray.clustering.groups import Clustering
 from s2l_ray.clustering.stage import cluster_store, read_groups
+from s2l_ray.clustering.stratifying import AUTO
 from s2l_ray.config import ClusteringConfig, SelectionConfig, checked
 from s2l_ray.config.recipes import counts_target_tokens
 from s2l_ray.errors import DataError
@@ -40,45 +43,68 @@ def select(
     *,
     budget: Budget,
     num_clusters: int = 100,
+    levels: list[int] | None = None,
     seed: int = 0,
     num_iterations: int = 20,
     num_restarts: int = 3,
     features: str = "raw",
-    stratify_by: Any = None,
+    stratify_by: Any = "auto",
     sources: Any = None,
     example_ids: Any = None,
     num_response_tokens: Any = None,
     defer_groups_up_to: int = 0,
     min_per_source: int = 0,
+    allocation: float = 0.0,
+    allocation_of_strata: float = 0.0,
+    draw: str = "random",
 ) -> Selection:
-    """A balanced subset of examples by the losses of a small model: grouped by k-means, then an equal share of each group.
+    """A balanced subset of examples by the losses of a small model: grouped by k-means, then a share of each group.
 
     `losses` is anything of shape (N, T), in nats; ids are row numbers unless given. `budget` is a number of examples, a
-    fraction of N below 1, or `{"tokens": n}`, which needs `num_response_tokens` (one per row). `stratify_by` (one per row)
-    makes `num_clusters` groups in each stratum and shares the budget over the strata first. `sources` (one per row) are
-    for `min_per_source`; without them the strata are the sources. `seed` feeds both steps.
+    fraction of N below 1, or `{"tokens": n}`, which needs `num_response_tokens` (one per row). `sources` (one per row) are
+    the strata where there are several, and share `num_clusters`; `stratify_by` (one per row) are others, with `num_clusters`
+    groups in each; None: no strata. The budget is shared over the strata first. `min_per_source` goes by `sources`; without
+    them the strata are the sources. `levels`, such as [1000, 100, 20], take the place of `num_clusters`. `seed` feeds both
+    steps. The others are as in the sections `clustering` and `selection` of a config.
 
     Raises DataError naming the ids of ragged, missing or non-finite losses, ConfigError for an argument out of range.
     """
     config = checked(
-        SelectionConfig, budget=budget, defer_groups_up_to=defer_groups_up_to, min_per_source=min_per_source, seed=seed
+        SelectionConfig,
+        budget=budget,
+        defer_groups_up_to=defer_groups_up_to,
+        min_per_source=min_per_source,
+        allocation=allocation,
+        allocation_of_strata=allocation_of_strata,
+        draw=draw,
+        seed=seed,
     )
+    by = stratify_by if stratify_by is None or _is_auto(stratify_by) else "stratum"
     grouping = checked(
         ClusteringConfig,
-        num_clusters=num_clusters,
+        num_clusters=levels[0] if levels else num_clusters,
+        levels=levels,
         num_iterations=num_iterations,
         num_restarts=num_restarts,
         features=features,
-        stratify_by=None if stratify_by is None else "stratum",
+        stratify_by=by,
         seed=seed,
     )
-    columns = {} if stratify_by is None else {"stratum": stratify_by}
-    found = Trajectories.of(losses, example_ids, stratify_by if sources is None else sources, num_response_tokens, columns)
+    columns = {"stratum": stratify_by} if by == "stratum" else {}
+    sources = columns.get("stratum") if sources is None else sources
+    found = Trajectories.of(losses, example_ids, sources, num_response_tokens, columns)
     store = TrajectoryStore.of(found, seed)
     groups = cluster_store(store, grouping)
-    labels_N = groups.cluster_ids_N
-    starts = range(0, len(labels_N), BLOCK_ROWS)
-    return choose_subsets(store, lambda: (labels_N[i : i + BLOCK_ROWS] for i in starts), groups, config)[0].selection
+    return choose_subsets(store, lambda: _in_blocks(groups), groups, config, grouping)[0].selection
+
+
+def _is_auto(strata: Any) -> bool:
+    return isinstance(strata, str) and strata == AUTO
+
+
+def _in_blocks(groups: Clustering) -> Iterator[tuple[Ints, Floats]]:
+    for start in range(0, len(groups.cluster_ids_N), BLOCK_ROWS):
+        yield groups.cluster_ids_N[start : start + BLOCK_ROWS], groups.distances_N[start : start + BLOCK_ROWS]
 
 
 def build(context: Context) -> Artifact:
@@ -123,10 +149,11 @@ def publish_selection(
     """
     groups = read_groups(clustering)
 
-    def labels() -> Iterator[NDArray[np.int32]]:
-        return _labels(clustering, store)
+    def assigned() -> Iterator[tuple[Ints, Floats]]:
+        return _assigned(clustering, store)
 
-    subsets = choose_subsets(store, labels, groups, config)
+    grouping = checked(ClusteringConfig, **clustering.manifest["recipe"])
+    subsets = choose_subsets(store, assigned, groups, config, grouping)
     largest = max(subsets, key=lambda one: len(one.selection))
     files = [SELECTED, *(further_subset(_file_name(one.selection.budget)) for one in subsets[1:])]
     control = None
@@ -135,10 +162,11 @@ def publish_selection(
         for path, one in zip(files, subsets, strict=True):
             _write(draft, path, rows, one.rows, one.selection.weights_M)
         if random_control:
-            control = random_rows(store, labels, len(subsets[0].selection), config.seed)
+            control = random_rows(store, assigned, len(subsets[0].selection), config.seed)
             control_rows = SubsetRows.fetch(control, fetch_rows, scratch / "random", pool)
             _write(draft, RANDOM, control_rows, control, np.full(len(control), len(store) / len(control)))
     summary = _summary(store, subsets[0], control) | {"columns": rows.names, "added_columns": rows.added}
+    summary |= config.model_dump(include={"allocation", "allocation_of_strata", "draw"})
     summary["stability"] = stability(clustering, groups, config, len(subsets[0].selection))
     summary["budgets"] = [
         {"budget": one.selection.budget, "rows": len(one.selection), "file": path}
@@ -174,19 +202,19 @@ def _file_name(budget: Budget) -> str:
     return f"tokens-{budget['tokens']}" if isinstance(budget, dict) else str(budget)
 
 
-def _labels(clustering: Artifact, store: TrajectoryStore) -> Iterator[NDArray[np.int32]]:
-    """The groups of the store's rows, block by block. Raises DataError where the clustering is of other examples."""
+def _assigned(clustering: Artifact, store: TrajectoryStore) -> Iterator[tuple[Ints, Floats]]:
+    """The groups of the store's rows and their distances, block by block. Raises DataError for a clustering of others."""
 
     def assignments() -> Iterator[pa.RecordBatch]:
         for part in clustering.parts(ASSIGNMENTS):
-            yield from clustering.read_table(part, columns=["example_id", "cluster_id"]).to_batches()
+            yield from clustering.read_table(part, columns=["example_id", "cluster_id", "distance"]).to_batches()
 
     found = SortedTable.joined(assignments(), BLOCK_ROWS)
     for block in store.blocks("example_id"):
         table = next(found, None)
         if table is None or not table["example_id"].equals(block["example_id"]):
             raise DataError("the clustering is of other examples than the trajectories. Build clustering again.")
-        yield table["cluster_id"].to_numpy()
+        yield table["cluster_id"].to_numpy(), table["distance"].to_numpy()
     if next(found, None) is not None:
         raise DataError("the clustering is of more examples than the trajectories. Build clustering again.")
 

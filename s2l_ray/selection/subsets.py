@@ -10,19 +10,23 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from s2l_ray.clustering.columns import Floats, Ints
 from s2l_ray.clustering.diagnostics import contingency, mean_overlap
+from s2l_ray.clustering.grouping import features_of
 from s2l_ray.clustering.groups import Groups
-from s2l_ray.config import SelectionConfig
+from s2l_ray.clustering.threads import SearchThreads
+from s2l_ray.config import ClusteringConfig, SelectionConfig
 from s2l_ray.errors import ConfigError
 from s2l_ray.examples.ids import priorities, priority_cut
-from s2l_ray.selection.choosing import NO_TOKENS, Budget, choose, select_rows
-from s2l_ray.selection.quotas import Integers
+from s2l_ray.selection.choosing import NO_TOKENS, Budget, choose, num_examples, select_rows
+from s2l_ray.selection.quotas import Integers, Sharing
+from s2l_ray.selection.spreading import spread
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.layout import RESTARTS
 from s2l_ray.trajectories.store import NUM_RESPONSE_TOKENS, TrajectoryStore
 
-LabelBlocks = Callable[[], Iterator[NDArray[np.int32]]]
-"""Streams the group of every row of a store, in its blocks."""
+Assignments = Callable[[], Iterator[tuple[Ints, Floats]]]
+"""Streams the group of every row of a store and its distance to the centroid, in the store's blocks."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +39,8 @@ class Selection:
     cluster_ids_M: NDArray[np.int32]
     weights_M: NDArray[np.float64]
     """Size of the example's group over its quota: with these weights the subset's gradient estimates the pool's. With a
-    minimum per source: the same for the rows of its source in its group (see `_weights_by_source`)."""
+    minimum per source: the same for the rows of its source in its group (see `_weights_by_source`). With levels of groups
+    also for the groups beside it that give none (see `_stood_for`)."""
 
     quotas_K: Integers
     """Examples taken from each group."""
@@ -72,23 +77,33 @@ def check_columns(config: SelectionConfig, store: TrajectoryStore) -> None:
         raise ConfigError(NO_TOKENS)
 
 
-def choose_subsets(store: TrajectoryStore, labels: LabelBlocks, groups: Groups, config: SelectionConfig) -> list[Subset]:
-    """The subsets for the budget and for the further ones, in passes over the store. Raises what `choose` raises."""
+def choose_subsets(
+    store: TrajectoryStore, assigned: Assignments, groups: Groups, config: SelectionConfig, grouping: ClusteringConfig
+) -> list[Subset]:
+    """The subsets for the budget and for the further ones, in passes over the store. Raises what `choose` raises.
+
+    `grouping`: how the groups were made, for `draw: spread`.
+    """
     check_columns(config, store)
     budgets: list[Budget] = [config.budget, *config.more_budgets]  # type: ignore[list-item]
 
     def rows() -> Iterator[pa.Table]:
-        return _pool(store, labels, lambda block: store.priorities(block, config.seed))
+        return _pool(store, assigned, lambda block: store.priorities(block, config.seed), config.draw == "central")
 
-    tables = choose(
-        rows,
-        groups.sizes_K,
-        budgets,
-        strata_K=groups.strata_K,
-        defer_up_to=config.defer_groups_up_to,
-        sizes_S=store.counts_of("source") if config.min_per_source else None,
-        min_per_source=config.min_per_source,
-    )
+    sharing = sharing_of(groups, config)
+    if config.draw == "spread":
+        with SearchThreads() as pool:
+            features, _ = features_of(store, grouping, pool)
+        quotas_K = sharing.quotas(num_examples(config.budget, len(store)))  # type: ignore[arg-type]
+        tables = [spread(rows, store.blocks("losses"), features, quotas_K)]
+    else:
+        tables = choose(
+            rows,
+            sharing,
+            budgets,
+            sizes_S=store.counts_of("source") if config.min_per_source else None,
+            min_per_source=config.min_per_source,
+        )
     rows_KS = None
     if config.min_per_source:
         rows_KS = np.zeros((groups.num_clusters, len(store.names_of("source"))), np.int64)
@@ -97,9 +112,21 @@ def choose_subsets(store: TrajectoryStore, labels: LabelBlocks, groups: Groups, 
     return [_subset(budget, table, groups, rows_KS) for budget, table in zip(budgets, tables, strict=True)]
 
 
-def random_rows(store: TrajectoryStore, labels: LabelBlocks, count: int, seed: int) -> pa.Table:
+def sharing_of(groups: Groups, config: SelectionConfig) -> Sharing:
+    """How a budget is shared over these groups."""
+    return Sharing(
+        groups.sizes_K,
+        groups.topmost_strata,
+        groups.parents,
+        config.defer_groups_up_to,
+        config.allocation,
+        config.allocation_of_strata,
+    )
+
+
+def random_rows(store: TrajectoryStore, assigned: Assignments, count: int, seed: int) -> pa.Table:
     """The random control, as `Subset.rows`: the examples of lowest priority under another seed, with memory for them only."""
-    rows = _pool(store, labels, lambda block: priorities(block["example_id"], f"random-{seed}"))
+    rows = _pool(store, assigned, lambda block: priorities(block["example_id"], f"random-{seed}"))
     cut = np.uint64(priority_cut(count, len(store)))
     found = [block.take(pa.array(np.flatnonzero(block["priority"].to_numpy() <= cut))) for block in rows]
     table = pa.concat_tables(found).combine_chunks()
@@ -108,12 +135,13 @@ def random_rows(store: TrajectoryStore, labels: LabelBlocks, count: int, seed: i
 
 def stability(clustering: Artifact, groups: Groups, config: SelectionConfig, num_chosen: int) -> dict[str, Any] | None:
     """How much of a subset of `num_chosen` examples stays the same when the grouping starts from another seed: the mean share
-    that the subsets of two restarts have in common, on a sample. None for one restart.
+    that the subsets of two restarts have in common, on a sample. None for one restart, for levels of groups (of which the
+    restarts have the lowest alone) and for draws that go by distances.
 
     The priorities inside the groups stay the same, so that much would be common for any groups: `without_groups` is the
     share that the rows of lowest priority, without any groups, have in common with these subsets.
     """
-    if RESTARTS not in clustering.manifest["files"]:
+    if RESTARTS not in clustering.manifest["files"] or groups.parents or config.draw != "random":
         return None
     table = clustering.read_table(RESTARTS)
     order_N = priorities(table["example_id"], config.seed)
@@ -123,7 +151,15 @@ def stability(clustering: Artifact, groups: Groups, config: SelectionConfig, num
     num_clusters = int(clustering.manifest["recipe"]["num_clusters"])
     strata_K = np.repeat(np.arange(len(groups.strata)), num_clusters) if groups.is_stratified else None
     subsets = [
-        select_rows(table[name].to_numpy(), order_N, count, strata_K=strata_K, defer_up_to=config.defer_groups_up_to)
+        select_rows(
+            table[name].to_numpy(),
+            order_N,
+            count,
+            strata_K=strata_K,
+            defer_up_to=config.defer_groups_up_to,
+            allocation=config.allocation,
+            allocation_of_strata=config.allocation_of_strata,
+        )
         for name in table.column_names[1:]
     ]
     lowest = np.argsort(order_N, kind="stable")[:count]
@@ -136,12 +172,18 @@ def stability(clustering: Artifact, groups: Groups, config: SelectionConfig, num
 
 
 def _pool(
-    store: TrajectoryStore, labels: LabelBlocks, priorities_of: Callable[[pa.Table], NDArray[np.uint64]]
+    store: TrajectoryStore,
+    assigned: Assignments,
+    priorities_of: Callable[[pa.Table], NDArray[np.uint64]],
+    by_distance: bool = False,
 ) -> Iterator[pa.Table]:
-    """The rows to choose from, block by block, with their groups and priorities."""
+    """The rows to choose from, block by block, with their groups and priorities; as keys the distances, if they count."""
     wanted = ("example_id", "priority", "source", NUM_RESPONSE_TOKENS, "position")
-    for block, labels_M in zip(store.blocks(*wanted), labels(), strict=True):
+    for block, (labels_M, distances_M) in zip(store.blocks(*wanted), assigned(), strict=True):
         columns = {"example_id": block["example_id"], "cluster_id": labels_M, "priority": priorities_of(block)}
+        if by_distance:  # bits of floats above zero ascend as they do; of equally far rows the lower priority is first
+            far_M = np.ascontiguousarray(distances_M, np.float32).view(np.uint32).astype(np.uint64)
+            columns["key"] = far_M << np.uint64(32) | columns["priority"] >> np.uint64(32)
         columns |= {name: block[name] for name in ("position", NUM_RESPONSE_TOKENS) if store.has(name)}
         if "source" in store.names:
             columns["source"] = store.codes(block, "source")
@@ -153,10 +195,25 @@ def _subset(budget: Budget, rows: pa.Table, groups: Groups, rows_KS: Integers | 
     quotas_K = np.bincount(cluster_ids_M, minlength=groups.num_clusters)
     if rows_KS is None:
         weights_M = groups.sizes_K[cluster_ids_M] / quotas_K[cluster_ids_M]
+        if groups.parents:
+            weights_M *= _stood_for(groups, quotas_K)[cluster_ids_M]
     else:
         weights_M = _weights_by_source(rows, rows_KS)
     ids = rows["example_id"].combine_chunks()
     return Subset(Selection(ids, cluster_ids_M, weights_M, quotas_K, groups.sizes_K, budget), rows)
+
+
+def _stood_for(groups: Groups, quotas_K: Integers) -> NDArray[np.float64]:
+    """How many rows a row of each group stands for, shape (K,): more than one where groups beside it, in the same group of
+    groups, give none. A group of groups has few rows to share however many groups it has."""
+    factors_K, nodes_K = np.ones(len(quotas_K)), np.arange(len(quotas_K))
+    sizes, taken = groups.sizes_K, quotas_K
+    for parents in groups.parents:
+        all_rows = np.bincount(parents, sizes)
+        reached = np.bincount(parents, np.where(taken > 0, sizes, 0))
+        factors_K *= (all_rows / np.maximum(reached, 1))[parents][nodes_K]
+        sizes, taken, nodes_K = all_rows, np.bincount(parents, taken), parents[nodes_K]
+    return factors_K
 
 
 def _weights_by_source(chosen: pa.Table, rows_KS: Integers) -> NDArray[np.float64]:

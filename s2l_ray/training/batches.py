@@ -81,6 +81,19 @@ def data_order(example_ids: list[str], epochs: float, global_batch: int, seed: i
     return np.concatenate([np.zeros(0, np.int64), *passes])[:length]
 
 
+def batch_weights(places: np.ndarray, weights: np.ndarray, plan: BatchPlan) -> np.ndarray:
+    """How much the row at each place of `length_balanced_order` counts, float32 of its shape: the row's weight over the mean
+    weight of its step's rows, and exactly 1 where these are all alike. 0 where there is no row.
+
+    The same for any number of workers: a step's weights are added in ascending order.
+    """
+    is_row = places != NO_ROW
+    found = np.where(is_row, weights[places], 0.0).reshape(-1, plan.num_places)
+    rows = np.sort(found, axis=1)[:, plan.num_places - plan.global_batch :]
+    means = np.where(rows[:, :1] == rows[:, -1:], rows[:, :1], rows.mean(axis=1, keepdims=True))
+    return np.asarray((found / means).ravel(), np.float32)
+
+
 def length_balanced_order(order: np.ndarray, lengths: np.ndarray, plan: BatchPlan) -> np.ndarray:
     """The rows of every step at their places in micro-batches of similar length, int64 (steps * plan.num_places,).
 

@@ -6,6 +6,7 @@ micro-batches, so that every label weighs the same wherever it is computed, and 
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +18,15 @@ from s2l_ray.config import TrainingWorkerConfig
 from s2l_ray.storage.places import cache
 from s2l_ray.storage.records import digest
 from s2l_ray.training.adapters import base_of
-from s2l_ray.training.batches import NO_ROW, BatchPlan, length_balanced_order
+from s2l_ray.training.batches import NO_ROW, BatchPlan, batch_weights, length_balanced_order
 from s2l_ray.training.losses import pad
 from s2l_ray.training.output_head import accepts_logits_to_keep
 from s2l_ray.training.token_rows import Row, TokenRows
 from s2l_ray.training.trackers import Tracking, reporting
 from s2l_ray.training.training_run import TrainingRun
 from s2l_ray.training.zero import UNIVERSAL, with_batches
+
+WeightedRow = tuple[np.ndarray, np.ndarray, float]
 
 
 def fine_tune(
@@ -63,10 +66,12 @@ def fine_tune(
             deepspeed = deepspeed | {"checkpoint": {"load_universal": True}}
         if deepspeed is None and checkpoint is not None:
             _load_weights(model, checkpoint)
-        trainer = Trainer(
+        places = length_balanced_order(run.order, run.tokens.lengths, plan)
+        weights = None if run.weights is None else batch_weights(places, run.weights, plan)
+        trainer = (Trainer if weights is None else _weighted(Trainer))(
             model=model,
             args=_arguments(run, plan, folder, deepspeed, reports),
-            train_dataset=TrainingRows(run.tokens, length_balanced_order(run.order, run.tokens.lengths, plan)),
+            train_dataset=TrainingRows(run.tokens, places, weights),
             processing_class=tokenizer,
             data_collator=Collator(accepts_logits_to_keep(base_of(model))),
             compute_loss_func=token_mean_loss,
@@ -149,17 +154,22 @@ def _arguments(
 
 
 class TrainingRows:
-    """The training rows at their places, as the Trainer's dataset; None where a worker is a row short."""
+    """The training rows at their places, as the Trainer's dataset; None where a worker is a row short.
 
-    def __init__(self, tokens: TokenRows, places: np.ndarray) -> None:
-        self._tokens, self._places = tokens, places
+    With `weights`, one for each place, each row comes with its own.
+    """
+
+    def __init__(self, tokens: TokenRows, places: np.ndarray, weights: np.ndarray | None = None) -> None:
+        self._tokens, self._places, self._weights = tokens, places, weights
 
     def __len__(self) -> int:
         return len(self._places)
 
-    def __getitem__(self, i: int) -> Row | None:
+    def __getitem__(self, i: int) -> Row | WeightedRow | None:
         row = int(self._places[i])
-        return None if row == NO_ROW else self._tokens[row]
+        if row == NO_ROW or self._weights is None:
+            return None if row == NO_ROW else self._tokens[row]
+        return *self._tokens[row], float(self._weights[i])
 
 
 class Collator:
@@ -174,24 +184,41 @@ class Collator:
     def __init__(self, restrict_logits: bool) -> None:
         self._restrict_logits = restrict_logits
 
-    def __call__(self, places: list[Row | None]) -> dict[str, Any]:
-        """Tensors `input_ids`, `labels` (B, L) int64 and, where logits are restricted, `logits_to_keep` (B, L) bool."""
+    def __call__(self, places: list[Row | WeightedRow | None]) -> dict[str, Any]:
+        """Tensors `input_ids`, `labels` (B, L) int64, where logits are restricted `logits_to_keep` (B, L) bool, and where rows
+        have weights other than 1 `weights` (B,) float32."""
         import torch
 
-        rows = [row for row in places if row is not None] or [self.NOTHING]
+        found = [row for row in places if row is not None] or [self.NOTHING]
+        rows, weights = [row[:2] for row in found], [row[2] if len(row) == 3 else 1.0 for row in found]
         ids_BL, is_label_BL = pad(TokenRows.of(rows), np.arange(len(rows)))
         made = {"input_ids": ids_BL, "labels": np.where(is_label_BL, ids_BL, -100)}
         if self._restrict_logits:
             # Position j predicts token j + 1.
             made["logits_to_keep"] = np.pad(is_label_BL[:, 1:], ((0, 0), (0, 1)))
+        if any(weight != 1 for weight in weights):  # else the sum is that of a training without weights, to the last bit
+            made["weights"] = np.array(weights, np.float32)
         return {name: torch.from_numpy(array) for name, array in made.items()}
 
 
-def token_mean_loss(outputs: Any, labels_BL: Any, num_items_in_batch: Any = None) -> Any:
+def _weighted(trainer: Any) -> Any:
+    """A Trainer class whose loss knows the rows' weights, which its models do not take."""
+
+    class WeightedTrainer(trainer):  # type: ignore[misc]
+        def compute_loss(self, model: Any, inputs: dict[str, Any], **options: Any) -> Any:
+            inputs = dict(inputs)
+            self.compute_loss_func = functools.partial(token_mean_loss, weights_B=inputs.pop("weights", None))
+            return super().compute_loss(model, inputs, **options)
+
+    return WeightedTrainer
+
+
+def token_mean_loss(outputs: Any, labels_BL: Any, num_items_in_batch: Any = None, weights_B: Any = None) -> Any:
     """Cross-entropy in nats per label of the step, a scalar: this micro-batch's part of it.
 
     `num_items_in_batch`: the labels of the step over all workers; without it those of this batch. `outputs.logits` are
     (B, L, V), or (P, V) at the positions that predict a label. 0, with a gradient of 0, where there is no label.
+    `weights_B`: how often each row's labels count, while the labels of the step are counted once each.
     """
     from torch.nn import functional
 
@@ -201,7 +228,12 @@ def token_mean_loss(outputs: Any, labels_BL: Any, num_items_in_batch: Any = None
     else:
         shifted = labels_BL[:, 1:]
         labels = shifted[shifted != -100]
-    total = functional.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
+    if weights_B is None:
+        total = functional.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
+    else:
+        losses = functional.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="none")
+        weights = weights_B[:, None].expand_as(labels_BL[:, 1:])
+        total = (losses * (weights.flatten() if outputs.logits.ndim == 3 else weights[labels_BL[:, 1:] != -100])).sum()
     return total / (num_items_in_batch if num_items_in_batch is not None else (labels != -100).sum().clamp(min=1))
 
 

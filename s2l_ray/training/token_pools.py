@@ -37,6 +37,9 @@ class PoolTokens:
     row_ids: list[str]
     """A name for each row, which decides its place in the training's order."""
 
+    example_ids: pa.Array
+    """The id of the example that each row is of, string (rows,)."""
+
     tokens: TokenRows
     num_examples: int
     changed: dict[str, int]
@@ -49,15 +52,17 @@ class PoolTokens:
     def join(cls, parts: Iterable[PartTokens]) -> PoolTokens:
         """Parts laid end to end."""
         row_ids, rows, count, changed = list[str](), list[TokenRows](), 0, Counter[str]()
+        owner_ids = [pa.array([], pa.string())]
         refused, lengths = list[RefusedExample](), list[int]()
         for part in parts:
             row_ids += part.row_ids
+            owner_ids.append(part.example_ids.take(pa.array(part.owners)).cast(pa.string()))
             rows.append(part.tokens)
             count += len(part.example_ids)
             changed.update(part.changed)
             refused += part.refused
             lengths += part.unlearned_lengths
-        return cls(row_ids, TokenRows.join(rows), count, dict(changed), refused, lengths)
+        return cls(row_ids, pa.concat_arrays(owner_ids), TokenRows.join(rows), count, dict(changed), refused, lengths)
 
     @property
     def sizes(self) -> str:

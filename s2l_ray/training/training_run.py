@@ -29,3 +29,6 @@ class TrainingRun:
 
     steps_before: int = 0
     """Steps of the models before this one."""
+
+    weights: np.ndarray | None = None
+    """How much each row of `tokens` counts, float64 above 0; only ratios inside a batch matter. None: all alike."""
