@@ -26,7 +26,7 @@ from s2l_ray.storage.layout import names_until
 from s2l_ray.storage.lock import exclusive
 from s2l_ray.storage.ownership import check_run, read_building
 from s2l_ray.storage.places import Storage
-from s2l_ray.storage.stages import Context
+from s2l_ray.storage.stages import Context, check_dropped
 
 ANOTHER_RUN = "Give another --run-dir (with --reuse RUN_DIR it takes from this one every stage that still matches)"
 Inputs = Mapping[str, Artifact]
@@ -80,8 +80,7 @@ class Decision:
 def decide(config: RunConfig, run_dir: Storage, reuse: Storage | None = None) -> list[Decision]:
     """What `run` would do, stage by stage, reading only manifests and the corpus's hash.
 
-    Raises ArtifactError where the directory has somebody else's files or a damaged stage, ConfigError or DataError where
-    the corpus cannot be read.
+    Raises ArtifactError for somebody else's files or a damaged stage, ConfigError or DataError for an unreadable corpus.
     """
     check_run(run_dir)
     finished: dict[str, Artifact] = {}
@@ -92,6 +91,7 @@ def decide(config: RunConfig, run_dir: Storage, reuse: Storage | None = None) ->
             decision = Decision(stage, "refuse", f"after {refused[0]}")
         if decision.artifact is not None:
             finished[stage.name] = decision.artifact
+            check_dropped(config.examples, decision.artifact)
         decisions.append(decision)
     return decisions
 

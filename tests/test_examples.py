@@ -32,7 +32,7 @@ from hypothesis import strategies as st
 from s2l_ray.config import ExamplesConfig
 from s2l_ray.config.recipes import SCHEMAS
 from s2l_ray.errors import ArtifactError, ConfigError, DataError, S2LError
-from s2l_ray.examples.columns import join_columns
+from s2l_ray.examples.columns import Columns, field_of, holds_json, join_columns
 from s2l_ray.examples.conversations import LearnedText
 from s2l_ray.examples.corpus import corpus_identity, examples_recipe, find_files
 from s2l_ray.examples.cutting import cut_corpus, cut_file, sample_corpus
@@ -51,6 +51,7 @@ from s2l_ray.storage.drafts import Draft
 from s2l_ray.storage.hub import hub_id
 from s2l_ray.storage.layout import CORPUS_HASHES, MANIFEST
 from s2l_ray.storage.places import Storage
+from s2l_ray.storage.stages import check_dropped
 from tests.building import context_of
 
 SHARED_DATA = Path(os.environ.get("S2L_SHARED_DATA", Path(__file__).parents[1] / "../shared/data")).resolve()
@@ -369,9 +370,71 @@ def test_parquet_files_that_differ_in_the_types_of_a_column_keep_its_values(tmp_
         row |= {"mixed": pa.array([1]) if number else pa.array(["one"])}
         pq.write_table(pa.table(row), tmp_path / f"{number}.parquet")
     rows = sorted(read_all(tmp_path).to_pylist(), key=lambda row: row["prompt"])
-    assert [row["original"]["n"] for row in rows] == [0.0, 1.0, 2.0, 3.0]
+    assert [row["original"]["n"] for row in rows] == ["0", "1", "2", "3.0"]
     assert all("2024-02-29 12:30:00" in row["original"]["when"] for row in rows)
     assert [row["original"]["mixed"] for row in rows] == ['"one"', "1", "1", "1"]
+
+
+NUMBERS = [
+    1,
+    2**53 + 1,
+    2**63,
+    0.5,
+    1e300,
+    True,
+    None,
+    "x",
+    [1],
+    [0.5],
+    [2**53 + 1],
+    [True],
+    {"k": 1},
+    {"k": 0.5},
+    {"k": 2**60},
+]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=80, deadline=None)
+@given(st.lists(st.sampled_from(NUMBERS), min_size=1, max_size=5))
+def test_a_column_holds_every_value_as_it_was_and_the_same_in_one_file_and_in_many(tmp_path: Path, values: list[Any]) -> None:
+    rows = [{"prompt": f"p{i}", "response": "r", "x": value} for i, value in enumerate(values)]
+    one = read_all(write_lines(tmp_path / "one.jsonl", rows)).sort_by("prompt")
+    many = join_columns(Columns({"x": field_of("x", [value])}, {"x": 0}) for value in values).type.field("x")
+    kept = one["original"].combine_chunks().field("x")
+    assert (kept.type, holds_json(one.schema.field("original").type.field("x"))) == (many.type, holds_json(many))
+    found = [json.loads(value) if holds_json(many) and value is not None else value for value in kept.to_pylist()]
+    assert found == values
+    assert all(type(a) is type(b) or {type(a), type(b)} == {int, float} for a, b in zip(found, values, strict=True))
+
+
+def test_an_integer_beyond_doubles_is_not_rounded_because_another_file_has_decimals(tmp_path: Path) -> None:
+    for name, column in (("a", pa.array([2**53 + 1])), ("b", pa.array([None], pa.float64()))):
+        pq.write_table(pa.table({"prompt": [name], "response": ["r"], "user": column}), tmp_path / f"{name}.parquet")
+    rows = sorted(read_all(tmp_path).to_pylist(), key=lambda row: row["prompt"])
+    assert [row["original"]["user"] for row in rows] == ["9007199254740993", None]
+
+
+def test_texts_of_an_array_over_several_lines_keep_every_character(tmp_path: Path) -> None:
+    rows = [{"prompt": "a \u2028 \u0085 b", "response": "c"}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows, indent=2, ensure_ascii=False))
+    assert [json.loads(text) for text in read_all(tmp_path / "rows.json")["row_json"].to_pylist()] == rows
+
+
+def test_a_field_for_tools_that_no_row_has_is_an_error(ray_session: None, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", questions(3))
+    with pytest.raises(DataError, match=r"examples\.system_field=sistem: no row has this field"):
+        build(tmp_path / "run", path, system_field="sistem")
+
+
+def test_a_corpus_whose_bad_rows_were_dropped_is_not_taken_for_one_without(ray_session: None, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", questions(40))
+    path.write_text(path.read_text() + "{broken\n")
+    artifact = build(tmp_path / "run", path, on_bad_row="drop")
+    check_dropped(config_of(path, on_bad_row="drop"), artifact)
+    with pytest.raises(ArtifactError, match=r"1 bad rows were dropped.*examples\.on_bad_row=error"):
+        check_dropped(config_of(path), artifact)
+    with pytest.raises(ArtifactError, match=r"1 bad rows were dropped.*examples\.max_dropped=0\.01"):
+        check_dropped(config_of(path, on_bad_row="drop", max_dropped=0.01), artifact)
 
 
 def test_rows_of_json_and_of_parquet_make_one_corpus(tmp_path: Path) -> None:
@@ -380,7 +443,7 @@ def test_rows_of_json_and_of_parquet_make_one_corpus(tmp_path: Path) -> None:
     first, second = sorted(read_all(tmp_path).to_pylist(), key=lambda row: row["prompt"])
     assert json.loads(first["row_json"]) == {"prompt": "a", "response": "b", "meta": {"x": 1}}
     assert json.loads(second["row_json"]) == {"prompt": "c", "response": "d", "when": "2024-02-29 12:30:00.000000"}
-    assert second["original"] == {"prompt": "c", "response": "d", "meta": None, "when": A_DAY}
+    assert second["original"] == {"prompt": "c", "response": "d", "meta": None, "when": "2024-02-29 12:30:00.000000"}
 
 
 def test_whole_numbers_and_decimals_make_one_column(tmp_path: Path) -> None:

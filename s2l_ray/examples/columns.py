@@ -21,13 +21,13 @@ _PLAIN = {
     pa.large_binary(): pa.binary(),
     pa.binary_view(): pa.binary(),
 }
-# What pyarrow raises for values that make no column.
-_NO_COLUMN = (pa.ArrowException, OverflowError, UnicodeEncodeError, TypeError, ValueError, RecursionError)
 _HOLDS_JSON = {b"holds": b"json"}
+# What is known of a column beside its type, as marks of its field: that it comes from an Arrow table; that it has whole numbers
+# beyond 2**53, which decimals do not tell apart; that whole numbers and decimals stand in one place of it.
+_ARROW, _LARGE, _MIXED = b"arrow", b"large", b"mixed"
+_EXACT_INTEGER = 2**53
 # Deeper nested types are a burden to every reader of Parquet.
 _DEEPEST = 8
-# Whole numbers beyond it are not told apart as decimals.
-_EXACT_INTEGER = 2**53
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,13 @@ class Columns:
     @property
     def type(self) -> pa.StructType:
         """A struct with one field for each column, in order of their earliest position in any row, then of name."""
-        return pa.struct([self.fields[name] for name in sorted(self.fields, key=lambda name: (self.ranks[name], name))])
+        names = sorted(self.fields, key=lambda name: (self.ranks[name], name))
+        return pa.struct([_settled(self.fields[name]) for name in names])
 
     @property
     def json_names(self) -> list[str]:
         """The columns whose values are JSON texts."""
-        return sorted(name for name, one in self.fields.items() if holds_json(one))
+        return sorted(one.name for one in self.type if holds_json(one))
 
 
 def holds_json(one: pa.Field) -> bool:
@@ -60,17 +61,61 @@ def json_field(name: str) -> pa.Field:
     return pa.field(name, pa.string(), metadata=_HOLDS_JSON)
 
 
+def _settled(one: pa.Field) -> pa.Field:
+    """A column as it is stored."""
+    marks = one.metadata or {}
+    if holds_json(one) or {_LARGE, _MIXED} <= marks.keys():
+        return json_field(one.name)
+    return pa.field(one.name, one.type)
+
+
 def field_of(name: str, values: Sequence[Any]) -> pa.Field:
-    """The type of a column from its JSON values, None where a row has null or nothing."""
-    try:
-        column = pa.array(values)
-    except _NO_COLUMN:
-        return json_field(name)
-    if not pa.types.is_nested(column.type):
-        return pa.field(name, column.type)
-    kind = plain_type(column.type)
-    is_exact = _can_be_stored(kind) and column.to_pylist() == list(values)
-    return pa.field(name, kind) if is_exact else json_field(name)
+    """The type of a column from its JSON values, None where a row has null or nothing; the join of the types of single rows."""
+    marks: set[bytes] = set()
+    kind = _kind_of_all(values, marks, 0)
+    return json_field(name) if kind is None else pa.field(name, kind, metadata=dict.fromkeys(marks, b""))
+
+
+def _kind_of_all(values: Sequence[Any], marks: set[bytes], depth: int) -> pa.DataType | None:
+    """The type in which all values come back as they are, None where there is none."""
+    kinds = {type(value) for value in values} - {type(None)}
+    if not kinds:
+        return pa.null()
+    if kinds <= {int, float}:
+        return _kind_of_numbers(values, kinds, marks)
+    if len(kinds) > 1 or depth > _DEEPEST:
+        return None
+    [kind] = kinds
+    if kind is str:
+        return pa.string() if all(map(is_unicode, filter(None, values))) else None
+    if kind is list:
+        inner = _kind_of_all([item for value in values if value for item in value], marks, depth + 1)
+        return None if inner is None else pa.list_(inner)
+    return _kind_of_objects(values, marks, depth) if kind is dict else pa.bool_()
+
+
+def _kind_of_numbers(values: Sequence[Any], kinds: set[type], marks: set[bytes]) -> pa.DataType | None:
+    largest = max((abs(value) for value in values if type(value) is int), default=0)
+    if largest >= 2**63:
+        return None
+    marks |= {_LARGE} if largest > _EXACT_INTEGER else set()
+    marks |= {_MIXED} if len(kinds) > 1 else set()
+    return pa.float64() if float in kinds else pa.int64()
+
+
+def _kind_of_objects(values: Sequence[Any], marks: set[bytes], depth: int) -> pa.DataType | None:
+    """A struct for objects that all have the same keys: null would stand for one that an object does not have."""
+    objects = [value for value in values if value is not None]
+    names = objects[0].keys()
+    if not names or any(value.keys() != names for value in objects) or not all(map(is_unicode, names)):
+        return None
+    kinds = {name: _kind_of_all([value[name] for value in objects], marks, depth + 1) for name in sorted(names)}
+    return None if None in kinds.values() else pa.struct(list(kinds.items()))
+
+
+def field_of_arrow(name: str, kind: pa.DataType) -> pa.Field:
+    """A column of an Arrow table."""
+    return pa.field(name, plain_type(kind), metadata={_ARROW: b""})
 
 
 def join_columns(found: Iterable[Columns]) -> Columns:
@@ -87,50 +132,43 @@ def join_columns(found: Iterable[Columns]) -> Columns:
 def _joined(one: pa.Field, other: pa.Field) -> pa.Field:
     if holds_json(one) or holds_json(other):
         return json_field(one.name)
-    kind = _joined_type(one.type, other.type)
-    return json_field(one.name) if kind is None else pa.field(one.name, kind)
+    marks = {**(one.metadata or {}), **(other.metadata or {})}
+    kind = _joined_type(one.type, other.type, marks)
+    return json_field(one.name) if kind is None else pa.field(one.name, kind, metadata=marks)
 
 
-def _joined_type(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
-    """The type that holds the values of both as they are, None where there is none."""
+def _joined_type(one: pa.DataType, other: pa.DataType, marks: dict[bytes, bytes]) -> pa.DataType | None:
+    """The type in which the values of both come back as they are, None where there is none."""
     if one.equals(other) or pa.types.is_null(other):
         return one
     if pa.types.is_null(one):
         return other
     if pa.types.is_list(one) and pa.types.is_list(other):
-        inner = _joined_type(one.value_type, other.value_type)
+        inner = _joined_type(one.value_type, other.value_type, marks)
         return None if inner is None else pa.list_(inner)
     if pa.types.is_struct(one) and pa.types.is_struct(other):
-        return _joined_struct(one, other)
-    return _joined_numbers(one, other) if pa.types.is_primitive(one) or pa.types.is_decimal(one) else None
+        return _joined_struct(one, other, marks)
+    return _joined_numbers(one, other, marks)
 
 
-def _joined_struct(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
+def _joined_struct(one: pa.DataType, other: pa.DataType, marks: dict[bytes, bytes]) -> pa.DataType | None:
     if {field.name for field in one} != {field.name for field in other} or one.num_fields != other.num_fields:
         return None  # null would stand for a key that a row does not have
-    kinds = {field.name: _joined_type(field.type, other.field(field.name).type) for field in one}
+    kinds = {field.name: _joined_type(field.type, other.field(field.name).type, marks) for field in one}
     return None if None in kinds.values() else pa.struct(list(kinds.items()))
 
 
-def _joined_numbers(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
-    """The wider of two types of numbers or times of one kind."""
-    kinds = (
-        lambda kind: pa.types.is_integer(kind) or pa.types.is_floating(kind),
-        pa.types.is_decimal,
-        lambda kind: pa.types.is_timestamp(kind) and kind.unit != "ns",  # others may be out of the range of nanoseconds
-    )
-    if not any(is_kind(one) and is_kind(other) for is_kind in kinds):
+def _joined_numbers(one: pa.DataType, other: pa.DataType, marks: dict[bytes, bytes]) -> pa.DataType | None:
+    """The wider of two types of whole numbers or of decimals; of JSON's numbers decimals."""
+    is_whole, is_decimal = ([check(kind) for kind in (one, other)] for check in (pa.types.is_integer, pa.types.is_floating))
+    if _ARROW not in marks and all(whole or decimal for whole, decimal in zip(is_whole, is_decimal, strict=True)):
+        marks[_MIXED] = b""
+        return pa.float64()
+    has_sign = any(pa.types.is_signed_integer(kind) for kind in (one, other))
+    if not (all(is_whole) or all(is_decimal)) or (has_sign and pa.uint64() in (one, other)):
         return None
-    if {pa.types.is_unsigned_integer(one), pa.types.is_unsigned_integer(other)} == {True, False} and pa.uint64() in (
-        one,
-        other,
-    ):
-        return pa.float64() if pa.types.is_floating(one) or pa.types.is_floating(other) else None
     schemas = [pa.schema([("column", kind)]) for kind in (one, other)]
-    try:
-        return pa.unify_schemas(schemas, promote_options="permissive").field("column").type
-    except pa.ArrowException:
-        return None
+    return pa.unify_schemas(schemas, promote_options="permissive").field("column").type
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
@@ -151,15 +189,6 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_map(kind):
         return pa.map_(plain_type(kind.key_type), plain_type(kind.item_type))
     return _PLAIN.get(kind, kind)
-
-
-def _can_be_stored(kind: pa.DataType, depth: int = 0) -> bool:
-    """Whether Parquet has the type: no struct without a field, and nothing nested endlessly."""
-    if depth > _DEEPEST:
-        return False
-    if pa.types.is_struct(kind):
-        return bool(kind.num_fields) and all(_can_be_stored(field.type, depth + 1) for field in kind)
-    return _can_be_stored(kind.value_type, depth + 1) if pa.types.is_list(kind) else True
 
 
 # --- values ------------------------------------------------------------------------------------------------------
@@ -184,17 +213,25 @@ def column_from_values(values: Sequence[Any], one: pa.Field) -> pa.Array:
     """JSON values as a column of this type, which was joined from theirs."""
     if holds_json(one):
         return pa.array([None if value is None else json_text(value) for value in values], pa.string())
-    if pa.types.is_floating(one.type):
-        values = [float(value) if isinstance(value, int) else value for value in values]
-    return pa.array(values, one.type)
+    return pa.array([_with_decimals(value, one.type) for value in values], one.type)
+
+
+def _with_decimals(value: Any, kind: pa.DataType) -> Any:
+    """A value with decimals for the whole numbers in places of decimals."""
+    if value is None or not (pa.types.is_nested(kind) or pa.types.is_floating(kind)):
+        return value
+    if pa.types.is_list(kind):
+        return [_with_decimals(inner, kind.value_type) for inner in value]
+    if pa.types.is_struct(kind):
+        return {field.name: _with_decimals(value[field.name], field.type) for field in kind}
+    return float(value)
 
 
 def column_from_arrow(column: pa.Array, one: pa.Field) -> pa.Array:
     """An Arrow column as one of this type, which was joined from theirs."""
     if holds_json(one):
         return column_from_values(plain_values(column), one)
-    # Not safe: whole numbers beyond 2**53 are then rounded in a column of decimals, as everywhere.
-    return column.cast(one.type, safe=not pa.types.is_floating(one.type))
+    return column.cast(one.type)
 
 
 def plain_values(column: pa.Array | pa.ChunkedArray) -> list[Any]:
@@ -215,14 +252,14 @@ def _scalar_text(value: pa.Scalar) -> Any:
 
 def _json_type(kind: pa.DataType) -> pa.DataType:
     """The type with text for what JSON has no value for."""
-    kind = plain_type(kind)
-    if pa.types.is_temporal(kind) or pa.types.is_decimal(kind):
-        return pa.string()
-    if pa.types.is_list(kind):
-        return pa.list_(_json_type(kind.value_type))
-    if pa.types.is_struct(kind):
+    if pa.types.is_struct(kind):  # in the order of its own fields
         return pa.struct([(field.name, _json_type(field.type)) for field in kind])
-    return kind
+    plain = plain_type(kind)
+    if pa.types.is_temporal(plain) or pa.types.is_decimal(plain):
+        return pa.string()
+    if pa.types.is_list(plain):
+        return pa.list_(_json_type(kind.value_type))
+    return plain
 
 
 def struct_from_values(records: Sequence[dict[str, Any]], kind: pa.StructType) -> pa.StructArray:

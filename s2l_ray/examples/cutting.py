@@ -78,7 +78,8 @@ def _cut_files(dataset: str | list[str]) -> list[Shard]:
     wanted = sum(file.num_bytes for file in files) // SHARDS_WANTED
     shard_bytes = min(LARGEST_SHARD_BYTES, max(SMALLEST_SHARD_BYTES, wanted))
     with concurrent.futures.ThreadPoolExecutor() as pool:  # in object storage every footer is a request
-        pieces = [piece for cut in pool.map(lambda file: cut_file(file, shard_bytes), files) for piece in cut]
+        beside_json = any(file.format != "parquet" for file in files)
+        pieces = [piece for cut in pool.map(lambda file: cut_file(file, shard_bytes, beside_json), files) for piece in cut]
     return _packed(pieces, shard_bytes)
 
 
@@ -116,7 +117,7 @@ def _packed(pieces: list[FilePiece], shard_bytes: int) -> list[Shard]:
 # --- one file ----------------------------------------------------------------------------------------------------
 
 
-def cut_file(file: CorpusFile, shard_bytes: int) -> list[FilePiece]:
+def cut_file(file: CorpusFile, shard_bytes: int, beside_json: bool = False) -> list[FilePiece]:
     """The pieces of a file, of about `shard_bytes` each where its format can be cut. Raises DataError if it cannot be read.
 
     What a file is called tells CSV, Parquet and JSON apart; its first bytes tell which kind of JSON it is.
@@ -124,7 +125,7 @@ def cut_file(file: CorpusFile, shard_bytes: int) -> list[FilePiece]:
     if file.format in {"csv", "tsv"}:
         return [CsvFile(file)]
     if file.format == "parquet":
-        return list(cut_row_groups(file, shard_bytes))
+        return list(cut_row_groups(file, shard_bytes, beside_json))
     head = file.head()
     encoding = marked_encoding(head) or "utf-8"
     kind = _json_kind(head.decode(encoding, "replace"), file)

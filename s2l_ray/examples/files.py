@@ -127,7 +127,9 @@ def not_unicode(data: bytes, position: int, expected: str = "utf-8") -> str:
     likely = [] if expected != "utf-8" else _likely_encodings(data[start : start + _GUESSED_BYTES])
     if not likely:
         return f"not {expected.removesuffix('-sig').upper()} text. Convert the file to UTF-8, or leave it out."
-    return f"not UTF-8 text, it looks like {' or '.join(likely)}. Convert the file: iconv -f {likely[0]} -t utf-8."
+    if len(likely) > 1:
+        return f"not UTF-8 text, perhaps {' or '.join(likely)}. Convert the file from the right one: iconv -f NAME -t utf-8."
+    return f"not UTF-8 text, it looks like {likely[0]}. Look at some rows, then convert: iconv -f {likely[0]} -t utf-8."
 
 
 def _likely_encodings(sample: bytes) -> list[str]:

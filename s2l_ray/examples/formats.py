@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import functools
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -240,7 +241,7 @@ def _after_space(text: str, position: int) -> int:
 
 def _on_one_line(text: str) -> str:
     """A JSON text without line breaks, which stand only between its tokens."""
-    return " ".join(line.strip() for line in text.splitlines()) if "\n" in text or "\r" in text else text
+    return re.sub(r"[ \t]*[\r\n]+[ \t]*", " ", text)
 
 
 # --- Parquet -----------------------------------------------------------------------------------------------------
@@ -256,6 +257,8 @@ class RowGroups(FilePiece):
     """The file's rows before them."""
     raw_bytes: int
     """Their size without compression."""
+    beside_json: bool = False
+    """Whether other files of the corpus are of JSON or CSV: its rows then have a text of their own, too."""
 
     @property
     def size(self) -> int:
@@ -266,11 +269,12 @@ class RowGroups(FilePiece):
         with self.file.readable(), self.file.open() as source:
             groups = list(range(self.start, self.stop))
             for batch in pq.ParquetFile(source).iter_batches(ROWS_AT_A_TIME, row_groups=groups):
-                yield TableRows(pa.Table.from_batches([batch]), self.name, first, self.file.source)
+                rows = TableRows(pa.Table.from_batches([batch]), self.name, first, self.file.source)
+                yield rows.as_records() if self.beside_json else rows
                 first += batch.num_rows
 
 
-def cut_row_groups(file: CorpusFile, shard_bytes: int) -> Iterator[FilePiece]:
+def cut_row_groups(file: CorpusFile, shard_bytes: int, beside_json: bool = False) -> Iterator[FilePiece]:
     """Runs of row groups, each of at least `shard_bytes` without compression, but for the last."""
     with file.readable(), file.open() as source:
         footer = pq.read_metadata(source)
@@ -283,5 +287,5 @@ def cut_row_groups(file: CorpusFile, shard_bytes: int) -> Iterator[FilePiece]:
         size += footer.row_group(group).total_byte_size
         num_rows += footer.row_group(group).num_rows
         if size >= shard_bytes or group == footer.num_row_groups - 1:
-            yield RowGroups(file, start, group + 1, first_row, size)
+            yield RowGroups(file, start, group + 1, first_row, size, beside_json)
             start, first_row, num_rows, size = group + 1, first_row + num_rows, 0, 0

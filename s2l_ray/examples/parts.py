@@ -12,7 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from s2l_ray.config import WorkerConfig
-from s2l_ray.examples.columns import json_text, plain_values, struct_from_arrow, struct_from_values
+from s2l_ray.examples.columns import struct_from_arrow, struct_from_values
 from s2l_ray.examples.order import Addresses
 from s2l_ray.examples.shards import take_rows
 from s2l_ray.progress import get_log, track
@@ -51,38 +51,18 @@ class PartColumns:
 
     def of(self, table: pa.Table) -> pa.Table:
         """Rows of a shard with these columns."""
-        if "row_json" not in table.column_names:
-            table = table.append_column("row_json", pa.nulls(len(table), pa.string()))
-        is_text = table["row_json"].is_valid().to_numpy()
-        pieces = [self._read_one_by_one(table.filter(pa.array(is_text)))]
-        if not is_text.all():
-            pieces.append(self._read_as_table(table.filter(pa.array(~is_text))))
-        order = np.argsort(np.concatenate([np.flatnonzero(is_text), np.flatnonzero(~is_text)]))
-        return pa.concat_tables([piece.select(self._names) for piece in pieces]).take(pa.array(order))
+        if self.has_json:
+            made = struct_from_values([json.loads(text) for text in table["row_json"].to_pylist()], self.original)
+        else:
+            made = struct_from_arrow(table["original"].combine_chunks(), self.original)
+            table = table.drop_columns(["original"])
+        return table.append_column("original", made).select(self._names)
 
     @property
     def _names(self) -> list[str]:
         conversation = ["messages", "tools"] if self.has_conversations else []
         own = ["original", "row_json"] if self.has_json else ["original"]
         return ["example_id", "source", "prompt", "response", "split", *conversation, *own]
-
-    def _read_one_by_one(self, table: pa.Table) -> pa.Table:
-        """Rows that have a text of their own."""
-        records = [json.loads(text) for text in table["row_json"].to_pylist()]
-        return _with(table, "original", struct_from_values(records, self.original))
-
-    def _read_as_table(self, table: pa.Table) -> pa.Table:
-        """Rows of an Arrow table; their text is made where those of other files have one."""
-        rows = table["original"].combine_chunks()
-        if self.has_json:
-            table = _with(table, "row_json", pa.array(map(json_text, plain_values(rows)), pa.string()))
-        return _with(table, "original", struct_from_arrow(rows, self.original))
-
-
-def _with(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
-    """The table with a column put in, or in the place of one of that name."""
-    others = table.drop_columns([name]) if name in table.column_names else table
-    return others.append_column(name, column)
 
 
 def write_parts(addresses: Addresses, size: int, columns: PartColumns, workers: WorkerConfig, draft: Draft) -> None:

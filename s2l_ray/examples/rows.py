@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from s2l_ray.examples.columns import Columns, field_of, is_unicode, json_text, plain_type, plain_values
+from s2l_ray.errors import DataError
+from s2l_ray.examples.columns import Columns, field_of, field_of_arrow, is_unicode, json_text, plain_type, plain_values
 
 ROWS_AT_A_TIME = 16_384
 """Rows that a reader hands on together: as Python objects they take several times the memory of their text."""
@@ -150,7 +151,18 @@ class TableRows:
         plain = self.table.cast(pa.schema(fields)).to_struct_array().combine_chunks()
         return "original", plain.take(pa.array(rows, pa.int64()))
 
+    def as_records(self) -> Records:
+        """The rows as those of a JSON file. Raises DataError for bytes, which JSON does not have."""
+        for field in self.table.schema:
+            if "binary" in str(field.type):
+                raise DataError(
+                    f"{self.name}: column '{field.name}' holds bytes, which a corpus of JSON files cannot pass on. Leave the "
+                    "column out, or give Parquet files only."
+                )
+        records = [self.record(row) for row in range(len(self))]
+        return Records(records, self.place, self.source, nulls_are_absent=True)
+
     def columns(self, rows: list[int]) -> Columns:
         names = self.table.column_names if rows else []
-        fields = {name: pa.field(name, plain_type(self.table.schema.field(name).type)) for name in names}
+        fields = {name: field_of_arrow(name, self.table.schema.field(name).type) for name in names}
         return Columns(fields, {name: rank for rank, name in enumerate(names)})

@@ -50,6 +50,7 @@ def build(context: Context) -> Artifact:
     _check_bad_rows(dropped, sum(sum(index.sizes) for index in indexes), config)
     order = order_rows(indexes, config, workers, work)
     columns = join_columns(index.columns for index in indexes)
+    _check_fields(columns, config)
     made = PartColumns(
         columns.type, any(index.has_json for index in indexes), any(index.num_conversations for index in indexes)
     )
@@ -71,6 +72,17 @@ def _check_bad_rows(dropped: Dropped, num_good: int, config: ExamplesConfig) -> 
             f"{dropped.num_bad:,} rows ({share:.1%}: {reasons}) cannot be read or understood, more than examples.max_dropped="
             f"{config.max_dropped:g} allows. Fix the corpus or the fields, or allow more. First {most}: {dropped.first[most]}"
         )
+
+
+def _check_fields(columns: Columns, config: ExamplesConfig) -> None:
+    """Raises DataError for a field that rows may lack and that none has: tools or history would be lost without a word."""
+    for key in ("tools_field", "system_field", "history_field"):
+        name = getattr(config, key)
+        if name and columns.fields and name not in columns.fields:
+            known = ", ".join(field.name for field in columns.type)
+            raise DataError(
+                f"examples.{key}={name}: no row has this field (fields: {known}). Set it to one of them, or leave it out."
+            )
 
 
 def _corpus_facts(indexes: Sequence[ShardIndex], columns: Columns, made: PartColumns) -> dict[str, Any]:

@@ -20,12 +20,23 @@ _MOST_SOURCES = 50
 _METHOD = "[SmallToLarge](https://arxiv.org/abs/2403.07384)"
 
 
-def front_matter(files: Mapping[str, str], features: list[dict[str, Any]] | None = None, licence: str | None = None) -> str:
+def front_matter(
+    files: Mapping[str, str],
+    features: list[dict[str, Any]] | None = None,
+    licence: str | None = None,
+    contents: Mapping[str, str] | None = None,
+) -> str:
     """The head of a card: each configuration's name and file, the first the default one, and the types of its columns where
-    they are not to be inferred."""
+    they are not to be inferred.
+
+    `contents`: file -> a hash that stands for its rows. `datasets` knows a folder by its last name and by this head alone, and
+    would give the rows of another run's folder from its cache.
+    """
     default = next(iter(files))
     configs = [
-        {"config_name": name, "data_files": path} | ({"default": True} if name == default else {})
+        {"config_name": name, "data_files": path}
+        | ({"default": True} if name == default else {})
+        | ({"description": f"rows {contents[path][:16]}"} if contents else {})
         for name, path in files.items()
     ]
     head: dict[str, Any] = {"configs": configs}

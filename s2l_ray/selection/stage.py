@@ -173,7 +173,10 @@ def publish_selection(
         for path, one in zip(files, subsets, strict=True)
     ]
     named = {path.removesuffix(".parquet"): path for path in [*files, *([RANDOM] if random_control else [])]}
-    card = front_matter(named) + describe(draft.key.recipe, summary, {"clustering": clustering, **(origin or {})})
+    contents = {path: draft.files[path].sha256 for path in named.values()}
+    card = front_matter(named, contents=contents) + describe(
+        draft.key.recipe, summary, {"clustering": clustering, **(origin or {})}
+    )
     draft.write(CARD, card.encode())
     for one in subsets:
         _log.info(

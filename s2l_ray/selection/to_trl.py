@@ -56,7 +56,8 @@ def trl_companions(contents: Contents, place: DataPlace) -> dict[str, str]:
     config = f"""# {MARK}: trl sft --config trl.yaml --model_name_or_path MODEL --output_dir OUTPUT
 {marks if _is_messages(contents) else ""}\
 {yaml.safe_dump({"dataset_name": place.folder, learned: True}, sort_keys=False)}"""
-    card = front_matter({"default": place.name}, trl_features(contents)) + "\n# A subset chosen by s2l_ray, for TRL\n"
+    head = front_matter({"default": place.name}, trl_features(contents), contents={place.name: place.contents})
+    card = f"{head}\n# A subset chosen by s2l_ray, for TRL\n"
     return {CARD: card, "trl.yaml": config}
 
 

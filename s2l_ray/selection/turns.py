@@ -39,6 +39,8 @@ class DataPlace:
     folder: str = ""
     name: str = ""
     is_on_hub: bool = False
+    contents: str = ""
+    """A hash that stands for the rows."""
 
 
 class InexpressibleError(Exception):

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from s2l_ray.config import RunConfig
+from s2l_ray.config import ExamplesConfig, RunConfig
+from s2l_ray.errors import ArtifactError
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.drafts import Draft
 from s2l_ray.storage.places import Storage
@@ -47,3 +48,18 @@ class Context:
     def machines(self) -> Any:
         """Where and how fast the stage runs: its section of `machines`; None for a stage that has none."""
         return getattr(self.config.machines, self.draft.key.stage, None)
+
+
+def check_dropped(config: ExamplesConfig, artifact: Artifact) -> None:
+    """Raise ArtifactError where finished examples lack bad rows that this config does not drop; other stages pass."""
+    summary = artifact.summary
+    if artifact.stage != "examples" or not summary.get("first_dropped"):
+        return
+    num_bad = sum(summary["dropped"][reason] for reason in summary["first_dropped"])
+    allowed = 0.0 if config.on_bad_row == "error" else config.max_dropped
+    if num_bad / (num_bad + summary["rows"]) > allowed:
+        setting = f"max_dropped={allowed:g}" if allowed else "on_bad_row=error"
+        raise ArtifactError(
+            f"{artifact.storage.uri}: {num_bad:,} bad rows were dropped there, which examples.{setting} does not allow. Set "
+            "examples.on_bad_row=drop (and max_dropped) as it was, or give another --run-dir."
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from s2l_ray.storage.layout import TOKENIZER
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 # Rows that a tokenizer is trained on: parts are sorted by a hash of the content, so the first ones are a random sample.
 TOKENIZER_ROWS = 200_000
+# The time to train takes the square of the longest word; this is far beyond any.
+_WITHOUT_END = re.compile(r"(\S{2000})(?=\S)")
 
 
 def load_tokenizer(location: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -36,7 +39,7 @@ def load_tokenizer(location: str | Path, revision: str | None = None, trust_remo
             raise OSError("there is no tokenizer in that folder")  # transformers would make up one of two entries
         else:
             tokenizer = AutoTokenizer.from_pretrained(str(location), revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the library raises that alone for a file that is no tokenizer
         raise ConfigError(
             f"tokenizer '{location}': cannot be loaded ({_first_line(error)}). Give a path or a Hub id."
         ) from error
@@ -104,7 +107,7 @@ def tokenizer_of_texts(config: TrainedTokenizer, texts: Iterator[list[str]]) -> 
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(([_WITHOUT_END.sub(r"\1\n", text) for text in some] for some in texts), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=end)
 
 
