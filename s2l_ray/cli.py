@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from s2l_ray.errors import ConfigError, S2LError, cause_of, storage_problem
+from s2l_ray.errors import ConfigError, S2LError, cause_of, printable, storage_problem
 from s2l_ray.progress import log_to_console
 
 app = typer.Typer(
@@ -275,7 +275,7 @@ def main() -> None:
         problem = cause_of(error) if is_foreign or isinstance(error, S2LError) else storage_problem(error)
         if problem is None:
             raise
-        print(f"s2l: {problem}", file=sys.stderr)
+        print(f"s2l: {printable(str(problem))}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as end:
         if end.code == 130:  # Typer takes the KeyboardInterrupt and ends with this, without a word

@@ -16,6 +16,11 @@ import re
 import socket
 
 
+def printable(text: str) -> str:
+    """A text without what a terminal would obey: names of files, fields and ids are somebody's."""
+    return "".join(one if one.isprintable() or one in "\n\t" else one.encode("unicode_escape").decode() for one in text)
+
+
 class S2LError(Exception):
     """Something that the user can fix.
 

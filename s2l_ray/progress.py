@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from s2l_ray.errors import printable
+
 LINE_EVERY_SECONDS = 10.0
 STARTING = "starting workers"
 _ROOT = "s2l_ray"
@@ -55,7 +57,7 @@ class _StageFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         stage = record.name.rpartition(".")[2]
         level = "" if record.levelno <= logging.INFO else f"{record.levelname}: "
-        lines = record.getMessage().splitlines() or [""]
+        lines = printable(record.getMessage()).splitlines() or [""]
         return "\n".join(f"{stage:<13} {level}{line}" for line in lines)
 
 

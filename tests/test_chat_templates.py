@@ -319,6 +319,21 @@ def test_calls_that_a_template_does_not_write_are_counted_and_their_empty_answer
     assert row_counts(part.changed, part.refused) == {"dropped": {}, "shortened": {}, "tool_calls_not_learned": 1}
 
 
+def test_reasoning_that_a_template_does_not_write_is_counted():
+    tokenizer = chat_tokenizer(LLAMA_3)
+    for reasoning in ({"reasoning_content": "two and two"}, {}):
+        said = "four" if reasoning else "<think>two and two</think>four"
+        part = encoded(tokenizer, [user("what"), assistant(said, **reasoning)])
+        assert part.changed == ({"reasoning_not_learned": 1} if reasoning else {}), "Llama's shape writes the content as it is"
+
+
+def test_tools_are_shown_or_not_whatever_their_names_are():
+    tools = [{"type": "function", "function": {"name": "a", "parameters": {"type": "object"}}}]
+    conversation = [user("what a fox"), assistant("so")]
+    assert encoded(chat_tokenizer(LLAMA_3), conversation, tools=tools).changed == {TOOLS_LOST: 1}
+    assert not encoded(chat_tokenizer(QWEN_2_5), conversation, tools=tools).changed
+
+
 # --- refused, split, cut -------------------------------------------------------------------------------------------
 
 

@@ -425,7 +425,9 @@ def test_a_row_s_loss_mask_has_a_value_for_each_message():
     for mask in ([0, 0, 0, 1], [False, False, False, True], [1, 0, 1, 1], "[0, 0, 0, 1]"):
         assert messages_of(twice, {"loss_mask": mask}) == [ASKS, ANSWERS | {"weight": 0}, ASKS, ANSWERS]
     assert messages_of(twice, {"loss_mask": None}) == twice
-    for mask in ([1, 0], [0, 0, 0, 2], 1, [None] * 4):
+    for other in (1, "a column of the same name"):
+        assert messages_of(twice, {"loss_mask": other}) == twice
+    for mask in ([1, 0], [0, 0, 0, 2], [None] * 4):
         assert problem_of(twice, {"loss_mask": mask}).reason == "bad_mark"
 
 

@@ -25,11 +25,13 @@ from s2l_ray.errors import ConfigError
 from s2l_ray.evaluation.bert_scores import BertScore
 from s2l_ray.evaluation.generation import harness_metrics
 from s2l_ray.evaluation.scores import canonical, pattern_score, summarize
-from s2l_ray.evaluation.stage import build
+from s2l_ray.evaluation.stage import build, last_answer
 from s2l_ray.storage.artifacts import Artifact, Key
 from s2l_ray.storage.drafts import Draft
 from s2l_ray.storage.places import Storage
 from s2l_ray.training.models import check_ahead
+from s2l_ray.training.token_rows import TokenRows
+from s2l_ray.training.tokens import generation_prompt, num_answers
 from tests.building import context_of
 
 from .test_training import config
@@ -202,3 +204,15 @@ def test_an_evaluation_without_held_out_rows_is_empty_and_says_so(tmp_path, ray_
     assert artifact.read_bytes("predictions.jsonl") == b""
     assert (artifact.summary["rows"], artifact.summary["sources"]) == (0, {})
     assert [record.getMessage() for record in caplog.records if "held-out row" in record.getMessage()]
+
+
+def test_of_a_conversation_the_last_answer_is_asked_for_and_compared():
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "The answer is 2"}]
+    talk += [{"role": "user", "content": "again"}, {"role": "assistant", "content": "The answer is 4"}]
+    row = {"response": "The answer is 2\nThe answer is 4", "messages": json.dumps(talk)}
+    assert last_answer(row, 2) == "The answer is 4"
+    assert last_answer(row, 1) == "The answer is 2", "the second was cut off"
+    assert last_answer({"response": "yes"}, 1) == "yes"
+    marks = np.array([0, 1, 1, 0, 0, 1, 0], bool)
+    assert generation_prompt(np.arange(7), marks) == [0, 1, 2, 3, 4]
+    assert num_answers(TokenRows.of([(np.arange(7, dtype=np.int32), marks)]), np.array([0]), 0) == 2

@@ -104,6 +104,30 @@ def test_the_directory_of_a_selection_is_a_dataset_as_it_stands(tmp_path):
     assert not {"北京", "absent"} & set(card.split()), "no text of the corpus"
 
 
+def test_two_runs_are_two_datasets_also_in_one_cache(tmp_path):
+    pairs = {"a": ("what is it", "that"), "b": ("and this", "this")}
+    runs = [made_run(tmp_path / f"run-{name}", {name: pair}, num_parts=1) for name, pair in pairs.items()]
+    for run, (name, pair) in zip(runs, pairs.items(), strict=True):
+        found = datasets.load_dataset(str(run / "selection"), cache_dir=str(tmp_path / "cache"))["train"]
+        assert found["example_id"][:] == [name]
+        export_subset(str(run), "trl", str(run / "for-trl"))
+        rows = datasets.load_dataset(str(run / "for-trl"), cache_dir=str(tmp_path / "cache"))["train"]
+        assert [(row["prompt"], row["completion"]) for row in rows] == [pair]
+
+
+def test_a_file_of_the_users_is_not_replaced_and_an_export_of_ours_is(tmp_path):
+    run = made_run(tmp_path / "run", PAIRS, texts=ROWS)
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text('{"prompt": "p", "response": "r"}\n')
+    for kind in ("jsonl", "parquet", "openai", "trl"):
+        with pytest.raises(ConfigError, match=r"mine\.jsonl: is there, and it cannot be told from a file of yours"):
+            export_subset(str(run), kind, str(mine))
+    assert mine.read_text() == '{"prompt": "p", "response": "r"}\n'
+    for kind in ("jsonl", "parquet"):
+        for _ in range(2):
+            export_subset(str(run), kind, str(tmp_path / f"ours.{kind}"))
+
+
 json_values = st.recursive(
     st.none()
     | st.booleans()

@@ -39,7 +39,7 @@ from s2l_ray.training.models import load_model, make_model
 from s2l_ray.training.token_pools import check_refused, row_counts
 from s2l_ray.training.token_rows import RowLimit
 from s2l_ray.training.tokenizers import target_tokenizer
-from s2l_ray.training.tokens import PartTokens, RefusedExample, encode_table, generation_prompt
+from s2l_ray.training.tokens import PartTokens, RefusedExample, encode_table, generation_prompt, num_answers
 
 UNTRAINED = "untrained"
 # The part name of a unit that runs the tasks of the lm-evaluation-harness.
@@ -138,6 +138,15 @@ def prediction(model: str, row: dict[str, Any], with_texts: bool) -> dict[str, A
     return {"model": model, **kept, "scores": json.loads(row["scores"])}
 
 
+def last_answer(row: dict[str, Any], num_answers: int) -> str:
+    """What the response to a row's last prompt should be: of a conversation the last of so many learned answers."""
+    if row.get("messages") is None:
+        return str(row["response"])
+    messages = json.loads(row["messages"])
+    answers = [one.get("content") or "" for one in messages if one["role"] == "assistant" and one.get("weight", 1) != 0]
+    return str(answers[min(num_answers, len(answers)) - 1])
+
+
 # --- on a worker ---------------------------------------------------------------------------------------------------
 
 
@@ -175,14 +184,17 @@ class Evaluator(UnitWorker):
         losses = example_losses(
             model, found.tokens, tokens_per_batch=TOKENS_PER_BATCH, precision=config.target.precision, owners=found.owners
         )
-        predictions, scores = self._answer(model, table.to_pylist(), found)
+        rows = table.to_pylist()
+        for number, row in enumerate(rows):
+            row["response"] = last_answer(row, num_answers(found.tokens, found.owners, number))
+        predictions, scores = self._answer(model, rows, found)
         columns = {
             "example_id": table["example_id"],
             "source": table["source"],
             "loss": pa.array(losses),
             "num_response_tokens": pa.array(found.num_labels),
             "prompt": table["prompt"],
-            "reference": table["response"],
+            "reference": pa.array([row["response"] for row in rows], pa.string()),
             "prediction": pa.array(predictions, pa.string()),
             "scores": pa.array(scores, pa.string()),
         }
@@ -197,8 +209,8 @@ class Evaluator(UnitWorker):
         scores: list[str | None] = [None] * len(rows)
         score = scorers(self.job.config)
         wanted = [i for i, row in enumerate(rows) if row["example_id"] in self.job.generated_ids] if score else []
-        firsts = np.searchsorted(found.owners, wanted).tolist()  # of an example's several rows the first
-        prompts = [generation_prompt(*found.tokens[row]) for row in firsts]
+        lasts = (np.searchsorted(found.owners, wanted, "right") - 1).tolist()  # of an example's several rows the last
+        prompts = [generation_prompt(*found.tokens[row]) for row in lasts]
         responses = generate(model, self._tokenizer, prompts, self.job.config.evaluation.max_new_tokens)
         scored = {i: score(rows[i], text) if score else {} for i, text in zip(wanted, responses, strict=True)}
         answers = dict(zip(wanted, responses, strict=True))

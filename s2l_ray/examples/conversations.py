@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from s2l_ray.examples.message_content import LONGEST_WORD, read_content
-from s2l_ray.examples.row_problems import RowProblem, compact_json, from_json_text, kind_in_words, names_in_words
+from s2l_ray.examples.row_problems import RowProblem, compact_json, from_json_text, kind_in_words, names_in_words, word_in_words
 from s2l_ray.examples.tool_calls import read_calls, read_tools
 
 ANSWER, CALL = "assistant", "function_call"
@@ -81,7 +81,7 @@ class Dialect:
         if known is None and isinstance(name, str):
             known = self._roles.get(name.strip().casefold()) or self._roles.get(name.strip().casefold().replace("-", "_"))
         if known is None:
-            found = f"'{names_in_words([name], LONGEST_WORD)}'" if isinstance(name, str) else kind_in_words(name)
+            found = word_in_words(name, LONGEST_WORD) if isinstance(name, str) else kind_in_words(name)
             raise RowProblem("unknown_role", f"the role is {found}; known are {', '.join(self._roles)}. {_REMEDY}")
         return known
 
@@ -274,6 +274,8 @@ def _message(role: str, value: Any, present: dict[str, Any]) -> list[dict[str, A
         _marked(message, present)
     if message["content"] is None and content.results:
         return content.results
+    if message["content"] is None and role == "tool":
+        message["content"] = ""  # a tool that gives nothing back
     if message["content"] is None and "tool_calls" not in message:
         found = f"the keys are {names_in_words(present)}"
         raise RowProblem("no_content", f"has no content, which is right only beside tool_calls ({found}). {_REMEDY}")

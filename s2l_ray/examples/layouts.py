@@ -122,8 +122,9 @@ class _RowReader:
         if value is MISSING:
             raise missing_field(row, name, "messages_field")
         loss_mask = self.nested(row, LOSS_MASK)
+        is_mask = isinstance(loss_mask, list) or (isinstance(loss_mask, str) and loss_mask.lstrip().startswith("["))
         try:
-            found = read_conversation(value, self.dialect, None if loss_mask is MISSING else loss_mask)
+            found = read_conversation(value, self.dialect, loss_mask if is_mask else None)
             messages = with_system(found.messages, self.system(row))
             return learned_text(messages, self.tools(row) or found.tools)
         except RowProblem as problem:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from s2l_ray.examples.row_problems import RowProblem, compact_json, kind_in_words, names_in_words
+from s2l_ray.examples.row_problems import RowProblem, compact_json, kind_in_words, word_in_words
 from s2l_ray.examples.tool_calls import read_calls
 
 LONGEST_WORD = 20
@@ -80,7 +80,7 @@ def _read_parts(parts: list[Any]) -> Content:
         elif kind in _MEDIA:
             raise RowProblem(f"{_MEDIA[kind]}_part", f"holds a part of type {kind}; only text is learned. {_REMEDY}")
         else:
-            found = names_in_words([kind or "(none)"], LONGEST_WORD)
+            found = word_in_words(kind or "none", LONGEST_WORD)
             raise RowProblem("unknown_part", f"holds a part of type {found}; known is text. {_REMEDY}")
     only_others = not texts and (content.calls or content.results)
     content.text = None if only_others else "".join(texts)

@@ -71,6 +71,13 @@ def kind_in_words(value: Any) -> str:
     return f"{kind} that is empty" if value in ("", [], {}) else kind
 
 
+def word_in_words(value: Any, longest: int) -> str:
+    """A role or a type for a message: itself where it looks like one, else only how long it is."""
+    text = str(value)
+    is_word = len(text) <= longest and text.isascii() and text.replace("-", "_").replace(".", "_").isidentifier()
+    return f"'{text}'" if is_word else f"a text of {len(text):,} characters"
+
+
 def names_in_words(names: Iterable[Any], longest: int = LONGEST_NAME) -> str:
     """Names for a message, each cut to a length, not more than MOST_NAMES of them; `none` without any.
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from pyarrow import fs
 
 from s2l_ray.errors import ConfigError
 from s2l_ray.selection.card import MARK
-from s2l_ray.storage.layout import RUN, STAGE_NAMES, WORK
+from s2l_ray.storage.layout import RUN, STAGE_NAMES, TRACKERS, WORK
 from s2l_ray.storage.places import Storage, absolute_uri
 
 DATA = "data.jsonl"
@@ -67,7 +70,7 @@ class Destination:
     def check(self, run: Storage, selection: Storage, companions: Mapping[str, str]) -> None:
         """Raises ConfigError where a file would replace what a run wrote, or somebody else's."""
         for name in (self.name, *companions):
-            for own in (selection, run.child(RUN), *(run.child(one) for one in (*STAGE_NAMES, WORK))):
+            for own in (selection, run.child(RUN), *(run.child(one) for one in (*STAGE_NAMES, WORK, TRACKERS))):
                 if f"{_resolved(self.folder, name)}/".startswith(f"{_resolved(own)}/"):
                     raise ConfigError(
                         f"--output {self.output}: would replace what a run wrote in {own.uri}. Give another place."
@@ -81,13 +84,32 @@ class Destination:
                 f"--output {self.output}: {foreign[0]} is there and was not written by s2l_ray. Nothing was changed. Give "
                 "another directory, or move what is yours."
             )
+        is_marked = any(self.folder.exists(name) and self._is_ours(name) for name in companions)
+        if self.is_named and self.folder.exists(self.name) and not (is_marked or self._is_an_export()):
+            raise ConfigError(
+                f"--output {self.output}: is there, and it cannot be told from a file of yours. Nothing was changed. Give "
+                "another name, or remove it first."
+            )
+
+    def _is_an_export(self) -> bool:
+        """Whether the file of this name has our columns."""
+        ours = {"cluster_id", "weight"}
+        try:
+            with self.folder.open(self.name) as source:
+                if source.read(4) == b"PAR1":
+                    return ours <= {name.lstrip("_") for name in pq.read_schema(source).names}
+            with self.folder.filesystem.open_input_stream(self.folder.path(self.name)) as stream:
+                row = json.loads(io.BufferedReader(stream).readline())
+            return isinstance(row, dict) and ours <= {name.lstrip("_") for name in row}
+        except (OSError, ValueError, pa.ArrowException):
+            return False
 
     def _is_ours(self, name: str) -> bool:
         try:
             text = self.folder.read(name).decode()
             if name.endswith(".json"):  # a user may have added entries of their own
                 entries = json.loads(text)
-                return isinstance(entries, dict) and all(MARK in str(entry) for entry in entries.values())
+                return isinstance(entries, dict) and bool(entries) and all(MARK in str(entry) for entry in entries.values())
         except (OSError, ValueError):
             return False
         return MARK in text

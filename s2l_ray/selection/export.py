@@ -120,5 +120,8 @@ def _export_for_trainer(run: Storage, selection: Artifact, path: str, name: str,
 
 
 def _write_lines(lines: Iterator[bytes], local: Path) -> None:
-    with local.open("wb") as file:
-        file.writelines(lines)
+    try:
+        with local.open("wb") as file:
+            file.writelines(lines)
+    except UnicodeEncodeError as error:
+        raise ConfigError("an example has half a surrogate pair, which is not a character. Use --format parquet.") from error

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from s2l_ray.errors import ArtifactError
-from s2l_ray.examples.columns import holds_json
+from s2l_ray.examples.columns import holds_json, plain_values
 from s2l_ray.progress import get_log
 from s2l_ray.selection.json_text import json_line, with_fields
 from s2l_ray.storage.artifacts import Artifact
@@ -40,7 +40,7 @@ def subset_lines(selection: Artifact, path: str, with_columns: bool) -> Iterator
     for batch in _batches(selection, path):
         rows = batch.drop_columns(left_out)
         texts = [field.name for field in rows.schema if holds_json(field)]
-        for row in rows.to_pylist():
+        for row in _plain_rows(rows):
             row |= {name: json.loads(row[name]) for name in texts if row[name] is not None}
             line, was_strict = json_line(row)
             num_changed += not was_strict
@@ -58,6 +58,15 @@ def _lines_as_written(selection: Artifact, path: str, added: list[str]) -> Itera
         for line, fields in zip(lines, _rows(selection, path, added), strict=True):
             text = with_fields(line.decode().rstrip("\n"), fields)
             yield f"{text}\n".encode()
+
+
+def _plain_rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+    """The rows of a batch; a date that Python does not have as text."""
+    try:
+        yield from batch.to_pylist()
+    except (OverflowError, ValueError):
+        columns = [plain_values(column) for column in batch.columns]
+        yield from (dict(zip(batch.schema.names, values, strict=True)) for values in zip(*columns, strict=True))
 
 
 def _rows(selection: Artifact, path: str, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:

@@ -10,6 +10,8 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError, UndefinedError
 
+from s2l_ray.errors import ConfigError
+
 # ChatML, for tokenizers that bring no chat template: reasoning, calls and their results as Qwen and Hermes write them. It has
 # no place for the tools themselves; a list of them would fill the context of the small models that come without a template.
 CHATML = """
@@ -59,11 +61,6 @@ class Chat:
         return cls([{key: one[key] for key in one if key != "weight"} for one in found], tools or None, is_learned)
 
     @property
-    def tool_names(self) -> list[str]:
-        """The names of the tools that may be called."""
-        return [str(tool.get("function", tool).get("name")) for tool in _parsed(self.tools) or []]
-
-    @property
     def learned(self) -> list[int]:
         """Numbers of the messages that are learned."""
         return [turn for turn, is_learned in enumerate(self.is_learned) if is_learned]
@@ -110,6 +107,13 @@ class ChatTemplate:
         self.is_own = tokenizer.chat_template is not None
         """False: the tokenizer brings none, ChatML stands in."""
 
+        try:
+            self.source(None)
+        except ValueError as error:
+            named = ", ".join(tokenizer.chat_template) if isinstance(tokenizer.chat_template, dict) else "none that can be used"
+            raise ConfigError(
+                f"tokenizer: it has several chat templates ({named}) and no default one. Save it with the one to use."
+            ) from error
         added = tokenizer.added_tokens_decoder.values()
         self._ends = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
         if not self.is_own:

@@ -16,7 +16,7 @@ from s2l_ray.errors import DataError
 from s2l_ray.examples.reading import read_pool
 from s2l_ray.training.token_rows import RowLimit, TokenRows
 from s2l_ray.training.tokens import CUT, NO_LABEL, REFUSED, PartTokens, RefusedExample, encode_table
-from s2l_ray.training.turns import CALLS_LOST, ENDLESS, SPLIT, TOOLS_LOST
+from s2l_ray.training.turns import CALLS_LOST, ENDLESS, REASONING_LOST, SPLIT, TOOLS_LOST
 
 _SAID = {
     REFUSED: "dropped: %s refused_by_template",
@@ -26,6 +26,7 @@ _SAID = {
     ENDLESS: "%s conversations have an answer whose end of turn is not learned: no token marks it, or the template's "
     "generation marks leave it out",
     TOOLS_LOST: "%s conversations have tools that the chat template does not show to the model",
+    REASONING_LOST: "%s conversations have reasoning that the chat template does not write, so that it is not learned",
     CALLS_LOST: "%s conversations have tool calls that the chat template does not write, so that they are not learned",
 }
 
@@ -125,7 +126,7 @@ def pool_tokens(examples: Any, tokenizer: Any, limit: RowLimit, keep: set[str] |
 def row_counts(changed: Mapping[str, int], refused: list[RefusedExample]) -> dict[str, Any]:
     """Counts of examples as a manifest has them: dropped and shortened, each by reason, and what else there was to count."""
     dropped = {reason: changed[reason] for reason in changed if reason in {NO_LABEL, REFUSED}}
-    rest: dict[str, Any] = {name: changed[name] for name in changed if name in {SPLIT, ENDLESS, CALLS_LOST, TOOLS_LOST}}
+    rest: dict[str, Any] = {name: changed[name] for name in changed if name in _SAID.keys() - {REFUSED, NO_LABEL}}
     if refused:
         by_source = Counter(found.source for found in refused)
         rest["dropped_by_source"] = {source: {REFUSED: count} for source, count in sorted(by_source.items())}

@@ -137,8 +137,15 @@ def _learnable(
 
 
 def generation_prompt(ids: np.ndarray, is_label: np.ndarray) -> list[int]:
-    """The tokens of a row after which a model answers: all before the first label."""
-    return [int(token) for token in ids[: int(np.argmax(is_label))]]
+    """The tokens of a row after which a model gives its last answer: all before the last run of labels."""
+    begins = np.flatnonzero(is_label & ~np.concatenate([[False], is_label[:-1]]))
+    return [int(token) for token in ids[: begins[-1]]]
+
+
+def num_answers(tokens: TokenRows, owners: np.ndarray, example: int) -> int:
+    """How many answers, runs of labels, an example's rows have."""
+    marks = [tokens[row][1] for row in np.flatnonzero(owners == example).tolist()]
+    return sum(int(np.count_nonzero(row & ~np.concatenate([[False], row[:-1]]))) for row in marks)
 
 
 def _bos(tokenizer: Any) -> list[int]:

@@ -9,9 +9,10 @@ of its own, with the history as it is rendered at that turn: what inference will
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from s2l_ray.training.chat_templates import REFUSALS, Chat, ChatTemplate, Message, Rendered
@@ -25,6 +26,9 @@ ENDLESS = "ends_not_learned"
 CALLS_LOST = "tool_calls_not_learned"
 """The count of conversations with a tool call that the template does not write."""
 
+
+REASONING_LOST = "reasoning_not_learned"
+"""The count of conversations with reasoning in a learned answer that the template does not write."""
 
 TOOLS_LOST = "tools_not_shown"
 """The count of conversations with a tool that the template does not write into the prompt."""
@@ -51,7 +55,7 @@ class ReadChat:
 
     texts: tuple[ChatText, ...]
     notes: frozenset[str] = frozenset()
-    """What is to be counted: SPLIT, ENDLESS, CALLS_LOST, TOOLS_LOST."""
+    """What is to be counted: SPLIT, ENDLESS, CALLS_LOST, REASONING_LOST, TOOLS_LOST."""
 
 
 @dataclass(frozen=True)
@@ -237,8 +241,8 @@ def _closes_a_message(prompt: str, token: str, one: Chat, turn: int) -> bool:
 
 def _joined(template: ChatTemplate, one: Chat, whole: Rendered, answers: list[_Answer]) -> ReadChat:
     """The texts of a conversation: the whole where every answer stands in it as it was rendered, else one for each."""
-    prompt = whole.text[: answers[0].spans[0][0]] if answers else whole.text
-    notes = {TOOLS_LOST} if any(name not in prompt for name in one.tool_names) else set()
+    notes = {TOOLS_LOST} if one.tools and _is_the_same_without_tools(template, one, whole) else set()
+    notes |= {REASONING_LOST} if any(_lacks_reasoning(one, answer) for answer in answers) else set()
     if any(_lacks_calls(one, answer) for answer in answers):
         notes.add(CALLS_LOST)
         # An answer that is nothing but a call would teach to say nothing.
@@ -266,7 +270,21 @@ def _joined(template: ChatTemplate, one: Chat, whole: Rendered, answers: list[_A
     return ReadChat((ChatText(whole.text, tuple(spans), adds_end, is_marked),), frozenset(notes))
 
 
+def _is_the_same_without_tools(template: ChatTemplate, one: Chat, whole: Rendered) -> bool:
+    with contextlib.suppress(*REFUSALS):
+        return template.render([replace(one, tools=None)])[0].text == whole.text
+    return False
+
+
+def _lacks_reasoning(one: Chat, answer: _Answer) -> bool:
+    message = one.messages[answer.turn]
+    inside = re.search(r"<think>(.*?)</think>", str(message.get("content") or ""), re.DOTALL)
+    thoughts = str(message.get("reasoning_content") or (inside[1] if inside else "")).strip()
+    return thoughts not in answer.text[answer.spans[0][0] : answer.stop]
+
+
 def _lacks_calls(one: Chat, answer: _Answer) -> bool:
     calls = one.messages[answer.turn].get("tool_calls") or []
     learned = answer.text[answer.spans[0][0] : answer.stop]
-    return any(call["function"]["name"] not in learned for call in calls)
+    names = [call["function"]["name"] for call in calls]
+    return any(name not in learned and json.dumps(name)[1:-1] not in learned for name in names)
