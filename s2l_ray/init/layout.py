@@ -129,7 +129,7 @@ def _preferences(named: dict[str, SeenField]) -> FoundLayout | None:
         return None
     reason = f"preference pairs: the better answer is learned, `{named['rejected'].name}` is not read. Is that what you want?"
     chosen = named["chosen"].name
-    if named["chosen"].kind == "messages" and "prompt" not in named:
+    if named["chosen"].kind == "messages" and ("prompt" not in named or named["prompt"].kind != "messages"):
         return FoundLayout(
             "preference pairs, each a conversation", [ConfigLine("messages_field", chosen, reason, is_open=True)]
         )

@@ -62,8 +62,9 @@ def _too_long(tokens: TokenCounts, limit: int, num_rows: int) -> str:
     if share == 0:
         return f"no example has more than {limit:,} tokens, the recommended max_tokens"
     if len(tokens.lengths) == num_rows:
-        return f"{round(share * num_rows):,} examples have more than {limit:,} tokens, the recommended max_tokens: they are cut"
+        found = f"{round(share * num_rows):,} examples have more than {limit:,} tokens, the recommended max_tokens"
+        return f"{found}: they are cut, and dropped where no answer is left"
     return (
         f"about {round(share * num_rows):,} examples ({share:.1%} of the sample) have more than {limit:,} tokens, the "
-        "recommended max_tokens: they are cut"
+        "recommended max_tokens: they are cut, and dropped where no answer is left"
     )
