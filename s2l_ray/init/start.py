@@ -162,9 +162,7 @@ def _bad_row_settings(examples: ReadExamples, look: CorpusLook) -> list[ConfigLi
         return []
     reason = f"{examples.num_bad:,} of {look.num_read:,} rows cannot be used; without this they stop the run"
     if examples.num_bad > ExamplesConfig.model_fields["max_dropped"].default * look.num_read:
-        reason = (
-            f"{examples.num_bad:,} of {look.num_read:,} rows cannot be used, more than max_dropped allows: two kinds in one?"
-        )
+        reason = f"{examples.num_bad:,} of {look.num_read:,} rows cannot be used, more than max_dropped allows; two kinds?"
     return [ConfigLine("on_bad_row", "drop", reason, is_open=True, is_set=False)]
 
 
