@@ -213,7 +213,15 @@ def column_from_values(values: Sequence[Any], one: pa.Field) -> pa.Array:
     """JSON values as a column of this type, which was joined from theirs."""
     if holds_json(one):
         return pa.array([None if value is None else json_text(value) for value in values], pa.string())
-    return pa.array([_with_decimals(value, one.type) for value in values], one.type)
+    if _has_decimals(one.type):
+        values = [_with_decimals(value, one.type) for value in values]
+    return pa.array(values, one.type)
+
+
+def _has_decimals(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return any(_has_decimals(field.type) for field in kind)
+    return _has_decimals(kind.value_type) if pa.types.is_list(kind) else bool(pa.types.is_floating(kind))
 
 
 def _with_decimals(value: Any, kind: pa.DataType) -> Any:
