@@ -115,17 +115,19 @@ def test_two_runs_are_two_datasets_also_in_one_cache(tmp_path):
         assert [(row["prompt"], row["completion"]) for row in rows] == [pair]
 
 
-def test_a_file_of_the_users_is_not_replaced_and_an_export_of_ours_is(tmp_path):
+@pytest.mark.parametrize("dataset", ["mine.jsonl", ".", "*.jsonl", ["mine.jsonl"]])
+def test_a_file_of_the_corpus_is_not_replaced_and_another_is(tmp_path, monkeypatch, dataset):
+    monkeypatch.chdir(tmp_path)
     run = made_run(tmp_path / "run", PAIRS, texts=ROWS)
-    mine = tmp_path / "mine.jsonl"
-    mine.write_text('{"prompt": "p", "response": "r"}\n')
+    (run / "run.json").write_text(json.dumps({"schema": "s2l_ray/1", "examples": {"dataset": dataset}}))
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "p", "response": "r"}\n')
     for kind in ("jsonl", "parquet", "openai", "trl"):
-        with pytest.raises(ConfigError, match=r"mine\.jsonl: is there, and it cannot be told from a file of yours"):
-            export_subset(str(run), kind, str(mine))
-    assert mine.read_text() == '{"prompt": "p", "response": "r"}\n'
-    for kind in ("jsonl", "parquet"):
+        with pytest.raises(ConfigError, match=r"mine\.jsonl: is a file of the corpus that the run chose from"):
+            export_subset(str(run), kind, "mine.jsonl")
+    assert (tmp_path / "mine.jsonl").read_text() == '{"prompt": "p", "response": "r"}\n'
+    if dataset == "mine.jsonl":
         for _ in range(2):
-            export_subset(str(run), kind, str(tmp_path / f"ours.{kind}"))
+            export_subset(str(run), "jsonl", "other.jsonl", with_columns=False)
 
 
 json_values = st.recursive(

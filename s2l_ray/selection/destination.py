@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import io
+import fnmatch
 import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pyarrow import fs
 
 from s2l_ray.errors import ConfigError
 from s2l_ray.selection.card import MARK
 from s2l_ray.storage.layout import RUN, STAGE_NAMES, TRACKERS, WORK
+from s2l_ray.storage.ownership import read_run
 from s2l_ray.storage.places import Storage, absolute_uri
 
 DATA = "data.jsonl"
@@ -84,25 +83,20 @@ class Destination:
                 f"--output {self.output}: {foreign[0]} is there and was not written by s2l_ray. Nothing was changed. Give "
                 "another directory, or move what is yours."
             )
-        is_marked = any(self.folder.exists(name) and self._is_ours(name) for name in companions)
-        if self.is_named and self.folder.exists(self.name) and not (is_marked or self._is_an_export()):
-            raise ConfigError(
-                f"--output {self.output}: is there, and it cannot be told from a file of yours. Nothing was changed. Give "
-                "another name, or remove it first."
-            )
+        if self.folder.exists(self.name) and self._is_of_the_corpus(run):
+            raise ConfigError(f"--output {self.output}: is a file of the corpus that the run chose from. Give another name.")
 
-    def _is_an_export(self) -> bool:
-        """Whether the file of this name has our columns."""
-        ours = {"cluster_id", "weight"}
-        try:
-            with self.folder.open(self.name) as source:
-                if source.read(4) == b"PAR1":
-                    return ours <= {name.lstrip("_") for name in pq.read_schema(source).names}
-            with self.folder.filesystem.open_input_stream(self.folder.path(self.name)) as stream:
-                row = json.loads(io.BufferedReader(stream).readline())
-            return isinstance(row, dict) and ours <= {name.lstrip("_") for name in row}
-        except (OSError, ValueError, pa.ArrowException):
-            return False
+    def _is_of_the_corpus(self, run: Storage) -> bool:
+        """Whether the run's config names this file, a folder that it is in, or a glob that it matches."""
+        dataset = read_run(run).get("examples", {}).get("dataset")
+        target = _resolved(self.folder, self.name)
+        for given in dataset if isinstance(dataset, list) else [dataset]:
+            if isinstance(given, str):
+                place = Storage(absolute_uri(given.partition("#")[0].rstrip("/") or "/"))
+                own = _resolved(place)
+                if f"{target}/".startswith(f"{own}/") or fnmatch.fnmatch(target, own):
+                    return True
+        return False
 
     def _is_ours(self, name: str) -> bool:
         try:
