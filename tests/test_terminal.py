@@ -11,6 +11,7 @@ import json
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -40,6 +41,7 @@ class Terminal:
         self.raw, self.frames = b"", [[""]]
         self.pid, self._terminal = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever started the tests in the background has it ignored
             ours = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "COLUMNS", "NO_COLOR")}
             os.execve(command[0], [*command, *map(str, arguments)], ours | {"TERM": "xterm-256color"} | (environment or {}))
         fcntl.ioctl(self._terminal, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
