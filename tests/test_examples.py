@@ -414,6 +414,24 @@ def test_an_integer_beyond_doubles_is_not_rounded_because_another_file_has_decim
     assert [row["original"]["user"] for row in rows] == ["9007199254740993", None]
 
 
+@pytest.mark.parametrize("large", [2**53 + 1, [2**53 + 1]], ids=["number", "list"])
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_integers_and_decimals_in_shards_of_their_own_are_kept_exactly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, large: Any
+) -> None:
+    monkeypatch.setattr("s2l_ray.examples.cutting.SMALLEST_SHARD_BYTES", 1)
+    small = [0.5] if isinstance(large, list) else 0.5
+    rows = {"a": large, "b": small}
+    for name, value in rows.items():
+        if kind == "jsonl":
+            write_lines(tmp_path / f"{name}.jsonl", [{"prompt": name, "response": "r", "x": value}])
+        else:
+            pq.write_table(pa.table({"prompt": [name], "response": ["r"], "x": [value]}), tmp_path / f"{name}.parquet")
+    assert len(cut_corpus(config_of(tmp_path))) > 1
+    found = {row["prompt"]: row["original"]["x"] for row in read_all(tmp_path).to_pylist()}
+    assert {name: json.loads(value) for name, value in found.items()} == rows
+
+
 def test_texts_of_an_array_over_several_lines_keep_every_character(tmp_path: Path) -> None:
     rows = [{"prompt": "a \u2028 \u0085 b", "response": "c"}]
     (tmp_path / "rows.json").write_text(json.dumps(rows, indent=2, ensure_ascii=False))

@@ -185,7 +185,7 @@ class Evaluator(UnitWorker):
             model, found.tokens, tokens_per_batch=TOKENS_PER_BATCH, precision=config.target.precision, owners=found.owners
         )
         rows = table.to_pylist()
-        for number, row in enumerate(rows):
+        for number, row in enumerate(rows if "messages" in table.column_names else ()):
             row["response"] = last_answer(row, num_answers(found.tokens, found.owners, number))
         predictions, scores = self._answer(model, rows, found)
         columns = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from s2l_ray.errors import DataError
-from s2l_ray.examples.files import BYTE_ORDER_MARK, as_lines
+from s2l_ray.examples.files import BYTE_ORDER_MARK
 from s2l_ray.examples.formats import FilePiece
 from s2l_ray.examples.rows import ROWS_AT_A_TIME, BadRow, CorpusRows, Records
 from s2l_ray.progress import get_log
@@ -26,7 +27,7 @@ class CsvFile(FilePiece):
         csv.field_size_limit(sys.maxsize)  # 128 kB otherwise, which a long document exceeds
         text = self.file.text().removeprefix(BYTE_ORDER_MARK)
         # Not strict, a quotation mark that is never closed would make one value of the rest of the file.
-        rows = self._numbered(csv.reader(as_lines(text), delimiter=self._delimiter(text), strict=True))
+        rows = self._numbered(csv.reader(io.StringIO(text, newline=""), delimiter=self._delimiter(text), strict=True))
         header = self._header(next(rows, (1, []))[1])
         records: list[dict[str, Any]] = []
         lines: list[int] = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import io
 import json
 import lzma
 import os
@@ -142,8 +141,3 @@ def _likely_encodings(sample: bytes) -> list[str]:
     matches = from_bytes(sample, cp_isolation=_ENCODINGS)
     found = sorted((match.chaos, -match.coherence, _ENCODINGS.index(match.encoding)) for match in matches)
     return [_ENCODINGS[place] for *merit, place in found if merit == list(found[0][:2])][:3]
-
-
-def as_lines(text: str) -> io.StringIO:
-    """A text as its lines, for a reader that keeps their ends."""
-    return io.StringIO(text, newline="")

@@ -116,7 +116,7 @@ def read_shard(shard: Shard, config: ExamplesConfig, layout: Layout | None = Non
     found = found or [normalise(Records([], str, ""), config, layout)]
     columns = join_columns(examples.columns for examples in found)
     original = join_columns(examples.columns for examples in found if "original" in examples.table.column_names).type
-    # Rows with a text of their own and rows of an Arrow table may be neighbours: either then lack the other's column.
+    # Where no row of a stretch was kept it has no column `original`.
     table = pa.concat_tables([_with_original(examples.table, original) for examples in found], promote_options="default")
     table = table.take(pc.sort_indices(table, sort_keys=[("example_id", "ascending")]))
     return with_notes(table, Dropped.joined(examples.dropped for examples in found), columns)
@@ -139,7 +139,8 @@ def with_notes(table: pa.Table, dropped: Dropped, columns: Columns) -> pa.Table:
         "has_json": "row_json" in table.column_names and len(table) > table["row_json"].null_count,
         "num_conversations": len(table) - table["messages"].null_count,
     }
-    original = pa.schema(list(columns.type)).serialize().to_pybytes()
+    # With their marks, which other shards' columns are joined by: the settled type has none.
+    original = pa.schema(list(columns.fields.values())).serialize().to_pybytes()
     return table.replace_schema_metadata({"notes": json.dumps(notes), "original": original})
 
 

@@ -14,7 +14,7 @@ PROMPTS = ("prompt", "instruction", "question", "query", "problem", "input")
 CONTEXTS = ("input", "context")
 """What an instruction is about, where there are both."""
 RESPONSES = ("response", "output", "answer", "completion", "solution", "target", "text")
-SYSTEMS, HISTORIES, TOOLS = ("system", "system_prompt"), ("history",), ("tools", "functions")
+SYSTEMS, HISTORIES = ("system", "system_prompt"), ("history",)
 SOURCES, MAYBE_SOURCES = ("source", "dataset", "data_source"), ("subset", "task", "category", "domain", "topic", "type", "lang")
 IDS = ("id", "uid", "uuid", "example_id", "row_id", "_id")
 OPEN = "CHOOSE"
