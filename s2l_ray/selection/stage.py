@@ -95,14 +95,15 @@ def select(
     found = Trajectories.of(losses, example_ids, sources, num_response_tokens, columns)
     store = TrajectoryStore.of(found, seed)
     groups = cluster_store(store, grouping)
-    return choose_subsets(store, lambda: _in_blocks(groups), groups, config, grouping)[0].selection
+    return choose_subsets(store, lambda: in_blocks(groups), groups, config, grouping)[0].selection
 
 
 def _is_auto(strata: Any) -> bool:
     return isinstance(strata, str) and strata == AUTO
 
 
-def _in_blocks(groups: Clustering) -> Iterator[tuple[Ints, Floats]]:
+def in_blocks(groups: Clustering) -> Iterator[tuple[Ints, Floats]]:
+    """Groups in memory as a store streams them: the group of every row and its distance, block by block."""
     for start in range(0, len(groups.cluster_ids_N), BLOCK_ROWS):
         yield groups.cluster_ids_N[start : start + BLOCK_ROWS], groups.distances_N[start : start + BLOCK_ROWS]
 
