@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from s2l_ray.config.comparing import CompareConfig
 from s2l_ray.config.machines import MachinesConfig
 from s2l_ray.config.section import Positive, Section
 from s2l_ray.config.sections import (
@@ -49,6 +50,7 @@ class RunConfig(Section):
     report: ReportConfig = ReportConfig()
     machines: MachinesConfig = MachinesConfig()
     plan: PlanConfig = PlanConfig()
+    compare: CompareConfig | None = None
 
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default_factory=list)
     """Where the trainings of the proxy and of the target also report their losses (`pip install 's2l_ray[trackers]'`)."""

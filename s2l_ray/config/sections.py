@@ -222,11 +222,34 @@ class ClusteringConfig(Section):
         return self
 
 
+Method = Literal[
+    "s2l",
+    "random",
+    "source_proportional",
+    "source_balanced",
+    "source_matched",
+    "source_and_length_matched",
+    "final_loss_strata",
+    "middle_perplexity",
+    "least_confidence",
+    "high_learnability",
+    "ambiguous",
+    "longest",
+    "ifd",
+    "rds_plus",
+]
+OF_S2L_ALONE = ("allocation", "allocation_of_strata", "draw", "min_per_source", "defer_groups_up_to")
+"""Fields of the section `selection` that other methods have no use for. (Those that follow S2L's own subset have.)"""
+_FOLLOW_S2L = ("s2l", "source_matched", "source_and_length_matched")
+
+
 class SelectionConfig(Section):
     """How many examples, and how they are sampled from the groups."""
 
-    method: Literal["s2l"] = "s2l"
-    """Shares of every group, small groups first (METHOD: water-filling)."""
+    method: Method = "s2l"
+    """How the subset is chosen. s2l: shares of every group, small groups first (METHOD: water-filling). The others, which
+    `s2l compare --arms` explains, are its rivals: with them what follows but the budgets and the seed has no effect and is
+    refused."""
 
     allocation: Annotated[float, Field(ge=0, le=1)] = 0.0
     """A group's quota grows with its size to this power, capped by its size. 0: equal shares (the paper); 1: shares as in the
@@ -256,6 +279,15 @@ class SelectionConfig(Section):
 
     seed: int = 0
     """Seed of the priorities inside a group."""
+
+    @model_validator(mode="after")
+    def _others_have_no_groups(self) -> SelectionConfig:
+        given = [name for name in OF_S2L_ALONE if getattr(self, name) != type(self).model_fields[name].default]
+        if self.method not in _FOLLOW_S2L and given:
+            raise ValueError(f"method={self.method} has no use for {', '.join(given)}. Leave that out, or choose method=s2l")
+        if self.method != "s2l" and self.draw == "spread":
+            raise ValueError(f"method={self.method} follows an order, and draw=spread has none. Choose draw=random")
+        return self
 
     @model_validator(mode="after")
     def _spread_has_no_order(self) -> SelectionConfig:
