@@ -17,6 +17,7 @@ The rooms, each of which knows only those above it:
     evaluation/    the large model, before and after -> metrics on rows that nothing was trained on
     report/        a run -> one page
     pipeline       the stages as one list, and what running them means
+    compare/       does it pay: other selections trained alike, and whether S2L's premise is true here
     plan/          what a run would do and cost; how far it is
     init/          a corpus -> what it is, and a config to start from
     cli            the command line
