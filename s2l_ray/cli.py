@@ -209,7 +209,7 @@ def compare(
         return
     if config is None:
         raise ConfigError("s2l compare: give a config, or --arms.")
-    from s2l_ray.compare.premise import check_premise
+    from s2l_ray.compare.stage import check_premise
     from s2l_ray.compare.stage import compare as compare_arms
     from s2l_ray.config import load_config
 

@@ -12,6 +12,8 @@ from s2l_ray.compare.arms import COST_MATCHED, FULL, Arm, arms_of
 from s2l_ray.compare.cells import CellSpec, budgets_of, missing, publish, read_bytes_table, seeded, spec
 from s2l_ray.compare.costs import cost_matched
 from s2l_ray.compare.fits import fit_alone, losses_of_run
+from s2l_ray.compare.premise import measure_premise
+from s2l_ray.compare.premise_wording import premise_text
 from s2l_ray.compare.results import sizes_of, write_results
 from s2l_ray.compare.subsets import Groups, is_of_all, opened, subsets, trajectories_of, whole_pool
 from s2l_ray.compare.table import Comparison
@@ -61,6 +63,18 @@ def compare(config: RunConfig, run_dir: str | None = None, *, reuse: str | None 
     connect_ray()
     with exclusive(place) as still_held:
         return _compare(config, place, finished, still_held)
+
+
+def check_premise(config: RunConfig, run_dir: str | None = None, *, reuse: str | None = None) -> str:
+    """Whether examples that learn alike have like gradients here, in a dozen lines; `compare/premise.json` has all figures.
+
+    Builds what is missing of the run. Raises what `measure_premise` and a run raise.
+    """
+    finished = run(config, run_dir, until="clustering", reuse=reuse)
+    place, _ = run_places(config.name, run_dir, reuse)
+    connect_ray()
+    with exclusive(place):
+        return premise_text(measure_premise(config, finished, place, config.machines.compare))
 
 
 def _compare(config: RunConfig, place: Storage, finished: dict[str, Artifact], still_held: Callable[[], None]) -> Comparison:

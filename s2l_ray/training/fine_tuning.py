@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +74,17 @@ def fine_tune(
     return trainer
 
 
-def fine_tune_here(run: TrainingRun, model: Any, tokenizer: Any, device: str, device_batch_size: int | str) -> Any:
+def fine_tune_here(
+    run: TrainingRun, model: Any, tokenizer: Any, device: str, device_batch_size: int | str, callbacks: Sequence[Any] = ()
+) -> Any:
     """The same training in this process alone, outside of a fit and without resume points: for a model that takes seconds.
 
-    `device`: `cpu` or `cuda`. Returns transformers' Trainer.
+    `device`: `cpu` or `cuda`. `callbacks`: the Trainer's. Returns transformers' Trainer.
     """
     plan = BatchPlan.of(run.config.global_batch_size, 1, device_batch_size)
     with tempfile.TemporaryDirectory() as folder:
         arguments = _arguments(run, plan, Path(folder), device, None, {"report_to": "none"})
-        trainer = _trainer(run, model, tokenizer, plan, arguments, [])
+        trainer = _trainer(run, model, tokenizer, plan, arguments, [*callbacks])
         trainer.train()
     return trainer
 
