@@ -127,7 +127,7 @@ def select(
     draw: Annotated[Literal["random", "central", "spread"], typer.Option(help="Which rows of a group.")] = "random",
     seed: Annotated[int, typer.Option(help="Seed of the grouping and of the sampling.")] = 0,
     features: Annotated[
-        Literal["raw", "reduction", "shape", "whitened"], typer.Option(help="What k-means sees of the losses.")
+        Literal["raw", "reduction", "shape", "whitened", "profile"], typer.Option(help="What k-means sees of the losses.")
     ] = "raw",
     num_iterations: Annotated[int, typer.Option(help="Lloyd iterations at most.")] = 20,
     num_restarts: Annotated[int, typer.Option(help="Initialisations tried.")] = 3,

@@ -78,6 +78,8 @@ class RunConfig(Section):
         if zero_stage < {"none": 0, "optimizer": 1, "parameters": 3}[offload]:
             needed = "3" if offload == "parameters" else "1, 2 or 3"
             raise ValueError(f"machines.target.offload={offload} needs target.zero_stage {needed}, found {zero_stage}")
+        if self.clustering.features == "profile" and not self.trajectories.statistics:
+            raise ValueError("clustering.features=profile needs what trajectories.statistics=true records. Set both")
         if self.clustering.stratify_by not in (None, "auto", "source"):
             raise ValueError(
                 f"clustering.stratify_by='{self.clustering.stratify_by}': a run knows strata by 'source'. Set "

@@ -156,6 +156,10 @@ class TrajectoriesConfig(Section):
     tokens_per_batch: Positive = 4096
     """Padded tokens per forward pass. Part of the recipe: the shape of a matrix product decides a loss's last bit."""
 
+    statistics: bool = False
+    """Record beside each loss, which is the mean over a response's tokens, also their standard deviation and the means of their
+    first and last third: for `clustering.features: profile`. The losses stay the same, and the scoring pass too."""
+
 
 class ClusteringConfig(Section):
     """How the trajectories are grouped."""
@@ -170,9 +174,15 @@ class ClusteringConfig(Section):
     of those (Vo et al. 2024, arXiv 2405.15613), and the budget is shared from the top down. So shares follow the space that
     trajectories fill, and not how many lie where. The first number is `num_clusters`."""
 
-    features: Literal["raw", "reduction", "shape", "whitened"] = "raw"
+    features: Literal["raw", "reduction", "shape", "whitened", "profile"] = "raw"
     """What k-means sees: the losses (raw, the paper), their drop since the first point (reduction), what is left without
-    their level (shape), or their principal components scaled to unit variance (whitened)."""
+    their level (shape), their principal components scaled to unit variance (whitened), or the losses with the statistics that
+    `trajectories.statistics` records, each of the four divided by one number for all its points, so that its variance is one
+    on average over them (profile)."""
+
+    points: list[int] | None = None
+    """Which points of the trajectories k-means sees, counted from 0, from the end if negative, such as [0, 3, -1]; null: all.
+    For ablations: their order is that of the training, however they are written."""
 
     num_iterations: Positive = 20
     """Lloyd iterations at most (paper: 20); they stop early when no row changes its group."""
@@ -207,6 +217,13 @@ class ClusteringConfig(Section):
                 )
             return values | {"num_clusters": levels[0]}
         return values
+
+    @field_validator("points")
+    @classmethod
+    def _points_are_some(cls, points: list[int] | None) -> list[int] | None:
+        if points is not None and len(set(points)) < max(1, len(points)):
+            raise ValueError(f"expected points of the trajectories, one at least and none twice, such as [0, 3, -1]: {points}")
+        return points
 
     @field_validator("levels")
     @classmethod

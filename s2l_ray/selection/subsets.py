@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from s2l_ray.clustering.columns import Floats, Ints
 from s2l_ray.clustering.diagnostics import contingency, mean_overlap
-from s2l_ray.clustering.grouping import features_of
+from s2l_ray.clustering.grouping import features_of, measured_of
 from s2l_ray.clustering.groups import Groups
 from s2l_ray.clustering.threads import SearchThreads
 from s2l_ray.config import ClusteringConfig, SelectionConfig
@@ -97,8 +97,9 @@ def choose_subsets(
     if config.draw == "spread":
         with SearchThreads() as pool:
             features, _ = features_of(store, grouping, pool)
+        measured = measured_of(store, grouping)
         quotas_K = sharing.quotas(num_examples(config.budget, len(store)))  # type: ignore[arg-type]
-        tables = [spread(rows, store.blocks("losses"), features, quotas_K)]
+        tables = [spread(rows, map(measured, store.blocks(*measured.columns)), features, quotas_K)]
     else:
         tables = choose(
             rows,
