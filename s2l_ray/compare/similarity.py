@@ -171,6 +171,6 @@ def pair_rank_correlation(left_NN: Array, right_NN: Array, counts_RN: Array) -> 
     def correlation(counts_RN: Array) -> Array:
         n, x, y, xx, yy, xy = (_total(array, counts_RN) for array in (ones_NN, x_NN, y_NN, x_NN**2, y_NN**2, x_NN * y_NN))
         scale = np.sqrt(np.maximum(n * xx - x**2, 0) * np.maximum(n * yy - y**2, 0))
-        return np.divide(n * xy - x * y, scale, out=np.full_like(scale, np.nan), where=scale > 0)
+        return np.asarray(np.divide(n * xy - x * y, scale, out=np.full_like(scale, np.nan), where=scale > 0))
 
     return interval(correlation(np.ones((1, len(x_NN))))[0], correlation(counts_RN))

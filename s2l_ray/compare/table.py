@@ -92,7 +92,7 @@ class Comparison:
             "target": "the target alone, on one subset",
         }[self.redo_from]
         notes = [
-            f"{self.num_held_out:,} held-out rows, {self.seeds} seeds; each seed redoes {again}. Losses in nats; less is better.",
+            f"{self.num_held_out:,} held-out rows, {self.seeds} seeds; each seed redoes {again}. In nats; less is better.",
             "Intervals: Student's over seeds. *: differs from random at the 5% level (with Holm's correction; "
             f"{self.primary} at the first budget is the question, and not corrected).",
         ]
