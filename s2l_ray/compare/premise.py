@@ -40,7 +40,7 @@ from s2l_ray.storage.layout import ASSIGNMENTS, COMPARE, PREMISE, SCHEMA, folder
 from s2l_ray.storage.ownership import scratch_of
 from s2l_ray.storage.places import Storage
 from s2l_ray.storage.records import digest
-from s2l_ray.trajectories.store import losses_of
+from s2l_ray.trajectories.loss_columns import losses_of
 
 VERSION = 1
 """Raised when the same settings give other figures than before."""
