@@ -115,6 +115,9 @@ def select(
         typer.Option(help="Examples (3000), a fraction (0.1) or response tokens (tokens:100000). Several: nested subsets."),
     ],
     output: Annotated[str, typer.Option(metavar="DIR", help="Gets clustering/ and selection/.")],
+    method: Annotated[
+        str, typer.Option(metavar="NAME", help="s2l, or a rival: random, longest, ... (s2l compare --arms).")
+    ] = "s2l",
     num_clusters: Annotated[int, typer.Option(help="K, in each value of a named column; 'auto' shares them.")] = 100,
     stratify_by: Annotated[
         str, typer.Option(metavar="COLUMN", help="Group within its values; auto: by source if there are several; or none.")
@@ -159,6 +162,7 @@ def select(
     selection = checked(
         SelectionConfig,
         **_budgets(budget),
+        method=method,
         seed=seed,
         draw=draw,
         min_per_source=min_per_source,

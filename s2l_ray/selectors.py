@@ -3,12 +3,16 @@
 Each is one small function that puts all rows into one order; a subset is the first B of it, so that budgets nest. Nothing but
 a row's numbers and the seed decides its place. To add one: write such a function under `@selector`, with what it needs of the
 trajectories and the paper it comes from; the config, `s2l select --method`, `s2l compare` and the tests find it by its name.
-All rows' numbers are in memory: S2L itself, which streams, is not here.
+All rows' numbers are in memory (S2L itself streams): a few dozen bytes a row and the losses, for `rds_plus` the
+embeddings, too.
+
+Weights: of a sample from strata the size of a row's stratum over the number taken from it, so that the weighted subset
+estimates the pool; of an order by scores 1, since it estimates nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -67,17 +71,6 @@ class Pool:
         """The last loss of each row."""
         return self.losses_NT[:, -1].astype(np.float64)
 
-    def check(self, chosen: Selector) -> None:
-        """Raise ConfigError where the selector needs what is not there, saying how to record it."""
-        for name in chosen.needs:
-            if (self.sources_N is None) if name == SOURCES else (name != GROUPS and name not in self.columns):
-                raise ConfigError(f"selection.method={chosen.name} needs {name}: {_REMEDIES[name]}.")
-        if self.losses_NT.shape[1] < chosen.min_points:
-            raise ConfigError(
-                f"selection.method={chosen.name} needs trajectories of {chosen.min_points} points or more, these have "
-                f"{self.losses_NT.shape[1]}: record more checkpoints (proxy.num_checkpoints)."
-            )
-
 
 @dataclass(frozen=True)
 class Selector:
@@ -96,6 +89,20 @@ class Selector:
     strata: Callable[[Pool], Integers] | None = None
     """The strata that it samples from, one number a row, where its weights are their sizes over their quotas; None where the
     order goes by scores, which estimate nothing."""
+
+    def check(self, found: Collection[str], num_points: int) -> None:
+        """Raise ConfigError where trajectories lack what it needs, saying how to record it.
+
+        `found`: `SOURCES` where there are two sources or more, and the names of the other columns.
+        """
+        for name in self.needs:
+            if name != GROUPS and name not in found:
+                raise ConfigError(f"selection.method={self.name} needs {name}: {_REMEDIES[name]}.")
+        if num_points < self.min_points:
+            raise ConfigError(
+                f"selection.method={self.name} needs trajectories of {self.min_points} points or more, these have "
+                f"{num_points}: record more checkpoints (proxy.num_checkpoints)."
+            )
 
     @property
     def about(self) -> str:
@@ -135,6 +142,12 @@ def _sources(pool: Pool) -> Integers:
     return pool.sources_N
 
 
+def _sources_and_deciles(pool: Pool) -> Integers:
+    tokens_N = pool.columns[TOKENS]
+    edges = np.quantile(tokens_N, np.arange(1, DECILES) / DECILES)
+    return np.asarray(_sources(pool) * DECILES + np.searchsorted(edges, tokens_N, side="right"))
+
+
 def _loss_bands(pool: Pool) -> Integers:
     ranks_N = np.empty(len(pool.final_N), np.int64)
     ranks_N[np.lexsort((pool.priorities_N, pool.final_N))] = np.arange(len(ranks_N))
@@ -165,12 +178,13 @@ def source_matched(pool: Pool) -> Integers:
     return _matched(pool, _sources(pool))
 
 
-@selector(SOURCES, TOKENS, GROUPS, strata=_sources)
+@selector(SOURCES, TOKENS, GROUPS, strata=_sources_and_deciles)
 def source_and_length_matched(pool: Pool) -> Integers:
-    """Random rows with the counts of S2L's own subset by source and decile of response length."""
-    tokens_N = pool.columns[TOKENS]
-    edges = np.quantile(tokens_N, np.arange(1, DECILES) / DECILES)
-    return _matched(pool, _sources(pool) * DECILES + np.searchsorted(edges, tokens_N, side="right"))
+    """Random rows with the counts of S2L's own subset by source and decile of response length.
+
+    Deciles of the whole pool; equally long responses are in one, so that few lengths give fewer of them.
+    """
+    return _matched(pool, _sources_and_deciles(pool))
 
 
 @selector(GROUPS, paper="2403.07384")
@@ -179,7 +193,7 @@ def s2l(pool: Pool) -> Integers:
     return pool.s2l()
 
 
-@selector(min_points=1, strata=_loss_bands)
+@selector(strata=_loss_bands)
 def final_loss_strata(pool: Pool) -> Integers:
     """As many bands of the final loss as S2L has groups, each of equally many rows, in equal shares: S2L without
     trajectories."""
@@ -211,7 +225,7 @@ def least_confidence(pool: Pool) -> Integers:
     return pool.by_score(pool.final_N)
 
 
-@selector(min_points=2, paper="2402.10430")
+@selector(min_points=2, paper="2310.13008")
 def high_learnability(pool: Pool) -> Integers:
     """Rows whose loss falls most from the first point to the last."""
     return pool.by_score(pool.losses_NT[:, 0].astype(np.float64) - pool.final_N)
@@ -241,13 +255,16 @@ def ifd(pool: Pool) -> Integers:
 
 @selector(EMBEDDING, VALIDATION, paper="2503.01807", is_target_aware=True)
 def rds_plus(pool: Pool) -> Integers:
-    """Rows most alike to the validation rows, one for each of these in turn, by the cosine of weighted mean hidden states."""
+    """Rows most alike to the validation rows, by the cosine of weighted mean hidden states, one for each of these in turn.
+
+    A validation row whose turn comes to a row that another has already taken goes without, as in the paper's code.
+    """
     rows_NH, wanted_VH = (_unit(pool.columns[name]) for name in (EMBEDDING, VALIDATION))
-    ranked_VN = [pool.by_score(rows_NH @ one_H) for one_H in wanted_VH]
-    # Rank by rank, and within a rank one validation row after the other; a row counts where it comes first.
-    turns = np.stack(ranked_VN, axis=1).ravel()
-    _, firsts = np.unique(turns, return_index=True)
-    return turns[np.sort(firsts)]
+    turns_N = np.full(len(rows_NH), np.iinfo(np.int64).max)
+    for number, wanted_H in enumerate(wanted_VH):
+        best_first = pool.by_score(rows_NH @ wanted_H)
+        turns_N[best_first] = np.minimum(turns_N[best_first], np.arange(len(rows_NH)) * len(wanted_VH) + number)
+    return np.argsort(turns_N)
 
 
 def _unit(rows: Floats) -> Floats:

@@ -2,6 +2,6 @@
 
 Takes a run's checkpoints, or losses that a user's own training records; gives `trajectories/part-*.parquet`. Read `stage`
 (scoring), `units` (where losses lie until they are joined) and `overlapped` (scoring during the training); then `store` and
-`files` (what clustering and selection read) over `parts` (Parquet from anywhere) and `sorting`. For other trainers:
-`recording`, and `callback` over `dataset_rows` and `scored_training`.
+`files` (what clustering and selection read) over `parts` (Parquet from anywhere) and `sorting`, and `measured` (what only some
+selectors read). For other trainers: `recording`, and `callback` over `dataset_rows` and `scored_training`.
 """

@@ -32,7 +32,8 @@ from s2l_ray.trajectories.loss_columns import (
     points_column,
     token_count_column,
 )
-from s2l_ray.trajectories.parts import Part, parts_of, place_name
+from s2l_ray.trajectories.measured import MEASUREMENTS, measurements_of
+from s2l_ray.trajectories.parts import Part, find_artifact, parts_of, place_name
 from s2l_ray.trajectories.sorting import sort_by_id
 from s2l_ray.trajectories.store import Names, Trajectories, TrajectoryStore
 
@@ -71,7 +72,9 @@ def open_trajectories(
         raise error if str(error).startswith(where) else DataError(f"{where}: {error}") from error
     num_points = rows.schema.field("losses").type.list_size
     _log.info("%s trajectories of %d points from %d files", f"{rows.num_rows:,}", num_points, len(parts))
-    return TrajectoryStore(rows, num_points, {name: found.values for name, found in names.items()}, seed)
+    measured = measurements_of(parts, find_artifact(source) if isinstance(source, str) else source, lambda: _integers_of(parts))
+    found_names = {name: found.values for name, found in names.items()}
+    return TrajectoryStore(rows, num_points, found_names, seed, measurements=measured)
 
 
 @contextlib.contextmanager
@@ -148,7 +151,10 @@ def _changed(source: str | Artifact) -> DataError:
 def _common_schema(parts: list[Part], source: str | Artifact, ids: pa.DataType) -> pa.Schema:
     """The columns of all parts but those that are measured, dictionaries decoded, integers and floats as wide as the widest."""
     schemas = []
-    left_out = {LOSSES, *(STATISTICS if isinstance(source, Artifact) else ())}  # in others' files the names may mean anything
+    left_out = {
+        LOSSES,
+        *((*STATISTICS, *MEASUREMENTS) if isinstance(source, Artifact) else ()),
+    }  # in others' files the names may mean anything
     for part in parts:
         fields = [f.with_metadata(None) for f in part.schema() if f.name not in left_out]
         values = [f.with_type(f.type.value_type) if pa.types.is_dictionary(f.type) else f for f in fields]
