@@ -185,6 +185,11 @@ class Facts:
     texts: Texts
     versions: Mapping[str, str]
     config: str | None
+    comparison: Any = None
+    """Of `compare/`, where one is finished (ComparisonFacts)."""
+
+    premise: Sequence[str] = ()
+    """Lines about S2L's premise, where it was measured."""
 
     def missing(self, *names: str) -> list[StageStatus]:
         """Those of the stages that are not finished."""
