@@ -27,7 +27,8 @@ from s2l_ray.selection.stage import select
 from s2l_ray.storage.artifacts import Artifact, Key
 from s2l_ray.storage.drafts import Draft
 from s2l_ray.storage.places import Storage
-from s2l_ray.trajectories.store import Trajectories, TrajectoryStore, trajectories_table
+from s2l_ray.trajectories.loss_columns import trajectories_table
+from s2l_ray.trajectories.store import Trajectories, TrajectoryStore
 
 KINDS = ("raw", "reduction", "shape", "whitened")
 # Features are rounded to multiples of this.

@@ -25,8 +25,9 @@ from s2l_ray.storage.drafts import Draft
 from s2l_ray.storage.places import Storage
 from s2l_ray.trajectories import files as trajectory_files
 from s2l_ray.trajectories.files import fetch_rows, read_trajectories
+from s2l_ray.trajectories.loss_columns import losses_of, trajectories_table
 from s2l_ray.trajectories.parts import files_identity, find_artifact
-from s2l_ray.trajectories.store import Trajectories, TrajectoryStore, losses_of, trajectories_table
+from s2l_ray.trajectories.store import Trajectories, TrajectoryStore
 
 LOSSES = np.array([[3.0, 2.0], [2.5, 2.25], [4.0, 0.5], [1.0, 1.0]], np.float32)
 

@@ -37,6 +37,23 @@ def adjusted_rand_index(rows_KL: NDArray[np.int64]) -> float:
     return 1.0 if largest == expected else (together - expected) / (largest - expected)
 
 
+def normalized_mutual_information(rows_KL: NDArray[np.int64]) -> float:
+    """What two groupings tell of each other, from their contingency table: their mutual information over the mean of their
+    entropies (Strehl and Ghosh, 2002; scikit-learn's default mean). 0 for independent ones, 1 for the same groups."""
+
+    def entropy(counts: NDArray[np.int64]) -> float:
+        shares = counts[counts > 0] / counts.sum()
+        return -float((shares * np.log(shares)).sum())
+
+    left, right, both = (entropy(counts) for counts in (rows_KL.sum(axis=1), rows_KL.sum(axis=0), rows_KL.ravel()))
+    return round(max(0.0, 2 * (left + right - both) / (left + right)), 6) if left + right > 0 else 1.0
+
+
+def purity(rows_KL: NDArray[np.int64]) -> float:
+    """Share of the rows that are of the commonest right group of their left group: 1 where every left group is of one."""
+    return float(rows_KL.max(axis=1).sum() / rows_KL.sum())
+
+
 def mean_agreement(labels_RN: NDArray[np.integer[Any]]) -> float | None:
     """Mean adjusted Rand index over all pairs of groupings of the same rows; None for fewer than two."""
     if len(labels_RN) < 2 or not labels_RN.shape[1]:
@@ -67,18 +84,20 @@ def between(sums_SF: NDArray[np.float64], sizes_S: NDArray[np.int64]) -> float:
 def warning(spectrum: Spectrum, features: str, has_untrained: bool | None = None) -> str | None:
     """What a user should know before trusting groups of trajectories that vary in one direction only, None for others.
 
-    It advises what is not done yet. `has_untrained`: whether the trajectories begin with the losses of the untrained model;
-    None where nobody knows.
+    `spectrum`: of the losses; for `profile`, which has more than these, of the features. It advises what is not done yet.
+    `has_untrained`: whether the trajectories begin with the losses of the untrained model; None where nobody knows.
     """
     share = float(spectrum.shares_T[0])
     if share < DOMINANT_SHARE or len(spectrum.shares_T) < 2:
         return None
+    if features == "profile":
+        return f"one direction holds {share:.1%} of the profiles' variance: their groups do little more than cut it into bands"
     text = f"one direction holds {share:.1%} of the trajectories' variance"
     if features != "raw":
         return f"{text}, which '{features}' takes away or weakens: what is left may be noise"
     text = (
         f"{text}: raw groups do little more than cut the loss level into bands. Compare clustering.features reduction, shape "
-        "or whitened"
+        "or whitened, or profile with trajectories.statistics"
     )
     if has_untrained is None:
         return f"{text}, or record the untrained model too (step 0) if these trajectories lack it"

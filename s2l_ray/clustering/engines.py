@@ -36,14 +36,14 @@ class Engine:
         self._actors: list[Any] = []
 
     @classmethod
-    def choose(cls, config: GroupingConfig, pool: SearchThreads, scratch: Path, num_rows: int, num_points: int) -> Engine:
-        """The engine for so many trajectories: a GPU where there is one, else memory, else a file.
+    def choose(cls, config: GroupingConfig, pool: SearchThreads, scratch: Path, num_rows: int, width: int) -> Engine:
+        """The engine for so many rows of so many numbers: a GPU where there is one, else memory, else a file.
 
         Raises ConfigError where a GPU is asked for and there is none.
         """
         kind = config.engine
         num_gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
-        fits = 4 * num_rows * num_points <= config.memory_gb * 1e9
+        fits = 4 * num_rows * width <= config.memory_gb * 1e9
         if kind == "auto":
             kind = "gpu" if num_gpus else "memory" if fits else "disk"
         if kind == "gpu" and not num_gpus:

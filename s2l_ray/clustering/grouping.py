@@ -7,7 +7,7 @@ exact and their order does not matter; everything else is elementwise or in row 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from s2l_ray.clustering import diagnostics
 from s2l_ray.clustering.columns import Floats, Ints
 from s2l_ray.clustering.engines import Engine
-from s2l_ray.clustering.features import Features, Spectrum, on_grid
+from s2l_ray.clustering.features import Features, Measured, Spectrum, on_grid
 from s2l_ray.clustering.groups import ALL_ROWS, Groups, Stratum
 from s2l_ray.clustering.kmeans import group_sums
 from s2l_ray.clustering.levels import levels_above
@@ -30,8 +30,9 @@ from s2l_ray.config import ClusteringConfig
 from s2l_ray.errors import ConfigError
 from s2l_ray.examples.ids import priority_cut
 from s2l_ray.progress import get_log
+from s2l_ray.trajectories.loss_columns import missing_statistics
 from s2l_ray.trajectories.sorting import in_order
-from s2l_ray.trajectories.store import TrajectoryStore, losses_matrix
+from s2l_ray.trajectories.store import TrajectoryStore
 
 # Principal components, whitening and the stability of the subset are measured on so many rows of lowest priority.
 DIAGNOSTIC_ROWS = 65_536
@@ -43,7 +44,7 @@ _log = get_log("clustering")
 def group(store: TrajectoryStore, config: ClusteringConfig, engine: Engine, *, sources_are_files: bool = False) -> Grouping:
     """The groups of the rows of a store, within each value of `config.stratify_by` where that is given (see `stratifying`).
 
-    Raises ConfigError for more groups than rows, or an unknown column to stratify by.
+    Raises ConfigError for more groups than rows, an unknown column to stratify by, points or statistics that are not there.
     """
     if config.num_clusters > len(store):
         raise ConfigError(
@@ -59,11 +60,11 @@ def group(store: TrajectoryStore, config: ClusteringConfig, engine: Engine, *, s
     configs = [config_of_stratum(config, count, len(store)).model_copy(update={"stratify_by": by}) for count in counts]
     config = config.model_copy(update={"stratify_by": by})
     features, spectrum = features_of(store, config, engine.pool)
-    width = features.num_features
+    measured, width = measured_of(store, config), features.num_features
     sources = [StratumRows(name, count, width, own, engine) for name, count, own in zip(names, counts, configs, strict=True)]
-    totals = _fill(store, sources, features, config, engine.pool)
+    totals = _fill(store, sources, lambda block: features(measured(block)), config, engine.pool)
     strata = [StratumKMeans(source, own, engine).fit() for source, own in zip(sources, configs, strict=True)]
-    grouping = Grouping(store, config, strata, features, spectrum, totals)
+    grouping = Grouping(store, config, strata, features, spectrum, totals, measured.points)
     if config.levels is not None:
         grouping.parents = levels_above(grouping.centroids_of_strata, names, configs, engine.pool)
         counts = [grouping.num_clusters, *(int(parents.max()) + 1 for parents in grouping.parents)]
@@ -75,18 +76,28 @@ def _diagnostic_cut(store: TrajectoryStore) -> np.uint64:
     return np.uint64(priority_cut(DIAGNOSTIC_ROWS, len(store)))
 
 
+def measured_of(store: TrajectoryStore, config: ClusteringConfig) -> Measured:
+    """Of which columns and points of a store the features are made. Raises ConfigError for some that are not there."""
+    measured = Measured.of(config.features, store.num_points, config.points)
+    if len(measured.columns) > 1 and (error := missing_statistics(store.rows.schema.names)) is not None:
+        raise error
+    return measured
+
+
 def features_of(store: TrajectoryStore, config: ClusteringConfig, pool: SearchThreads) -> tuple[Features, Spectrum]:
-    """What k-means will see of the losses, and the trajectories' principal components: one pass over the rows."""
+    """What k-means will see of what is measured, and the principal components of the losses at its points: one pass over the
+    rows."""
+    measured = measured_of(store, config)
     cut, is_sampled = _diagnostic_cut(store), len(store) > DIAGNOSTIC_ROWS
 
     def one_block(block: pa.Table) -> tuple[Floats, NDArray[np.uint64]]:
         order_M = store.priorities(block, config.seed) if is_sampled else np.zeros(len(block), np.uint64)
         sampled = np.flatnonzero(order_M <= cut)
-        return on_grid(losses_matrix(block)[sampled]), order_M[sampled]
+        return on_grid(measured(block)[sampled]), order_M[sampled]
 
-    losses, order = zip(*in_order(pool, one_block, store.blocks("example_id", "losses", "priority")), strict=True)
-    sample_ST = np.concatenate(losses)[lowest(np.concatenate(order), DIAGNOSTIC_ROWS)]
-    spectrum = Spectrum.of(sample_ST)
+    values, order = zip(*in_order(pool, one_block, store.blocks("example_id", *measured.columns, "priority")), strict=True)
+    sample_ST = np.concatenate(values)[lowest(np.concatenate(order), DIAGNOSTIC_ROWS)]
+    spectrum = Spectrum.of(sample_ST[:, : sample_ST.shape[1] // len(measured.columns)])
     return Features.of(config.features, sample_ST, spectrum), spectrum
 
 
@@ -125,7 +136,11 @@ class _Totals:
 
 
 def _fill(
-    store: TrajectoryStore, strata: list[StratumRows], features: Features, config: ClusteringConfig, pool: SearchThreads
+    store: TrajectoryStore,
+    strata: list[StratumRows],
+    features: Callable[[pa.Table], Floats],
+    config: ClusteringConfig,
+    pool: SearchThreads,
 ) -> _Totals:
     """Give every stratum the features of its rows: a second pass."""
     by = config.stratify_by
@@ -135,14 +150,15 @@ def _fill(
     cut = _diagnostic_cut(store)
 
     def one_block(block: pa.Table) -> tuple[Floats, NDArray[np.uint64], Ints | None, pa.Array, _Totals]:
-        features_MF = features(losses_matrix(block))
+        features_MF = features(block)
         order_M = store.priorities(block, config.seed) if needs_priorities else np.zeros(len(block), np.uint64)
         codes_M = None if by is None else store.codes(block, by)
         totals = _Totals.of(features_MF, store.codes(block, "source") if has_sources else None, num_sources)
         return features_MF, order_M, codes_M, block["example_id"].combine_chunks(), totals
 
-    totals = _Totals.of(np.zeros((0, features.num_features), np.float32), None, num_sources)
-    columns = dict.fromkeys(("example_id", "losses", "priority", "source", *([] if by is None else [by])))
+    totals = _Totals.of(np.zeros((0, strata[0].width), np.float32), None, num_sources)
+    measured = Measured.of(config.features, store.num_points).columns
+    columns = dict.fromkeys(("example_id", *measured, "priority", "source", *([] if by is None else [by])))
     for features_MF, order_M, codes_M, ids, of_block in in_order(pool, one_block, store.blocks(*columns)):
         totals.add(of_block)
         if codes_M is None:
@@ -164,10 +180,13 @@ class Grouping:
         features: Features,
         spectrum: Spectrum,
         totals: _Totals,
+        points: Sequence[int] | None,
     ) -> None:
         self._store, self._config, self._strata = store, config, strata
-        self._features, self._spectrum, self._totals = features, spectrum, totals
-        self._numbering, self._centroids_KT = Numbering.canonical(store, config.stratify_by, strata, features)
+        self._features, self._spectrum, self._totals, self._points = features, spectrum, totals, points
+        center_T = features.center_T if features.kind == "raw" and points is None else None
+        self._are_losses = center_T is not None
+        self._numbering, self._centroids_KT = Numbering.canonical(store, config.stratify_by, strata, center_T)
         self.parents: tuple[NDArray[np.int64], ...] = ()
         """The levels above the groups (see `levels`)."""
 
@@ -203,7 +222,7 @@ class Grouping:
     @property
     def feature_centroids_KF(self) -> Floats | None:
         """The same in one; None where features are the losses."""
-        return None if self._features.kind == "raw" else np.concatenate(self.centroids_of_strata)
+        return None if self._are_losses else np.concatenate(self.centroids_of_strata)
 
     def groups(self, has_untrained: bool | None = None) -> Groups:
         """The groups and how good they are; after `assignments` has run through.
@@ -237,21 +256,33 @@ class Grouping:
         if len(totals.sizes_S):
             total = totals.to_mean
             by_source = diagnostics.between(totals.sums_SF, totals.sizes_S) / total if total > 0 else 1.0
+        seen = self._features.spectrum if self._features.kind == "profile" else self._spectrum
         # Restarts of strata count by their rows.
         agreements = [(s.source.num_rows, diagnostics.mean_agreement(s.restarts_RS)) for s in self._strata]
         known = [(weight, value) for weight, value in agreements if value is not None]
         return {
             "features": self._features.kind,
+            "points": None if self._points is None else list(self._points),
             "tiny_groups": int((sizes_K <= diagnostics.TINY_ROWS).sum()),
             "tiny_rows": diagnostics.TINY_ROWS,
             "variance_explained_by_source": by_source,
             "principal_components": [round(float(share), 6) for share in self._spectrum.shares_T],
             "effective_dimension": round(self._spectrum.effective_dimension, 3),
+            "effective_dimension_of_features": round(self._features.spectrum.effective_dimension, 3),
             "agreement_of_restarts": float(np.average([v for _, v in known], weights=[w for w, _ in known])) if known else None,
             "agreement_with_source": None if self._rows_KS is None else diagnostics.adjusted_rand_index(self._rows_KS),
+            **self._information_on_source(),
             "sampled_rows": sum(stratum.source.num_sampled for stratum in self._strata),
             "training_rows": sum(stratum.source.num_training for stratum in self._strata),
-            "warning": diagnostics.warning(self._spectrum, self._features.kind, has_untrained),
+            "warning": diagnostics.warning(seen, self._features.kind, has_untrained),
+        }
+
+    def _information_on_source(self) -> dict[str, float | None]:
+        """How much groups that never saw the sources tell of them; None where sources are unknown or were strata."""
+        rows_KS = None if self._config.stratify_by == "source" else self._rows_KS
+        return {
+            "information_on_source": None if rows_KS is None else diagnostics.normalized_mutual_information(rows_KS),
+            "purity_by_source": None if rows_KS is None else diagnostics.purity(rows_KS),
         }
 
     def restarts(self) -> pa.Table | None:

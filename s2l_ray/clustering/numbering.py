@@ -14,10 +14,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from s2l_ray.clustering.columns import Floats, Ints
-from s2l_ray.clustering.features import Features, on_grid
+from s2l_ray.clustering.features import on_grid
 from s2l_ray.clustering.kmeans import group_sums
 from s2l_ray.clustering.strata import FittedStratum
-from s2l_ray.trajectories.store import TrajectoryStore, losses_matrix
+from s2l_ray.trajectories.loss_columns import losses_matrix
+from s2l_ray.trajectories.store import TrajectoryStore
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,16 +35,18 @@ class Numbering:
 
     @classmethod
     def canonical(
-        cls, store: TrajectoryStore, by: str | None, strata: Sequence[FittedStratum], features: Features
+        cls, store: TrajectoryStore, by: str | None, strata: Sequence[FittedStratum], center_T: Floats | None
     ) -> tuple[Numbering, Floats]:
         """The numbering, and the groups' centroids in nats in its order, shape (K, T).
 
-        Where k-means saw other features than the losses, centroids are mean losses: that takes a pass over the rows.
+        `center_T`: what was subtracted from the losses; None where k-means saw other features than these, or not all points:
+        then centroids are mean losses, which takes a pass over the rows.
         """
         as_fitted = cls(store, by, strata, [stratum.filled for stratum in strata])
-        if features.kind == "raw":
-            center_T = features.center_T.astype(np.float64)
-            levels = [(s.fit.centroids_KF[s.filled] + (center_T + s.center_F)).astype(np.float32) for s in strata]
+        if center_T is not None:
+            levels = [
+                (s.fit.centroids_KF[s.filled] + (center_T.astype(np.float64) + s.center_F)).astype(np.float32) for s in strata
+            ]
         else:
             levels = np.split(as_fitted.mean_losses(), as_fitted.firsts[1:])
         # The mean first, then the points from the first to the last.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from s2l_ray.clustering.columns import Floats, Ints
 from s2l_ray.clustering.engines import Engine
-from s2l_ray.clustering.grouping import group
+from s2l_ray.clustering.grouping import group, measured_of
 from s2l_ray.clustering.groups import Clustering, Groups
 from s2l_ray.clustering.stratifying import AUTO
 from s2l_ray.clustering.threads import SearchThreads
@@ -40,6 +40,8 @@ def cluster(
     num_iterations: int = 20,
     num_restarts: int = 3,
     features: str = "raw",
+    points: list[int] | None = None,
+    statistics: Mapping[str, Any] | None = None,
     tolerance: float = 0.0,
     training_rows: int | None = None,
     strata: Any = None,
@@ -52,7 +54,9 @@ def cluster(
     `losses_NT` is anything of shape (N, T), in nats; ids are row numbers unless given, and the result is in ascending order
     of ids: any order of the rows gives the same group for each id. With `strata` (one value per row) there are
     `num_clusters` groups in each. `levels`, such as [1000, 100, 20], take the place of `num_clusters`. `num_threads`
-    (all processors unless given) decides no result. The others are as in the section `clustering` of a config.
+    (all processors unless given) decides no result. `features="profile"` needs `statistics`: by name `deviations`,
+    `first_thirds` and `last_thirds`, (N, T) each, as `record_losses` defines them. The others are as in the section
+    `clustering` of a config.
 
     Raises DataError naming the ids of ragged, missing or non-finite losses, ConfigError for more groups than rows.
     """
@@ -63,12 +67,14 @@ def cluster(
         num_iterations=num_iterations,
         num_restarts=num_restarts,
         features=features,
+        points=points,
         tolerance=tolerance,
         training_rows=training_rows,
         stratify_by=None if strata is None else "source",
         seed=seed,
     )
-    return cluster_store(TrajectoryStore.of(Trajectories.of(losses_NT, example_ids, sources=strata), seed), config, num_threads)
+    found = Trajectories.of(losses_NT, example_ids, sources=strata, statistics=statistics)
+    return cluster_store(TrajectoryStore.of(found, seed), config, num_threads)
 
 
 def cluster_store(
@@ -97,7 +103,8 @@ def build(context: Context) -> Artifact:
     source = context.inputs["trajectories"]
     examples = context.config.examples
     by = None if config.stratify_by == AUTO else config.stratify_by
-    with streamed(source, draft.shared, seed=config.seed, stratify_by=by) as (store, scratch):
+    profiles = config.features == "profile"
+    with streamed(source, draft.shared, seed=config.seed, stratify_by=by, statistics=profiles) as (store, scratch):
         return publish_clustering(
             config,
             context.machines,
@@ -132,7 +139,8 @@ def publish_clustering(
     machine or these trajectories in vain.
     """
     begun = time.monotonic()
-    with SearchThreads() as pool, Engine.choose(machines, pool, scratch, len(store), store.num_points) as engine:
+    width = measured_of(store, config).width
+    with SearchThreads() as pool, Engine.choose(machines, pool, scratch, len(store), width) as engine:
         _log.info("%s trajectories of %d points, %s", f"{len(store):,}", store.num_points, engine.describe())
         grouping = group(store, config, engine, sources_are_files=sources_are_files)
         grouped = time.monotonic()

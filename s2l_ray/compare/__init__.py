@@ -1,5 +1,8 @@
-"""Does it pay, on these data? Other ways to choose, trained and evaluated alike; and whether S2L's premise is true here.
+"""Arms x budgets x seeds over one run's trajectories -> one table: is the selection better than a random sample, on this data?
 
-Takes a run's trajectories. Read `premise` (do examples of a group have similar gradients), `premise_worker` (what the workers
-compute for it), `similarity` (its statistics) and `premise_wording`.
+Every cell is a target trained alike, from the same starting weights, on another subset, and evaluated on the same held-out
+rows. Read `stage` (the order of work), `arms` (what is compared), `cells` (what one is made from and leaves), `subsets` (what
+it trains on), `worker` (many targets in one process), `fits` (one target by the run's own stages), `statistics` (paired
+differences and their intervals), `table` and `verdict` (what came out, in numbers and in words), `costs`, `results`, `planning`
+(before it runs), and `premise` with `similarity` and `premise_worker` (do examples that learn alike have like gradients?).
 """

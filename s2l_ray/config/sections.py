@@ -156,6 +156,10 @@ class TrajectoriesConfig(Section):
     tokens_per_batch: Positive = 4096
     """Padded tokens per forward pass. Part of the recipe: the shape of a matrix product decides a loss's last bit."""
 
+    statistics: bool = False
+    """Record beside each loss, which is the mean over a response's tokens, also their standard deviation and the means of their
+    first and last third: for `clustering.features: profile`. The losses stay the same, and the scoring pass too."""
+
 
 class ClusteringConfig(Section):
     """How the trajectories are grouped."""
@@ -170,9 +174,15 @@ class ClusteringConfig(Section):
     of those (Vo et al. 2024, arXiv 2405.15613), and the budget is shared from the top down. So shares follow the space that
     trajectories fill, and not how many lie where. The first number is `num_clusters`."""
 
-    features: Literal["raw", "reduction", "shape", "whitened"] = "raw"
+    features: Literal["raw", "reduction", "shape", "whitened", "profile"] = "raw"
     """What k-means sees: the losses (raw, the paper), their drop since the first point (reduction), what is left without
-    their level (shape), or their principal components scaled to unit variance (whitened)."""
+    their level (shape), their principal components scaled to unit variance (whitened), or the losses with the statistics that
+    `trajectories.statistics` records, each of the four divided by one number for all its points, so that its variance is one
+    on average over them (profile)."""
+
+    points: list[int] | None = None
+    """Which points of the trajectories k-means sees, counted from 0, from the end if negative, such as [0, 3, -1]; null: all.
+    For ablations: their order is that of the training, however they are written."""
 
     num_iterations: Positive = 20
     """Lloyd iterations at most (paper: 20); they stop early when no row changes its group."""
@@ -208,6 +218,13 @@ class ClusteringConfig(Section):
             return values | {"num_clusters": levels[0]}
         return values
 
+    @field_validator("points")
+    @classmethod
+    def _points_are_some(cls, points: list[int] | None) -> list[int] | None:
+        if points is not None and len(set(points)) < max(1, len(points)):
+            raise ValueError(f"expected points of the trajectories, one at least and none twice, such as [0, 3, -1]: {points}")
+        return points
+
     @field_validator("levels")
     @classmethod
     def _levels_descend(cls, levels: list[int] | None) -> list[int] | None:
@@ -222,11 +239,34 @@ class ClusteringConfig(Section):
         return self
 
 
+Method = Literal[
+    "s2l",
+    "random",
+    "source_proportional",
+    "source_balanced",
+    "source_matched",
+    "source_and_length_matched",
+    "final_loss_strata",
+    "middle_perplexity",
+    "least_confidence",
+    "high_learnability",
+    "ambiguous",
+    "longest",
+    "ifd",
+    "rds_plus",
+]
+OF_S2L_ALONE = ("allocation", "allocation_of_strata", "draw", "min_per_source", "defer_groups_up_to")
+"""Fields of the section `selection` that other methods have no use for. (Those that follow S2L's own subset have.)"""
+_FOLLOW_S2L = ("s2l", "source_matched", "source_and_length_matched")
+
+
 class SelectionConfig(Section):
     """How many examples, and how they are sampled from the groups."""
 
-    method: Literal["s2l"] = "s2l"
-    """Shares of every group, small groups first (METHOD: water-filling)."""
+    method: Method = "s2l"
+    """How the subset is chosen. s2l: shares of every group, small groups first (METHOD: water-filling). The others, which
+    `s2l compare --arms` explains, are its rivals: with them what follows but the budgets and the seed has no effect and is
+    refused."""
 
     allocation: Annotated[float, Field(ge=0, le=1)] = 0.0
     """A group's quota grows with its size to this power, capped by its size. 0: equal shares (the paper); 1: shares as in the
@@ -256,6 +296,15 @@ class SelectionConfig(Section):
 
     seed: int = 0
     """Seed of the priorities inside a group."""
+
+    @model_validator(mode="after")
+    def _others_have_no_groups(self) -> SelectionConfig:
+        given = [name for name in OF_S2L_ALONE if getattr(self, name) != type(self).model_fields[name].default]
+        if self.method not in _FOLLOW_S2L and given:
+            raise ValueError(f"method={self.method} has no use for {', '.join(given)}. Leave that out, or choose method=s2l")
+        if self.method != "s2l" and self.draw == "spread":
+            raise ValueError(f"method={self.method} follows an order, and draw=spread has none. Choose draw=random")
+        return self
 
     @model_validator(mode="after")
     def _spread_has_no_order(self) -> SelectionConfig:

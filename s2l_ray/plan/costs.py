@@ -71,7 +71,7 @@ def costs_of(config: RunConfig, sizes: Sizes, accelerator: str | None) -> dict[s
         "evaluation": config.target.precision,
     }
     return {
-        name: Cost(operations[name], stored[name], _seconds(operations[name], accelerator, precision.get(name, "float32")))
+        name: Cost(operations[name], stored[name], seconds_of(operations[name], accelerator, precision.get(name, "float32")))
         for name in operations
     }
 
@@ -86,7 +86,8 @@ def _product(*factors: float | None) -> float | None:
     return product
 
 
-def _seconds(operations: float | None, accelerator: str | None, precision: str) -> float | None:
+def seconds_of(operations: float | None, accelerator: str | None, precision: str) -> float | None:
+    """Seconds on one accelerator of that kind; None where either is not known."""
     if operations is None or accelerator is None:
         return None
     bfloat16, float32, _ = ACCELERATORS[accelerator]

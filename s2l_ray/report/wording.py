@@ -25,6 +25,7 @@ FEATURES = {
     "reduction": "the drop of the loss since the first checkpoint (reduction)",
     "shape": "the losses without their level (shape)",
     "whitened": "the principal components, each with variance 1 (whitened)",
+    "profile": "the losses with the statistics of each response's tokens (profile)",
 }
 DRAWS = {
     "random": "at random, by a hash of their ids",
@@ -167,6 +168,9 @@ def quality(clustering: Summary, selection: Summary) -> list[tuple[str, str]]:
     sample = f" on {known['sampled_rows']:,} examples" if known.get("sampled_rows", pool) != pool else ""
     known["strata"] = _strata(clustering)
     tiny = f"groups of at most {known.get('tiny_rows')} examples"
+    if known.get("features") == "raw":
+        known["effective_dimension_of_features"] = None  # the same
+    known["points"] = known.get("points") and ", ".join(map(str, known["points"]))
     if known.get("training_rows") == pool:
         known["training_rows"] = None
     lines: list[tuple[str, str, Callable[[Any], str]]] = [
@@ -174,14 +178,18 @@ def quality(clustering: Summary, selection: Summary) -> list[tuple[str, str]]:
         ("allocation", "share of a group", lambda power: f"its size to the power {power:g}" if power else "all alike"),
         ("draw", "which rows of a group", lambda draw: DRAWS.get(draw, draw)),
         ("features", "what k-means saw", lambda kind: FEATURES.get(kind, kind)),
+        ("points", "of the points, from 0", str),
         ("training_rows", "trained on", lambda rows: f"{rows:,} of {pool:,} examples; the others were only assigned"),
         ("num_iterations", "iterations", lambda count: f"{count:,}{until}"),
         ("explained_variance", "variance explained by the groups", percent),
         ("variance_explained_by_source", "variance explained by source alone", percent),
         ("agreement_of_restarts", "agreement of restarts (ARI)", lambda index: f"{index:.2f}{sample}"),
         ("agreement_with_source", "agreement with source (ARI)", lambda index: f"{index:.2f}"),
+        ("information_on_source", "information on source (NMI)", lambda index: f"{index:.2f}"),
+        ("purity_by_source", "examples of their group's commonest source", percent),
         ("stability", "subset that stays the same from another seed", _stability),
         ("effective_dimension", "effective dimension", lambda d: f"{d:.2f} of {len(known['principal_components'])}"),
+        ("effective_dimension_of_features", "effective dimension of what k-means saw", lambda d: f"{d:.2f}"),
         ("tiny_groups", tiny, lambda n: f"{n:,} of {known['num_clusters']:,}"),
     ]
     return [(what, in_words(known[key])) for key, what, in_words in lines if known.get(key) is not None]

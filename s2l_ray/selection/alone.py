@@ -47,7 +47,8 @@ def select_trajectories(
     with exclusive(place) as still_held:
         own, work = find_artifact(source), scratch_of(place)
         by = None if clustering.stratify_by == AUTO else clustering.stratify_by
-        with streamed(own or source, work, seed=clustering.seed, stratify_by=by) as (store, scratch):
+        profiles = clustering.features == "profile"
+        with streamed(own or source, work, seed=clustering.seed, stratify_by=by, statistics=profiles) as (store, scratch):
             check_columns(selection, store)
             with ThreadPoolExecutor(2) as pool:
                 identity = own.identity if own is not None else store.identity(pool)

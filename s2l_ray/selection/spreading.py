@@ -14,7 +14,6 @@ from s2l_ray.clustering.kmeans import lloyd, plus_plus
 from s2l_ray.clustering.local_rows import LocalRows
 from s2l_ray.clustering.threads import SearchThreads
 from s2l_ray.selection.quotas import Integers
-from s2l_ray.trajectories.store import losses_matrix
 
 # Larger groups are dealt out by priority into pieces of at most so many rows: time grows with rows times quota.
 PIECE_ROWS = 4_096
@@ -22,14 +21,14 @@ NUM_ITERATIONS = 20
 
 
 def spread(
-    rows: Callable[[], Iterable[pa.Table]], losses: Iterable[pa.Table], features: Features, quotas_K: Integers
+    rows: Callable[[], Iterable[pa.Table]], measured: Iterable[Floats], features: Features, quotas_K: Integers
 ) -> pa.Table:
-    """The chosen rows, in the order in which `rows` gives them; `losses` are the store's blocks of the same rows.
+    """The chosen rows, in the order in which `rows` gives them; `measured` is what the features are made of, block by block.
 
     Where rows do not differ enough for as many groups, rows of lowest priority fill the quota. Memory: the features of all
     rows.
     """
-    blocks = list(_features_and_keys(rows(), losses, features))
+    blocks = list(_features_and_keys(rows(), measured, features))
     features_NF, groups_N, priorities_N = (np.concatenate(columns) for columns in zip(*blocks, strict=True))
     by_group_N = np.lexsort((priorities_N, groups_N))
     ends_K = np.cumsum(np.bincount(groups_N, minlength=len(quotas_K)))
@@ -50,10 +49,10 @@ def spread(
 
 
 def _features_and_keys(
-    rows: Iterable[pa.Table], losses: Iterable[pa.Table], features: Features
+    rows: Iterable[pa.Table], measured: Iterable[Floats], features: Features
 ) -> Iterator[tuple[Floats, NDArray[np.int32], NDArray[np.uint64]]]:
-    for block, of_block in zip(rows, losses, strict=True):
-        yield features(losses_matrix(of_block)), block["cluster_id"].to_numpy(), block["priority"].to_numpy()
+    for block, values_MT in zip(rows, measured, strict=True):
+        yield features(values_MT), block["cluster_id"].to_numpy(), block["priority"].to_numpy()
 
 
 def _most_central(features_NF: Floats, count: int, seed: int, pool: SearchThreads) -> Integers:

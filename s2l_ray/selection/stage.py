@@ -48,6 +48,7 @@ def select(
     num_iterations: int = 20,
     num_restarts: int = 3,
     features: str = "raw",
+    statistics: Mapping[str, Any] | None = None,
     stratify_by: Any = "auto",
     sources: Any = None,
     example_ids: Any = None,
@@ -64,8 +65,9 @@ def select(
     fraction of N below 1, or `{"tokens": n}`, which needs `num_response_tokens` (one per row). `sources` (one per row) are
     the strata where there are several, and share `num_clusters`; `stratify_by` (one per row) are others, with `num_clusters`
     groups in each; None: no strata. The budget is shared over the strata first. `min_per_source` goes by `sources`; without
-    them the strata are the sources. `levels`, such as [1000, 100, 20], take the place of `num_clusters`. `seed` feeds both
-    steps. The others are as in the sections `clustering` and `selection` of a config.
+    them the strata are the sources. `levels`, such as [1000, 100, 20], take the place of `num_clusters`. `statistics` are for
+    `features="profile"`, as in `cluster`. `seed` feeds both steps. The others are as in the sections `clustering` and
+    `selection` of a config.
 
     Raises DataError naming the ids of ragged, missing or non-finite losses, ConfigError for an argument out of range.
     """
@@ -92,8 +94,7 @@ def select(
     )
     columns = {"stratum": stratify_by} if by == "stratum" else {}
     sources = columns.get("stratum") if sources is None else sources
-    found = Trajectories.of(losses, example_ids, sources, num_response_tokens, columns)
-    store = TrajectoryStore.of(found, seed)
+    store = TrajectoryStore.of(Trajectories.of(losses, example_ids, sources, num_response_tokens, columns, statistics), seed)
     groups = cluster_store(store, grouping)
     return choose_subsets(store, lambda: in_blocks(groups), groups, config, grouping)[0].selection
 
@@ -111,7 +112,8 @@ def in_blocks(groups: Clustering) -> Iterator[tuple[Ints, Floats]]:
 def build(context: Context) -> Artifact:
     """Choose a run's subset and publish it (see `publish_selection`)."""
     config, inputs, draft = context.config, context.inputs, context.draft
-    with streamed(inputs["trajectories"], draft.shared, seed=config.selection.seed) as (found, scratch):
+    profiles = config.selection.draw == "spread" and config.clustering.features == "profile"
+    with streamed(inputs["trajectories"], draft.shared, seed=config.selection.seed, statistics=profiles) as (found, scratch):
         store = found
         if counts_target_tokens(config):
             from s2l_ray.training.token_parts import count_response_tokens

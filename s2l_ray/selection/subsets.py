@@ -12,18 +12,19 @@ from numpy.typing import NDArray
 
 from s2l_ray.clustering.columns import Floats, Ints
 from s2l_ray.clustering.diagnostics import contingency, mean_overlap
-from s2l_ray.clustering.grouping import features_of
+from s2l_ray.clustering.grouping import features_of, measured_of
 from s2l_ray.clustering.groups import Groups
 from s2l_ray.clustering.threads import SearchThreads
 from s2l_ray.config import ClusteringConfig, SelectionConfig
 from s2l_ray.errors import ConfigError
 from s2l_ray.examples.ids import priorities, priority_cut
-from s2l_ray.selection.choosing import NO_TOKENS, Budget, choose, num_examples, select_rows
-from s2l_ray.selection.quotas import Integers, Sharing
+from s2l_ray.selection.choosing import NO_TOKENS, Budget, choose, keys_of, num_examples, num_taken, select_rows
+from s2l_ray.selection.quotas import Integers, Sharing, selection_order
 from s2l_ray.selection.spreading import spread
+from s2l_ray.selectors import S2L, SELECTORS, Pool, Selector
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.layout import RESTARTS
-from s2l_ray.trajectories.store import NUM_RESPONSE_TOKENS, TrajectoryStore
+from s2l_ray.trajectories.store import NUM_RESPONSE_TOKENS, TrajectoryStore, losses_matrix
 
 Assignments = Callable[[], Iterator[tuple[Ints, Floats]]]
 """Streams the group of every row of a store and its distance to the centroid, in the store's blocks."""
@@ -86,6 +87,8 @@ def choose_subsets(
     """
     check_columns(config, store)
     budgets: list[Budget] = [config.budget, *config.more_budgets]  # type: ignore[list-item]
+    if config.method != S2L:
+        return chosen_by(SELECTORS[config.method], store, assigned, groups, config, budgets)
 
     def rows() -> Iterator[pa.Table]:
         return _pool(store, assigned, lambda block: store.priorities(block, config.seed), config.draw == "central")
@@ -94,8 +97,9 @@ def choose_subsets(
     if config.draw == "spread":
         with SearchThreads() as pool:
             features, _ = features_of(store, grouping, pool)
+        measured = measured_of(store, grouping)
         quotas_K = sharing.quotas(num_examples(config.budget, len(store)))  # type: ignore[arg-type]
-        tables = [spread(rows, store.blocks("losses"), features, quotas_K)]
+        tables = [spread(rows, map(measured, store.blocks(*measured.columns)), features, quotas_K)]
     else:
         tables = choose(
             rows,
@@ -110,6 +114,57 @@ def choose_subsets(
         for block in rows():
             rows_KS += _by_group_and_source(block, rows_KS)
     return [_subset(budget, table, groups, rows_KS) for budget, table in zip(budgets, tables, strict=True)]
+
+
+def chosen_by(
+    method: Selector,
+    store: TrajectoryStore,
+    assigned: Assignments,
+    groups: Groups,
+    config: SelectionConfig,
+    budgets: list[Budget],
+) -> list[Subset]:
+    """The subsets of another selector, with all rows' numbers in memory. Raises ConfigError where it needs what is not
+    there."""
+    pool, rows = pool_of(store, assigned, groups, config)
+    pool.check(method)
+    order_N = method.order(pool)
+    strata_N = None if method.strata is None else method.strata(pool)
+    found = []
+    for budget in budgets:
+        count = num_taken(budget, rows, order_N, len(rows), 0)
+        assert count is not None, "the order has all rows"
+        taken_M = np.sort(order_N[:count])
+        table, weights_M = rows.take(pa.array(taken_M)).combine_chunks(), np.ones(count)
+        if strata_N is not None:
+            weights_M = (np.bincount(strata_N) / np.maximum(np.bincount(strata_N[taken_M], minlength=strata_N.max() + 1), 1))[
+                strata_N[taken_M]
+            ]
+        cluster_ids_M = table["cluster_id"].to_numpy()
+        quotas_K = np.bincount(cluster_ids_M, minlength=groups.num_clusters)
+        ids = table["example_id"].combine_chunks()
+        found.append(Subset(Selection(ids, cluster_ids_M, weights_M, quotas_K, groups.sizes_K, budget), table))
+    return found
+
+
+def pool_of(store: TrajectoryStore, assigned: Assignments, groups: Groups, config: SelectionConfig) -> tuple[Pool, pa.Table]:
+    """What selectors see of a store, and the same rows as `Subset.rows` has them."""
+    seed = f"random-{config.seed}"
+    rows = pa.concat_tables(_pool(store, assigned, lambda block: priorities(block["example_id"], seed))).combine_chunks()
+    priorities_N = rows["priority"].to_numpy()
+    losses_NT = np.concatenate([losses_matrix(block) for block in store.blocks("losses")])
+
+    def shared(groups_N: Integers, allocation: float) -> Integers:
+        return selection_order(groups_N, priorities_N, Sharing(np.bincount(groups_N), allocation=allocation))
+
+    def by_s2l() -> Integers:
+        blocks = _pool(store, assigned, lambda block: store.priorities(block, config.seed), config.draw == "central")
+        return selection_order(rows["cluster_id"].to_numpy(), keys_of(pa.concat_tables(blocks)), sharing_of(groups, config))
+
+    has_sources = "source" in rows.column_names and len(store.names_of("source")) > 1
+    columns = {name: rows[name].to_numpy() for name in (NUM_RESPONSE_TOKENS,) if name in rows.column_names}
+    sources_N = rows["source"].to_numpy().astype(np.int64) if has_sources else None
+    return Pool(losses_NT, priorities_N, shared, by_s2l, groups.num_clusters, sources_N, columns), rows
 
 
 def sharing_of(groups: Groups, config: SelectionConfig) -> Sharing:

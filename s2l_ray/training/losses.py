@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional
 
 from s2l_ray.progress import get_log
+from s2l_ray.training.label_statistics import ExampleLabels, LossStatistics
 from s2l_ray.training.output_head import Head, accepts_logits_to_keep, hidden_states
 from s2l_ray.training.token_rows import TokenRows
 from s2l_ray.training.varlen_attention import attending_to_rows, is_fused, packing_of
@@ -140,8 +141,25 @@ def losses_of_models(
     models: list[Any], tokens: TokenRows, tokens_per_batch: int, precision: str, *, owners: np.ndarray | None = None
 ) -> Iterator[np.ndarray]:
     """`example_losses` under several models of one shape; the batches are made, and sent to a GPU, once."""
+    for labels, losses_P in _label_losses(models, tokens, tokens_per_batch, precision, owners):
+        yield labels.means(losses_P)
+
+
+def statistics_of_models(
+    models: list[Any], tokens: TokenRows, tokens_per_batch: int, precision: str, *, owners: np.ndarray | None = None
+) -> Iterator[LossStatistics]:
+    """The losses of `losses_of_models`, to the byte, with what else is recorded of an example's labels."""
+    for labels, losses_P in _label_losses(models, tokens, tokens_per_batch, precision, owners):
+        yield labels.statistics(losses_P)
+
+
+def _label_losses(
+    models: list[Any], tokens: TokenRows, tokens_per_batch: int, precision: str, owners: np.ndarray | None
+) -> Iterator[tuple[ExampleLabels, np.ndarray]]:
+    """Under each model the loss of every label, float32 (P,), and which example it is of."""
     if not len(tokens):
-        yield from (np.zeros(0, dtype=np.float32) for _ in models)
+        empty = np.zeros(0, np.int64)
+        yield from ((ExampleLabels(empty, empty, np.zeros(0)), np.zeros(0, np.float32)) for _ in models)
         return
     device, dtype = next(models[0].parameters()).device, torch.bfloat16 if precision == "bfloat16" else torch.float32
     for model in models:
@@ -152,18 +170,17 @@ def losses_of_models(
     limit, max_labels = (tokens_per_batch, None) if all(heads) else _limits(models, tokens_per_batch)
     made = batches(tokens, limit, max_labels, packed=packed, of_one_length=is_alike)
     sent = [batch.to(device) for batch in made]
-    rows = np.concatenate([batch.rows_P for batch in sent])
-    owner_of = np.arange(len(tokens)) if owners is None else owners
-    num_labels = np.bincount(owner_of, tokens.num_labels)
+    owners_R = np.arange(len(tokens)) if owners is None else owners
+    num_labels_N = np.asarray(np.bincount(owners_R, tokens.num_labels), np.float64)
+    labels = ExampleLabels(np.concatenate([batch.rows_P for batch in sent]), owners_R, num_labels_N)
     for model, head in zip(models, heads, strict=True):
         if head is not None and dtype == torch.bfloat16:
             head.cast(dtype)
         with _computing(device, dtype), attending_to_rows([model]) if packed else contextlib.nullcontext():
             # One transfer at the end: on a GPU nothing waits between batches.
             pieces = _whole(model, sent) if head is None else _tiled(model, head, sent)
-            losses = torch.cat(list(pieces)).cpu().numpy()
-        sums = np.bincount(owner_of[rows], weights=losses.astype(np.float64))
-        yield (sums / num_labels).astype(np.float32)
+            losses_P = torch.cat(list(pieces)).cpu().numpy()
+        yield labels, losses_P
 
 
 @contextlib.contextmanager

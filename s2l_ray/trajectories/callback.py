@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,10 +28,11 @@ from s2l_ray.errors import ArtifactError, ConfigError, DataError
 from s2l_ray.progress import duration, get_log
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.places import Storage
-from s2l_ray.training.losses import example_losses
+from s2l_ray.training.losses import example_losses, statistics_of_models
 from s2l_ray.training.schedule import recorded_steps
 from s2l_ray.training.token_rows import TokenRows
 from s2l_ray.trajectories.dataset_rows import DatasetRows, tokens_of
+from s2l_ray.trajectories.loss_columns import STATISTICS
 from s2l_ray.trajectories.parts import recorded_files
 from s2l_ray.trajectories.recording import finish_recording, forget_steps, note_dropped, record_losses
 from s2l_ray.trajectories.scored_training import check_logits, check_training, scoring
@@ -49,6 +50,8 @@ class RecordTrajectories(TrainerCallback):  # type: ignore[misc]
     Causal language models need no more: rows have `input_ids` and `labels` (-100 where nothing is learned), and the loss is
     the mean cross-entropy in nats over a row's labels. For any other model `loss_function(model, batch)` gives a loss per
     example, a tensor (B,); batches of `batch_size` rows are made by `collator` and are on the model's device.
+
+    `statistics`: record also the statistics of `record_losses`, of causal language models only.
 
     `tokens_per_batch`: padded tokens scored at once. `precision`: `float32` or `bfloat16` for the forward pass, whatever the
     training's own mixed precision is; a model whose weights are in half precision is scored in bfloat16.
@@ -72,12 +75,15 @@ class RecordTrajectories(TrainerCallback):  # type: ignore[misc]
         batch_size: int = 32,
         tokens_per_batch: int = 4096,
         precision: str = "float32",
+        statistics: bool = False,
     ) -> None:
         if precision not in {"float32", "bfloat16"}:
             raise ConfigError(f"precision: '{precision}' is unknown. Give float32 or bfloat16.")
         if batch_size < 1 or tokens_per_batch < 1:
             raise ConfigError("batch_size and tokens_per_batch are numbers above 0.")
-        self._storage = Storage(os.fspath(directory))
+        if statistics and loss_function is not None:
+            raise ConfigError("statistics: a loss_function gives one loss per example, none per token. Leave one of them out.")
+        self._storage, self._has_statistics = Storage(os.fspath(directory)), statistics
         self._rows = DatasetRows(dataset, example_id, source)
         self._schedule: dict[str, Any] = {
             "num_checkpoints": num_checkpoints,
@@ -171,7 +177,7 @@ class RecordTrajectories(TrainerCallback):  # type: ignore[misc]
         assert self._share is not None, "on_train_begin makes the share"
         begun = time.monotonic()
         with scoring(model):
-            losses = self._share.losses(model)
+            losses, *statistics = self._share.losses(model)
         record_losses(
             self._storage.uri,
             step,
@@ -179,6 +185,7 @@ class RecordTrajectories(TrainerCallback):  # type: ignore[misc]
             losses,
             source=self._share.sources,
             num_response_tokens=self._share.num_response_tokens,
+            statistics=dict(zip(STATISTICS, statistics, strict=True)) if statistics else None,
         )
         _wait_for_all(args)
         if args.process_index == 0:
@@ -200,20 +207,22 @@ class RecordTrajectories(TrainerCallback):  # type: ignore[misc]
         is_half = any(p.dtype in {torch.bfloat16, torch.float16} for p in model.parameters())
         precision = "bfloat16" if is_half else self._precision
 
-        def losses(model: Any) -> NDArray[np.float32]:
-            return example_losses(model, tokens, tokens_per_batch=self._tokens_per_batch, precision=precision)
+        def losses(model: Any) -> Sequence[NDArray[np.float32]]:
+            if self._has_statistics:
+                return next(statistics_of_models([model], tokens, self._tokens_per_batch, precision))
+            return [example_losses(model, tokens, tokens_per_batch=self._tokens_per_batch, precision=precision)]
 
         num_dropped = len(numbers_M) - len(kept_M)
         return _Share(
             ids.take(pa.array(kept_M)), self._rows.sources(kept_M), tokens.num_labels, losses, num_dropped=num_dropped
         )
 
-    def _function_losses(self, numbers: range) -> Callable[[Any], NDArray[np.float32]]:
+    def _function_losses(self, numbers: range) -> Callable[[Any], Sequence[NDArray[np.float32]]]:
         """Scores the rows with these numbers by the user's function, batch by batch."""
         function = self._loss_function
         assert function is not None
 
-        def losses(model: Any) -> NDArray[np.float32]:
+        def losses(model: Any) -> Sequence[NDArray[np.float32]]:
             device = next(model.parameters()).device
             found = [torch.zeros(0)]
             for start in range(0, len(numbers), self._batch_size):
@@ -228,7 +237,7 @@ class RecordTrajectories(TrainerCallback):  # type: ignore[misc]
                         f"({len(some)},): one loss per example, not their mean. Compute it with reduction='none'."
                     )
                 found.append(losses_B.float().cpu())
-            return np.asarray(torch.cat(found).numpy())
+            return [torch.cat(found).numpy()]
 
         return losses
 
@@ -240,8 +249,8 @@ class _Share:
     example_ids: pa.Array
     sources: list[Any] | None
     num_response_tokens: NDArray[np.int32] | None
-    losses: Callable[[Any], NDArray[np.float32]]
-    """The loss of each row under a model, (M,)."""
+    losses: Callable[[Any], Sequence[NDArray[np.float32]]]
+    """The loss of each row under a model, (M,), and where they are recorded the statistics."""
 
     num_dropped: int = 0
     """Rows besides these that have no label."""

@@ -22,33 +22,41 @@ from s2l_ray.progress import get_log
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.ownership import scratch_folder
 from s2l_ray.storage.places import Storage
-from s2l_ray.trajectories.parts import Part, parts_of, place_name
-from s2l_ray.trajectories.sorting import sort_by_id
-from s2l_ray.trajectories.store import (
-    Names,
-    Trajectories,
-    TrajectoryStore,
+from s2l_ray.trajectories.loss_columns import (
+    LOSSES,
+    STATISTICS,
     check_losses,
     decode_losses,
     label_column,
+    missing_statistics,
+    points_column,
     token_count_column,
 )
+from s2l_ray.trajectories.parts import Part, parts_of, place_name
+from s2l_ray.trajectories.sorting import sort_by_id
+from s2l_ray.trajectories.store import Names, Trajectories, TrajectoryStore
 
 _log = get_log("trajectories")
 
 
 def open_trajectories(
-    source: str | Artifact, scratch: Path, pool: Executor, *, stratify_by: str | None = None, seed: int | None = None
+    source: str | Artifact,
+    scratch: Path,
+    pool: Executor,
+    *,
+    stratify_by: str | None = None,
+    seed: int | None = None,
+    statistics: bool = False,
 ) -> TrajectoryStore:
     """Trajectories of any number as a store in the folder `scratch`, with the priorities of a seed if one is given.
 
     `source`: a Parquet file, a directory or a glob of them (path or URI), or a run's `trajectories/`, every part of which
     is checked against its hash. Columns: `example_id` (string or integer, unique), `losses` (lists of floats, one
-    length), and where they are there `source`, `num_response_tokens` (integers) and the column `stratify_by`. Other
-    columns are left alone.
+    length), and where they are there `source`, `num_response_tokens` (integers) and the column `stratify_by`; with
+    `statistics` also `deviations`, `first_thirds` and `last_thirds`, lists as long as the losses. Other columns are left alone.
 
     Raises DataError naming the file, column or ids that cannot be used, ArtifactError for an unfinished or damaged
-    run directory, ConfigError for an unknown column to stratify by.
+    run directory, ConfigError for an unknown column to stratify by and for statistics that are not there.
     """
     parts = parts_of(source)
     where = place_name(source)
@@ -58,7 +66,7 @@ def open_trajectories(
         return table if seed is None else table.append_column("priority", pa.array(priorities(table["example_id"], seed)))
 
     try:
-        rows = sort_by_id(_checked_batches(parts, stratify_by, names), scratch, pool, finish)
+        rows = sort_by_id(_checked_batches(parts, stratify_by, names, statistics), scratch, pool, finish)
     except DataError as error:
         raise error if str(error).startswith(where) else DataError(f"{where}: {error}") from error
     num_points = rows.schema.field("losses").type.list_size
@@ -68,21 +76,23 @@ def open_trajectories(
 
 @contextlib.contextmanager
 def streamed(
-    source: str | Artifact, work: Storage, *, seed: int, stratify_by: str | None = None
+    source: str | Artifact, work: Storage, *, seed: int, stratify_by: str | None = None, statistics: bool = False
 ) -> Iterator[tuple[TrajectoryStore, Path]]:
     """Trajectories in order of ids in a scratch directory, and the folder for more of the kind; it is removed at the end."""
     with scratch_folder(work) as scratch, ThreadPoolExecutor(2) as pool:
-        yield open_trajectories(source, scratch / "trajectories", pool, stratify_by=stratify_by, seed=seed), scratch
+        place = scratch / "trajectories"
+        yield open_trajectories(source, place, pool, stratify_by=stratify_by, seed=seed, statistics=statistics), scratch
 
 
-def read_trajectories(source: str | Artifact, *, stratify_by: str | None = None) -> Trajectories:
+def read_trajectories(source: str | Artifact, *, stratify_by: str | None = None, statistics: bool = False) -> Trajectories:
     """The same in memory. Raises what `open_trajectories` raises."""
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(2) as pool:
-        return open_trajectories(source, Path(scratch), pool, stratify_by=stratify_by).in_memory()
+        return open_trajectories(source, Path(scratch), pool, stratify_by=stratify_by, statistics=statistics).in_memory()
 
 
 def fetch_rows(source: str | Artifact, example_ids: pa.Array, positions_M: NDArray[np.int64]) -> Iterator[pa.Table]:
-    """Some rows by their numbers in the files: tables of `example_id` and `row`, a struct of all columns but `losses`.
+    """Some rows by their numbers in the files: tables of `example_id` and `row`, a struct of all columns but `losses`, and of
+    a run's trajectories or a recording what is recorded beside them.
 
     A streaming join with memory for one batch: row groups without a wanted row are not read. Rows come in the order of the
     files. Dictionary-encoded columns come back decoded, and the schema's metadata is left behind, since both change with
@@ -136,10 +146,11 @@ def _changed(source: str | Artifact) -> DataError:
 
 
 def _common_schema(parts: list[Part], source: str | Artifact, ids: pa.DataType) -> pa.Schema:
-    """The columns of all parts but `losses`, dictionaries decoded, integers and floats as wide as the widest."""
+    """The columns of all parts but those that are measured, dictionaries decoded, integers and floats as wide as the widest."""
     schemas = []
+    left_out = {LOSSES, *(STATISTICS if isinstance(source, Artifact) else ())}  # in others' files the names may mean anything
     for part in parts:
-        fields = [f.with_metadata(None) for f in part.schema() if f.name != "losses"]
+        fields = [f.with_metadata(None) for f in part.schema() if f.name not in left_out]
         values = [f.with_type(f.type.value_type) if pa.types.is_dictionary(f.type) else f for f in fields]
         values = [f.with_type(pa.string()) if f.type == pa.string_view() else f for f in values]
         schemas.append(pa.schema(values))
@@ -165,15 +176,17 @@ def _as_struct(batch: pa.RecordBatch, schema: pa.Schema, where: str) -> pa.Array
     return pa.StructArray.from_arrays(columns, fields=list(schema))
 
 
-def _checked_batches(parts: list[Part], stratify_by: str | None, names: dict[str, Names]) -> Iterator[pa.Table]:
+def _checked_batches(
+    parts: list[Part], stratify_by: str | None, names: dict[str, Names], statistics: bool
+) -> Iterator[pa.Table]:
     """All rows as the store has them, in the order of the files. Raises where a file cannot be used, or does not fit."""
     first: tuple[str, pa.Schema] | None = None
     num_points: int | None = None
     position = 0
-    integers = _integers_of(parts)
+    integers, measured = _integers_of(parts), [LOSSES, *(STATISTICS if statistics else ())]
     for part in parts:
-        for _, batch in part.batches(_wanted_columns(part, stratify_by)):
-            table = _checked_columns(batch, part.name, integers)
+        for _, batch in part.batches(_wanted_columns(part, stratify_by, statistics)):
+            table = _checked_columns(batch.drop_columns(measured), part.name, integers)
             if first is None:
                 first = part.name, table.schema
             elif table.schema != first[1]:
@@ -181,20 +194,22 @@ def _checked_batches(parts: list[Part], stratify_by: str | None, names: dict[str
             if not len(table):
                 continue
             ids = one_array(table["example_id"])
-            losses_MT = decode_losses(batch["losses"], ids, part.name, num_points)
-            check_losses(losses_MT, ids, part.name)
-            num_points = losses_MT.shape[1]
+            points = {}
+            for name in measured:
+                values_MT = decode_losses(batch[name], ids, part.name, num_points, name)
+                check_losses(values_MT, ids, part.name, name)
+                points[name], num_points = points_column(values_MT), values_MT.shape[1]
             for name in table.column_names:
                 if pa.types.is_string(table[name].type) and name != "example_id":
                     codes = names.setdefault(name, Names()).encode(one_array(table[name]), name)
                     table = table.set_column(table.schema.get_field_index(name), name, codes)
-            flat = pa.array(losses_MT.reshape(-1))
-            table = table.append_column("losses", pa.FixedSizeListArray.from_arrays(flat, num_points))
+            for name, column in points.items():
+                table = table.append_column(name, column)
             yield table.append_column("position", pa.array(np.arange(position, position + len(table))))
             position += len(table)
 
 
-def _wanted_columns(part: Part, stratify_by: str | None) -> list[str]:
+def _wanted_columns(part: Part, stratify_by: str | None, statistics: bool) -> list[str]:
     """The columns of a part that are read. Raises where one is missing that must be there."""
     names = part.schema().names
     listed = ", ".join(names)
@@ -205,7 +220,10 @@ def _wanted_columns(part: Part, stratify_by: str | None) -> list[str]:
             raise DataError(f"{part.name}: column '{name}' is missing (columns: {listed}).")
     if stratify_by is not None and stratify_by not in names:
         raise ConfigError(f"clustering.stratify_by: no column '{stratify_by}' in {part.name}. Known: {listed}.")
-    wanted = ["example_id", "losses", "source", "num_response_tokens", stratify_by or "source"]
+    if statistics and (error := missing_statistics(names, part.name)) is not None:
+        raise error
+    measured = (LOSSES, *STATISTICS) if statistics else (LOSSES,)
+    wanted = ["example_id", *measured, "source", "num_response_tokens", stratify_by or "source"]
     return [name for name in dict.fromkeys(wanted) if name in names]
 
 
@@ -220,13 +238,13 @@ def _integers_of(parts: list[Part]) -> pa.DataType:
 
 
 def _checked_columns(batch: pa.RecordBatch, where: str, integers: pa.DataType) -> pa.Table:
-    """A batch without its losses: ids as string or of the type `integers`, token counts as int32, the others as strings."""
+    """Columns beside what is measured: ids as string or of the type `integers`, token counts as int32, others as strings."""
     ids = id_column(batch["example_id"], where, integers)
     columns = {"example_id": ids}
     for name in batch.schema.names:
         if name == "num_response_tokens":
             columns[name] = token_count_column(batch[name], ids, where)
-        elif name not in {"example_id", "losses"}:
+        elif name != "example_id":
             columns[name] = label_column(batch[name], name, where)
     return pa.table(columns)
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import io
 import operator
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -34,9 +34,10 @@ from s2l_ray.storage.layout import BUILDING, DROPPED, MANIFEST, RECORDING, is_st
 from s2l_ray.storage.ownership import read_building, scratch_of, write_building
 from s2l_ray.storage.places import Storage
 from s2l_ray.storage.records import digest
+from s2l_ray.trajectories.loss_columns import LOSSES, STATISTICS, check_losses, losses_of, trajectories_table
 from s2l_ray.trajectories.parts import recorded_files
 from s2l_ray.trajectories.sorting import is_ascending
-from s2l_ray.trajectories.store import BLOCK_ROWS, check_losses, losses_of, trajectories_table
+from s2l_ray.trajectories.store import BLOCK_ROWS
 
 STAGE = "trajectories"
 # Nothing about a training is known here: what the losses are worth as an input, their files say.
@@ -56,6 +57,7 @@ def record_losses(
     *,
     source: Any = None,
     num_response_tokens: Any = None,
+    statistics: Mapping[str, Any] | None = None,
 ) -> None:
     """Record the losses of some examples after a step of a training: once a step, or in several calls (ranks, batches)
     whose examples differ. The same examples again replace what was recorded of them.
@@ -63,20 +65,31 @@ def record_losses(
     `directory`: path or URI. `example_ids`: strings or integers, (N,). `losses`: nats, (N,), of any array library, stored as
     float32. `source`: names of sub-datasets, (N,), `num_response_tokens`: integers, (N,); given at one step or at all.
 
-    Raises DataError for ids that occur twice or have no common type, for losses that are not finite or not one per
-    example, ConfigError for a step that is no number from 0 on, ArtifactError where the directory is finished or in use.
+    `statistics`, for `clustering.features: profile`, at every step or at none: by name, in nats, (N,) each, of the losses of
+    the n response tokens of an example, whose mean is its loss, `deviations` (the root of their mean squared distance to the
+    mean), `first_thirds` and `last_thirds` (the means of the first and of the last ceil(n / 3)).
+
+    Raises DataError for ids that occur twice or have no common type, for losses that are not finite or not one per example,
+    ConfigError for a step that is no number from 0 on and for other statistics than these three, ArtifactError where the
+    directory is finished or in use.
     """
     storage = Storage(os.fspath(directory))
     where = f"{storage.uri}: step {step}"
     number = _step_number(step, where)
     _check_open(storage)
     ids = unique_ids(example_ids, where)
-    losses_N = _one_loss_each(losses, len(ids), where)
-    check_losses(losses_N[:, None], ids, where)
+    if statistics is not None and sorted(statistics) != sorted(STATISTICS):
+        raise ConfigError(
+            f"{where}: statistics are {', '.join(STATISTICS)}, all of them; found {', '.join(statistics) or 'none'}."
+        )
+    points = {LOSSES: losses} if statistics is None else {LOSSES: losses, **statistics}
+    matrices = {name: _one_value_each(values, len(ids), where, name)[:, None] for name, values in points.items()}
+    for name, values_N1 in matrices.items():
+        check_losses(values_N1, ids, where, name)
     if not len(ids):  # a rank without a share
         return
     given = {name: _plain(values) for name, values in zip(OPTIONAL, (source, num_response_tokens), strict=True)}
-    table = _in_order(_table(ids, losses_N[:, None], {k: v for k, v in given.items() if v is not None}, where))
+    table = _in_order(_table(ids, matrices, {k: v for k, v in given.items() if v is not None}, where))
     name = digest(table["example_id"].to_pylist(), 16)
     scratch_of(storage)
     storage.write(f"{_folder(number)}/{name}.parquet", table_bytes(table))
@@ -147,34 +160,36 @@ def _plain(values: Any) -> Any:
     return (values.float() if values.is_floating_point() else values).numpy()
 
 
-def _one_loss_each(losses: Any, num_examples: int, where: str) -> NDArray[np.float32]:
-    """Losses in any form, float32 (N,). Raises DataError for another shape."""
+def _one_value_each(values: Any, num_examples: int, where: str, name: str) -> NDArray[np.float32]:
+    """Losses (or a statistic) in any form, float32 (N,). Raises DataError for another shape."""
     try:
         with np.errstate(over="ignore"):
-            losses_N = np.asarray(_plain(losses), np.float32)
+            values_N = np.asarray(_plain(values), np.float32)
     except (TypeError, ValueError) as error:
-        raise DataError(f"{where}: losses are not numbers, one for each example ({error}).") from error
-    if losses_N.shape == (num_examples,):
-        return losses_N
-    if losses_N.size == 1:
+        raise DataError(f"{where}: {name} are not numbers, one for each example ({error}).") from error
+    if values_N.shape == (num_examples,):
+        return values_N
+    if values_N.size == 1 and name == LOSSES:
         raise DataError(
             f"{where}: one loss for {num_examples:,} examples, their mean it seems. Compute the loss with "
             "reduction='none' and give one for each example."
         )
     raise DataError(
-        f"{where}: losses of shape {losses_N.shape} for {num_examples:,} example_ids. Give one for each: reduction='none', "
+        f"{where}: {name} of shape {values_N.shape} for {num_examples:,} example_ids. Give one for each: reduction='none', "
         "then the mean over each example's own tokens."
     )
 
 
-def _table(ids: pa.Array, losses_NT: NDArray[np.float32], given: Mapping[str, Any], where: str) -> pa.Table:
-    """Trajectories with the optional columns that are given, in the form of a run's own."""
+def _table(ids: pa.Array, matrices: Mapping[str, NDArray[np.float32]], given: Mapping[str, Any], where: str) -> pa.Table:
+    """Trajectories (losses, and statistics if there are any, (N, T) each) with the optional columns that are given, in the form
+    of a run's own."""
     for name, values in given.items():
         if len(values) != len(ids):
             raise DataError(f"{where}: {len(values):,} values of {name} for {len(ids):,} example_ids: give one for each.")
-    sources = given.get("source", pa.nulls(len(ids)))
+    sources, tokens = given.get("source", pa.nulls(len(ids))), given.get("num_response_tokens", np.zeros(len(ids), np.int32))
+    statistics = {name: values_NT for name, values_NT in matrices.items() if name != LOSSES}
     try:
-        table = trajectories_table(ids, losses_NT, sources, given.get("num_response_tokens", np.zeros(len(ids), np.int32)))
+        table = trajectories_table(ids, matrices[LOSSES], sources, tokens, statistics)
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
     return table.drop_columns([name for name in OPTIONAL if name not in given])
@@ -192,10 +207,11 @@ def finish_recording(directory: str | os.PathLike[str]) -> Artifact:
     """Join the recorded steps into a finished trajectory store; the same bytes for any order and split of the calls.
 
     One process calls it, after the last `record_losses` of all. On a finished directory it gives what is there. Ids and
-    losses are in memory: 4 * T bytes a row and the ids.
+    losses are in memory: 4 * T bytes a row (four times as many with statistics) and the ids.
 
-    Raises DataError where a step lacks examples or has one twice, where a source or token count changes or is missing for
-    some, ArtifactError where nothing is recorded or the directory is another stage's.
+    Raises DataError where a step lacks examples or has one twice, where some steps have statistics and some have not, where a
+    source or token count changes or is missing for some, ArtifactError where nothing is recorded or the directory is another
+    stage's.
     """
     storage = Storage(os.fspath(directory))
     found = Artifact.find(storage)
@@ -208,7 +224,7 @@ def finish_recording(directory: str | os.PathLike[str]) -> Artifact:
     if not files:
         raise ArtifactError(f"{storage.uri}: no step is recorded there. Call s2l_ray.record_losses first.")
     scratch_of(storage)
-    ids, losses_NT, columns = _joined(storage, files)
+    ids, matrices, columns = _joined(storage, files)
     draft = Draft(storage, KEY, storage.child(RECORDING))
     write_building(storage, KEY)
     for name in storage.names():
@@ -218,10 +234,12 @@ def finish_recording(directory: str | os.PathLike[str]) -> Artifact:
     totals_T = np.zeros(len(files))
     for number, start in enumerate(range(0, len(ids), BLOCK_ROWS)):
         rows = slice(start, start + BLOCK_ROWS)
-        check_losses(losses_NT[rows], ids[rows], storage.uri)
-        part = _table(ids[rows], losses_NT[rows], {name: column[rows] for name, column in columns.items()}, storage.uri)
+        some = {name: values_NT[rows] for name, values_NT in matrices.items()}
+        for name, values_MT in some.items():
+            check_losses(values_MT, ids[rows], storage.uri, name)
+        part = _table(ids[rows], some, {name: column[rows] for name, column in columns.items()}, storage.uri)
         draft.write_table(part_name(number), part)
-        totals_T += losses_NT[rows].sum(0, dtype=np.float64)
+        totals_T += some[LOSSES].sum(0, dtype=np.float64)
     summary = {
         "rows": len(ids),
         "dropped": storage.read_json(DROPPED) or {},
@@ -233,17 +251,22 @@ def finish_recording(directory: str | os.PathLike[str]) -> Artifact:
     return draft.publish(summary)
 
 
-def _joined(storage: Storage, files: Mapping[int, list[str]]) -> tuple[pa.Array, NDArray[np.float32], dict[str, pa.Array]]:
-    """Ids in ascending order, losses (N, T) in order of steps, and the optional columns that were given."""
-    first_ids, losses_NT = pa.nulls(0), np.empty((0, len(files)), np.float32)
+def _joined(
+    storage: Storage, files: Mapping[int, list[str]]
+) -> tuple[pa.Array, dict[str, NDArray[np.float32]], dict[str, pa.Array]]:
+    """Ids in ascending order, losses and statistics (N, T) in order of steps, and the optional columns that were given."""
+    first_ids, matrices = pa.nulls(0), dict[str, NDArray[np.float32]]()
     columns: dict[str, pa.Array] = {}
     for point, (step, names) in enumerate(files.items()):
         table = _read_step(storage, step, names)
         ids = one_array(table["example_id"])
         if point == 0:
-            first_ids, losses_NT = ids, np.empty((len(ids), len(files)), np.float32)
+            first_ids, known = ids, [name for name in (LOSSES, *STATISTICS) if name in table.column_names]
+            matrices = {name: np.empty((len(ids), len(files)), np.float32) for name in known}
         _check_same_ids(storage, (next(iter(files)), first_ids), (step, ids))
-        losses_NT[:, point] = losses_of(table)[:, 0]
+        _check_same_statistics(storage, (next(iter(files)), matrices), (step, table.column_names))
+        for name, values_NT in matrices.items():
+            values_NT[:, point] = losses_of(table, name)[:, 0]
         for name in OPTIONAL:
             if name in table.column_names:
                 columns[name] = _agreed(columns.get(name), one_array(table[name]), ids, f"{storage.uri}: step {step}: {name}")
@@ -251,7 +274,7 @@ def _joined(storage: Storage, files: Mapping[int, list[str]]) -> tuple[pa.Array,
         if column.null_count:
             unknown = name_examples(first_ids.filter(column.is_null()))
             raise DataError(f"{storage.uri}: {name} is given for some examples and not for {unknown}. Give it for all.")
-    return first_ids, losses_NT, columns
+    return first_ids, matrices, columns
 
 
 def _read_step(storage: Storage, step: int, names: list[str]) -> pa.Table:
@@ -293,6 +316,16 @@ def _check_same_ids(storage: Storage, first: tuple[int, pa.Array], other: tuple[
                 f"them with record_losses(..., {lacking}, ...), or remove {storage.uri}/{_folder(lacking)} to leave the step "
                 "out; then call finish_recording again."
             )
+
+
+def _check_same_statistics(storage: Storage, first: tuple[int, Collection[str]], other: tuple[int, Collection[str]]) -> None:
+    """Raise DataError where one of two steps has statistics and the other has none, naming it."""
+    (lacking, _), (having, _) = sorted((first, other), key=lambda one: STATISTICS[0] in one[1])
+    if len({STATISTICS[0] in columns for _, columns in (first, other)}) > 1:
+        raise DataError(
+            f"{storage.uri}: step {lacking} lacks {', '.join(STATISTICS)}, which step {having} has. Record them at every step "
+            f"or at none, or remove {storage.uri}/{_folder(lacking)} to leave the step out."
+        )
 
 
 def _agreed(known: pa.Array | None, found: pa.Array, ids: pa.Array, where: str) -> pa.Array:

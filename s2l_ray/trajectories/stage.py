@@ -1,4 +1,4 @@
-"""Trajectories: the loss of every example under every checkpoint, each exactly once.
+"""Trajectories: the loss of every example under every checkpoint, each exactly once, and statistics of its labels' losses.
 
 The unit of restart is one part of examples under one checkpoint. Rows are batched within their part, so a loss depends
 neither on the number of workers nor on what was interrupted, nor on which checkpoints are scored together. A unit's file lies
@@ -35,20 +35,22 @@ from s2l_ray.storage.records import digest
 from s2l_ray.storage.stages import Context
 from s2l_ray.training.checkpoints import checkpoint_folder, checkpoint_records
 from s2l_ray.training.flops import matmul_flops_per_second, scoring_flops
-from s2l_ray.training.losses import full_path, losses_of_models
+from s2l_ray.training.losses import full_path, losses_of_models, statistics_of_models
 from s2l_ray.training.models import load_model
 from s2l_ray.training.token_parts import TokenParts
 from s2l_ray.training.token_pools import check_refused, row_counts, said_counts
 from s2l_ray.training.token_rows import RowLimit
 from s2l_ray.training.tokenizers import load_tokenizer
-from s2l_ray.training.tokens import NO_LABEL, RefusedExample
-from s2l_ray.trajectories.store import trajectories_table
+from s2l_ray.training.tokens import NO_LABEL, PartTokens, RefusedExample
+from s2l_ray.trajectories.loss_columns import STATISTICS, trajectories_table
 from s2l_ray.trajectories.units import losses_folder
 
 # Bytes of float32 weights that one worker keeps in memory at once; more checkpoints are scored in several passes.
 TOGETHER_BYTES = 4 * 2**30
 # Files read at once where they are far away.
 READERS = 8
+# The column of a unit's losses; its other columns are those of the artifact.
+LOSS = "loss"
 
 
 def models_together(num_parameters: int) -> int:
@@ -130,11 +132,12 @@ def join_units(job: ScoringJob, work: Storage, draft: Draft) -> dict[str, Any]:
         for part in job.parts.examples.parts():
             reading = pool.submit(job.parts.read, part)
             units = [Unit(name, part) for name in job.steps]
-            losses_NT = np.stack(list(pool.map(partial(_unit_losses, work), units)), axis=1)
+            found = list(pool.map(partial(_unit_columns, work), units))
+            columns = {name: np.stack([unit[name] for unit in found], axis=1) for name in found[0]}
+            losses_NT = columns.pop(LOSS)
             read = reading.result()
             if not draft.has(part):
-                columns = (read.example_ids, losses_NT, read.sources, read.num_labels)
-                draft.write_table(part, trajectories_table(*columns))
+                draft.write_table(part, trajectories_table(read.example_ids, losses_NT, read.sources, read.num_labels, columns))
             counts.update(read.changed)
             refused += read.refused
             rows += len(losses_NT)
@@ -153,9 +156,10 @@ def join_units(job: ScoringJob, work: Storage, draft: Draft) -> dict[str, Any]:
     }
 
 
-def _unit_losses(work: Storage, unit: Unit) -> np.ndarray:
-    table = pq.read_table(io.BytesIO(work.read(unit.path)))
-    return np.asarray(table["loss"].combine_chunks().to_numpy())
+def _unit_columns(work: Storage, unit: Unit) -> dict[str, np.ndarray]:
+    """What a unit has of each example, (N,) each: `loss`, and the statistics that are recorded."""
+    table = pq.read_table(io.BytesIO(work.read(unit.path))).combine_chunks()
+    return {name: table[name].to_numpy() for name in table.column_names}
 
 
 # --- on a worker ---------------------------------------------------------------------------------------------------
@@ -180,17 +184,26 @@ class Scorer(UnitWorker):
             self._rate = matmul_flops_per_second(self.device, precision)
         begun = time.perf_counter()
         read = self.job.parts.read(part)
-        losses = losses_of_models(
-            list(models.values()), read.tokens, options.tokens_per_batch, options.precision, owners=read.owners
-        )
-        for name, losses_N in zip(models, losses, strict=True):
+        columns = self._columns(list(models.values()), read)
+        for name, found in zip(models, columns, strict=True):
+            losses_N = found[LOSS]
             check_finite(losses_N, read.example_ids, self.job.steps[name], options.precision)
-            yield name, table_bytes(pa.table({"loss": losses_N}), [])
+            yield name, table_bytes(pa.table(found), [])
             needed = scoring_flops(models[name], read.tokens.lengths, int(read.num_labels.sum()))
             self.throughput.add(len(losses_N), len(read.tokens.ids), needed, time.perf_counter() - begun, self._rate)
             if full_path:
                 self.throughput.note = min(full_path)
             begun = time.perf_counter()
+
+    def _columns(self, models: list[Any], read: PartTokens) -> Iterator[dict[str, np.ndarray]]:
+        """Model by model what a unit's file has."""
+        options = self.job.config.trajectories
+        rows = (models, read.tokens, options.tokens_per_batch, options.precision)
+        if not options.statistics:
+            yield from ({LOSS: losses_N} for losses_N in losses_of_models(*rows, owners=read.owners))
+            return
+        for losses_N, *statistics in statistics_of_models(*rows, owners=read.owners):
+            yield {LOSS: losses_N, **dict(zip(STATISTICS, statistics, strict=True))}
 
 
 def check_finite(losses_N: np.ndarray, ids: pa.Array, step: int, precision: str) -> None:

@@ -20,24 +20,19 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from s2l_ray.errors import ConfigError, DataError
-from s2l_ray.examples.ids import (
-    column_of,
-    decoded,
-    id_column,
-    is_text,
-    name_examples,
-    not_unique,
-    one_array,
-    priorities,
-    repeated,
-    wrong_type,
+from s2l_ray.examples.ids import column_of, id_column, not_unique, one_array, priorities, repeated
+from s2l_ray.trajectories.loss_columns import (
+    LOSSES,
+    STATISTICS,
+    check_losses,
+    label_column,
+    loss_matrix,
+    losses_matrix,
+    points_column,
+    token_count_column,
 )
 from s2l_ray.trajectories.sorting import SortedTable, in_order, is_ascending
 
-# Above this no number is a loss in nats, and its square would leave the float32 range inside k-means.
-MAX_LOSS = 1e9
-# What a row without a source is called.
-NO_SOURCE = "(none)"
 BLOCK_ROWS = 65_536
 NUM_RESPONSE_TOKENS = "num_response_tokens"
 # More values than this are no strata: an id, say, given for a source.
@@ -63,6 +58,9 @@ class Trajectories:
     columns: Mapping[str, pa.Array] = field(default_factory=dict)
     """Other columns, as strings, by whose values the groups may be stratified."""
 
+    statistics: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    """None, or of each of `STATISTICS` its values in nats, shape (N, T)."""
+
     def __post_init__(self) -> None:
         """Raise DataError naming the ids whose losses are not finite, or that occur twice."""
         if not len(self.example_ids):
@@ -73,6 +71,8 @@ class Trajectories:
         assert all(len(other) == len(self) for other in others if other is not None)
         self._check_ids()
         check_losses(self.losses_NT, self.example_ids)
+        for name, values_NT in self.statistics.items():
+            check_losses(values_NT, self.example_ids, name=name)
 
     @classmethod
     def of(
@@ -82,10 +82,12 @@ class Trajectories:
         sources: Any = None,
         num_response_tokens: Any = None,
         columns: Mapping[str, Any] | None = None,
+        statistics: Mapping[str, Any] | None = None,
     ) -> Trajectories:
         """Trajectories from arrays, Arrow columns or lists in any order of rows; ids are row numbers unless given.
 
-        Raises DataError naming the ids of ragged, missing or non-finite losses and of duplicates.
+        Raises DataError naming the ids of ragged, missing or non-finite losses and of duplicates, ConfigError where not all
+        `statistics` are given, or other ones.
         """
         num_rows = len(losses)
         ids = id_column(column_of(np.arange(num_rows) if example_ids is None else example_ids, "example_id"), "example_ids")
@@ -101,24 +103,33 @@ class Trajectories:
         for name, column in table.items():
             if len(column) != num_rows:
                 raise DataError(f"{len(column):,} values of {name} for {num_rows:,} trajectories: give one for each.")
-        return cls._sorted(pa.table(table), _loss_matrix(losses, ids))
+        losses_NT = loss_matrix(losses, ids)
+        if statistics and sorted(statistics) != sorted(STATISTICS):
+            raise ConfigError(f"statistics: give {', '.join(STATISTICS)}, found {', '.join(statistics)}.")
+        given = {name: loss_matrix(statistics[name], ids, name) for name in STATISTICS} if statistics else {}
+        for name, values_NT in given.items():
+            if values_NT.shape != losses_NT.shape:
+                raise DataError(f"{name}: of shape {values_NT.shape} beside losses of shape {losses_NT.shape}.")
+        return cls._sorted(pa.table(table), {LOSSES: losses_NT, **given})
 
     @classmethod
-    def _sorted(cls, table: pa.Table, losses_NT: NDArray[np.float32]) -> Trajectories:
-        """Trajectories from checked columns in any order of rows."""
+    def _sorted(cls, table: pa.Table, matrices: dict[str, NDArray[np.float32]]) -> Trajectories:
+        """Trajectories from checked columns and matrices (N, T) in any order of rows."""
         table = table.combine_chunks()
         ids = one_array(table["example_id"])
         if not is_ascending(ids):
             order = pc.array_sort_indices(ids)
-            table, losses_NT = table.take(order).combine_chunks(), losses_NT[order.to_numpy()]
+            table = table.take(order).combine_chunks()
+            matrices = {name: values_NT[order.to_numpy()] for name, values_NT in matrices.items()}
         arrays = {name: one_array(table[name]) for name in table.column_names}
         tokens = arrays.pop("num_response_tokens", None)
         return cls(
             example_ids=arrays.pop("example_id"),
-            losses_NT=losses_NT,
+            losses_NT=matrices.pop(LOSSES),
             sources=arrays.pop("source", None),
             num_response_tokens_N=None if tokens is None else tokens.to_numpy(),
             columns=arrays,
+            statistics=matrices,
         )
 
     def __len__(self) -> int:
@@ -135,22 +146,6 @@ class Trajectories:
         duplicates = repeated(self.example_ids)
         assert len(duplicates), "ids are not in ascending order"
         raise not_unique(duplicates)
-
-
-def check_losses(losses_NT: NDArray[np.float32], example_ids: pa.Array, where: str = "") -> None:
-    """Raise DataError naming the ids whose losses are not finite, or are no losses."""
-    prefix = f"{where}: " if where else ""
-    if losses_NT.shape[1] == 0 and len(losses_NT):
-        raise DataError(f"{prefix}losses: the lists are empty. A trajectory needs one loss at least.")
-    # NaN survives min and max, so that two passes without a temporary array find every kind of bad number.
-    if not len(losses_NT) or (losses_NT.min() >= -MAX_LOSS and losses_NT.max() <= MAX_LOSS):
-        return
-    with np.errstate(invalid="ignore"):
-        bad_N = ~(np.abs(losses_NT) <= MAX_LOSS).all(axis=1)
-    raise DataError(
-        f"{prefix}losses: NaN, infinite, missing or beyond {MAX_LOSS:.0e} for example_id "
-        f"{name_examples(example_ids.filter(pa.array(bad_N)))}. Remove these examples or score them again."
-    )
 
 
 class Names:
@@ -179,8 +174,8 @@ class TrajectoryStore:
     """N trajectories in ascending order of ids, streamed in blocks of at most 65,536 rows, from memory or from disk."""
 
     rows: SortedTable
-    """Columns `example_id`, `losses` and, where they are known, `source` and others as codes, `num_response_tokens`,
-    `position` (the row's number in the files) and `priority`."""
+    """Columns `example_id`, `losses` and, where they are known, all of `STATISTICS`, `source` and others as codes,
+    `num_response_tokens`, `position` (the row's number in the files) and `priority`."""
 
     num_points: int
     """T, the length of every trajectory."""
@@ -197,11 +192,8 @@ class TrajectoryStore:
     @classmethod
     def of(cls, trajectories: Trajectories, seed: int | None = None) -> TrajectoryStore:
         """Trajectories in memory as a store, without a copy of the losses, with the priorities of a seed if one is given."""
-        flat = pa.array(np.ascontiguousarray(trajectories.losses_NT).reshape(-1))
-        columns = {
-            "example_id": trajectories.example_ids,
-            "losses": pa.FixedSizeListArray.from_arrays(flat, trajectories.num_points),
-        }
+        columns = {"example_id": trajectories.example_ids, LOSSES: points_column(trajectories.losses_NT)}
+        columns |= {name: points_column(values_NT) for name, values_NT in trajectories.statistics.items()}
         found = dict(trajectories.columns) | ({} if trajectories.sources is None else {"source": trajectories.sources})
         names = {name: Names() for name in found}
         columns |= {name: names[name].encode(column, name) for name, column in found.items()}
@@ -258,7 +250,7 @@ class TrajectoryStore:
 
         The same for the same ids, losses, names and token counts, however they were ordered or cut into files.
         """
-        columns = ["example_id", "losses", *sorted(self.names), "num_response_tokens"]
+        columns = ["example_id", LOSSES, *STATISTICS, *sorted(self.names), "num_response_tokens"]
 
         def one_block(block: pa.Table) -> bytes:
             content = hashlib.blake2b(digest_size=16)
@@ -271,7 +263,7 @@ class TrajectoryStore:
                     offsets = np.frombuffer(column.buffers()[1], np.int32)[column.offset : column.offset + len(column) + 1]
                     content.update(memoryview(column.buffers()[2] or b"")[offsets[0] : offsets[-1]])
                 else:
-                    values = column.flatten() if name == "losses" else column
+                    values = column.flatten() if name in (LOSSES, *STATISTICS) else column
                     content.update(np.ascontiguousarray(values.to_numpy()).data)
             return content.digest()
 
@@ -289,14 +281,17 @@ class TrajectoryStore:
 
     def in_memory(self) -> Trajectories:
         """All of it as a value."""
-        table = pa.concat_tables(self.blocks("example_id", "losses", *self.names, "num_response_tokens")).combine_chunks()
+        table = pa.concat_tables(
+            self.blocks("example_id", LOSSES, *STATISTICS, *self.names, "num_response_tokens")
+        ).combine_chunks()
         found = {
             name: pa.DictionaryArray.from_arrays(one_array(table[name]), pa.array(values, pa.string())).dictionary_decode()
             for name, values in self.names.items()
         }
         tokens = table["num_response_tokens"].to_numpy() if self.has("num_response_tokens") else None
-        losses_NT = losses_matrix(table)
-        return Trajectories(one_array(table["example_id"]), losses_NT, found.pop("source", None), tokens, found)
+        statistics = {name: losses_matrix(table, name) for name in STATISTICS if self.has(name)}
+        ids, losses_NT = one_array(table["example_id"]), losses_matrix(table)
+        return Trajectories(ids, losses_NT, found.pop("source", None), tokens, found, statistics)
 
     @cached_property
     def _ranks(self) -> dict[str, NDArray[np.int32]]:
@@ -306,91 +301,3 @@ class TrajectoryStore:
             places = {value: place for place, value in enumerate(self.names_of(column))}
             ranks[column] = np.array([places[value] for value in values], np.int32)
         return ranks
-
-
-def losses_matrix(table: pa.Table) -> NDArray[np.float32]:
-    """The column `losses` of a table of the store (fixed-size lists of float32) as a matrix (N, T)."""
-    losses = one_array(table["losses"])
-    return np.asarray(losses.flatten().to_numpy()).reshape(len(table), -1)
-
-
-def trajectories_table(
-    example_ids: Any, losses_NT: NDArray[np.floating[Any]], sources: Any, num_response_tokens: Any
-) -> pa.Table:
-    """One part of `trajectories/`: example_id, source, losses: fixed_size_list<float32, T>, num_response_tokens: int32."""
-    ids = id_column(column_of(example_ids, "example_id"), "example_ids")
-    losses = pa.array(np.ascontiguousarray(losses_NT, np.float32).reshape(-1))
-    return pa.table(
-        {
-            "example_id": ids,
-            "source": label_column(column_of(sources, "source"), "source", "sources"),
-            "losses": pa.FixedSizeListArray.from_arrays(losses, losses_NT.shape[1]),
-            "num_response_tokens": token_count_column(column_of(num_response_tokens, "num_response_tokens"), ids, "arguments"),
-        }
-    )
-
-
-def losses_of(table: pa.Table) -> NDArray[np.float32]:
-    """The losses of a part of `trajectories/` as a matrix (N, T)."""
-    losses = one_array(table["losses"])
-    return decode_losses(losses, one_array(table["example_id"]), "losses", losses.type.list_size)
-
-
-def _loss_matrix(losses: Any, ids: pa.Array) -> NDArray[np.float32]:
-    """Losses in any form that people hold them in, as a float32 matrix (N, T)."""
-    if not isinstance(losses, pa.Array | pa.ChunkedArray) and hasattr(losses, "__array__"):
-        array = np.asarray(losses)
-        if array.ndim == 2 and array.dtype.kind in "fiu":
-            with np.errstate(over="ignore"):
-                return np.ascontiguousarray(array, np.float32)
-        losses = list(array)
-    column = column_of(losses, "losses")
-    if pa.types.is_list(column.type) and pa.types.is_integer(column.type.value_type):
-        column = column.cast(pa.list_(pa.float64()))
-    return decode_losses(column, ids, "losses")
-
-
-def decode_losses(column: pa.Array, ids: pa.Array, where: str, num_points: int | None = None) -> NDArray[np.float32]:
-    """A column of lists as a matrix (N, T); T is `num_points` or the first row's. Raises DataError naming odd rows."""
-    if isinstance(column, pa.ExtensionArray):
-        column = column.storage
-    kind = column.type
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    if not is_list or not pa.types.is_floating(kind.value_type):
-        raise wrong_type(where, "losses", kind, "lists of floats")
-    if column.null_count:
-        raise DataError(f"{where}: losses are missing for example_id {name_examples(ids.filter(column.is_null()))}.")
-    lengths_N = pc.list_value_length(column).to_numpy(zero_copy_only=False)
-    if num_points is None:
-        num_points = int(lengths_N[0]) if len(lengths_N) else 0
-    odd_N = lengths_N != num_points
-    if odd_N.any():
-        raise DataError(
-            f"{where}: losses are ragged. Others have {num_points} values; another number "
-            f"({lengths_N[odd_N][0]}, say) for example_id {name_examples(ids.filter(pa.array(odd_N)))}."
-        )
-    values: NDArray[np.floating[Any]] = column.flatten().to_numpy(zero_copy_only=False)
-    with np.errstate(over="ignore"):
-        return values.astype(np.float32, copy=False).reshape(len(column), num_points)
-
-
-def label_column(column: pa.Array, name: str, where: str) -> pa.Array:
-    """Names of sources or strata as strings; a missing one is called `(none)`."""
-    column = decoded(column)
-    kind = column.type
-    if not (is_text(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind)):
-        raise wrong_type(where, name, kind, "string, integer or boolean")
-    column = column.cast(pa.string())
-    return column.fill_null(NO_SOURCE) if column.null_count else column
-
-
-def token_count_column(column: pa.Array, ids: pa.Array, where: str) -> pa.Array:
-    """Numbers of response tokens as int32. Raises DataError naming the ids of missing or negative ones."""
-    if not pa.types.is_integer(column.type) and len(column):
-        raise wrong_type(where, "num_response_tokens", column.type, "integers")
-    column = column.cast(pa.int64(), safe=False)  # what is too large for that becomes negative
-    is_bad = pc.fill_null(pc.or_(pc.less(column, 0), pc.greater(column, np.iinfo(np.int32).max)), True)
-    if len(column) == len(ids) and pc.any(is_bad).as_py():
-        bad = name_examples(ids.filter(is_bad))
-        raise DataError(f"{where}: num_response_tokens is missing, negative or too large for example_id {bad}.")
-    return column.cast(pa.int32())
