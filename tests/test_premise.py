@@ -15,6 +15,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from s2l_ray.compare import similarity
@@ -28,8 +30,9 @@ from s2l_ray.compare.premise import (
 )
 from s2l_ray.compare.premise_wording import premise_text, verdict
 from s2l_ray.config import RunConfig, parse_config
-from s2l_ray.errors import ConfigError, DataError
+from s2l_ray.errors import ArtifactError, ConfigError, DataError
 from s2l_ray.pipeline import run
+from s2l_ray.report.premise import explained_figure, premise_facts, read_premise
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.places import Storage
 from s2l_ray.training.gradients import GradientSketch, example_gradients
@@ -383,6 +386,35 @@ def test_the_terminal_gets_twelve_lines_at_most_with_a_sentence_at_the_end(measu
     assert lines[-1] == measured["sentence"]
     assert lines[-1].startswith("Groups explain ")
     assert "target's gradients" in lines[-1]
+
+
+def test_the_page_gets_a_section_with_every_figure_and_nothing_unescaped(clustered, measured):
+    place, _, _ = clustered
+    facts = read_premise(Storage(str(place)))
+    assert facts == premise_facts(measured)
+    environment = Environment(loader=PackageLoader("s2l_ray", "report"), autoescape=True, undefined=StrictUndefined)
+    source = '{% from "premise.html" import premise_section %}{{ premise_section(facts, figure) }}'
+    figure = explained_figure(facts)
+    page = environment.from_string(source).render(facts=facts, figure=Markup(figure.to_json()))
+    for one in measured["gradients"]:
+        same = one["cosine"]["groups"]["same"]
+        assert f"{same['value']:.3f} [{same['low']:.3f}, {same['high']:.3f}]" in page
+    assert str(escape(measured["sentence"])) in page
+    assert [bars.name for bars in figure.data] == ["groups", "random groups", "random groups within sources", "sources"]
+    assert figure.data[0].x == tuple(one["explained"]["groups"]["share"] for one in measured["gradients"])
+    assert read_premise(Storage(str(place / "nowhere"))) is None
+    without = premise_facts({**measured, "agreement": None})
+    assert "Proxy and target" not in environment.from_string(source).render(facts=without, figure="")
+
+
+def test_somebody_else_s_file_is_not_replaced(clustered, tmp_path):
+    _, config, artifacts = clustered
+    theirs = tmp_path / "compare" / "premise.json"
+    theirs.parent.mkdir()
+    theirs.write_text('{"a premise": "of mine"}')
+    with pytest.raises(ArtifactError, match="not written by s2l_ray"):
+        measure_premise(config, artifacts, Storage(str(tmp_path)), config.machines.evaluation, SETTINGS)
+    assert theirs.read_text() == '{"a premise": "of mine"}'
 
 
 def test_units_that_are_done_are_not_done_again_and_a_sketch_gives_nearly_the_same(clustered, measured, monkeypatch):
