@@ -209,7 +209,7 @@ def explained_variance(models: Sequence[str], shares: Sequence[Mapping[str, floa
     """Share of the gradients' variance that groups and sources explain, and random groups; a block of bars for each model."""
     import plotly.graph_objects as go
 
-    figure = _figure(height=110 + 84 * len(models))
+    figure = empty_figure(height=110 + 84 * len(models))
     for name, colour in zip(shares[0], (BLUE, GREY, ORANGE, GREEN), strict=True):
         if any(of_model[name] is not None for of_model in shares):
             hover = "%{y}<br>" + name + ": %{x:.1%}<extra></extra>"
