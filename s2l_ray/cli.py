@@ -115,17 +115,13 @@ def select(
         typer.Option(help="Examples (3000), a fraction (0.1) or response tokens (tokens:100000). Several: nested subsets."),
     ],
     output: Annotated[str, typer.Option(metavar="DIR", help="Gets clustering/ and selection/.")],
-    method: Annotated[
-        str, typer.Option(metavar="NAME", help="s2l, or a rival: random, longest, ... (s2l compare --arms).")
-    ] = "s2l",
+    method: Annotated[str, typer.Option(metavar="NAME", help="s2l, or a rival; see `s2l compare --arms`.")] = "s2l",
     num_clusters: Annotated[int, typer.Option(help="K, in each value of a named column; 'auto' shares them.")] = 100,
     stratify_by: Annotated[
         str, typer.Option(metavar="COLUMN", help="Group within its values; auto: by source if there are several; or none.")
     ] = "auto",
     levels: Annotated[str | None, typer.Option(metavar="K,K,...", help="Groups of groups, such as 1000,100,20.")] = None,
-    allocation: Annotated[
-        float, typer.Option(help="A group's share: its size to this power; 0 equal, 1 as in the pool.")
-    ] = 0.0,
+    allocation: Annotated[float, typer.Option(help="A group's share: its size to this power; 1: as in the pool.")] = 0.0,
     allocation_of_strata: Annotated[float, typer.Option(help="The same for strata.")] = 0.0,
     draw: Annotated[Literal["random", "central", "spread"], typer.Option(help="Which rows of a group.")] = "random",
     seed: Annotated[int, typer.Option(help="Seed of the grouping and of the sampling.")] = 0,

@@ -67,13 +67,12 @@ def select(
     """A balanced subset of examples by the losses of a small model: grouped by k-means, then a share of each group.
 
     `losses` is anything of shape (N, T), in nats; ids are row numbers unless given. `budget` is a number of examples, a
-    fraction of N below 1, or `{"tokens": n}`, which needs `num_response_tokens` (one per row). `sources` (one per row) are
-    the strata where there are several, and share `num_clusters`; `stratify_by` (one per row) are others, with `num_clusters`
-    groups in each; None: no strata. The budget is shared over the strata first. `min_per_source` goes by `sources`; without
-    them the strata are the sources. `levels`, such as [1000, 100, 20], take the place of `num_clusters`. `statistics` are for
-    `features="profile"`, as in `cluster`. `seed` feeds both steps. The others are as in the sections `clustering` and
-    `selection` of a config. `method` names another way to choose (`selectors`); `measurements` are what some of them need:
-    `loss_without_prompt` (N,), `embedding` (N, H), `validation_embedding` (V, H).
+    fraction of N below 1, or `{"tokens": n}`, which needs `num_response_tokens` (one per row). `sources` (one per row) are the
+    strata where there are several, and share `num_clusters`; `stratify_by` (one per row) are others, with `num_clusters` groups
+    in each; None: no strata. The budget is shared over the strata first. `min_per_source` goes by `sources`, else by strata.
+    `levels`, such as [1000, 100, 20], take the place of `num_clusters`. `statistics` are for `features="profile"`, as in
+    `cluster`; `measurements` for methods that need `loss_without_prompt` (N,), `embedding` (N, H) or `validation_embedding`
+    (V, H). `seed` feeds both steps. The others are as in the sections `clustering` and `selection` of a config.
 
     Raises DataError naming the ids of ragged, missing or non-finite losses, ConfigError for an argument out of range.
     """
@@ -88,24 +87,36 @@ def select(
         draw=draw,
         seed=seed,
     )
-    by = stratify_by if stratify_by is None or _is_auto(stratify_by) else "stratum"
+    strata = None if _is_auto(stratify_by) else stratify_by
     grouping = checked(
         ClusteringConfig,
-        num_clusters=levels[0] if levels else num_clusters,
-        levels=levels,
+        **({"levels": levels} if levels else {"num_clusters": num_clusters}),
         num_iterations=num_iterations,
         num_restarts=num_restarts,
         features=features,
-        stratify_by=by,
+        stratify_by=stratify_by if strata is None else "stratum",
         seed=seed,
     )
-    columns = {"stratum": stratify_by} if by == "stratum" else {}
-    sources = columns.get("stratum") if sources is None else sources
-    store = TrajectoryStore.of(Trajectories.of(losses, example_ids, sources, num_response_tokens, columns, statistics), seed)
-    store = replace(store, measurements=given_measurements(measurements or {}, example_ids, len(store)))
+    store = _in_memory(losses, example_ids, sources, num_response_tokens, strata, statistics, measurements, seed)
     check_columns(config, store)
     groups = cluster_store(store, grouping)
     return choose_subsets(store, lambda: in_blocks(groups), groups, config, grouping)[0].selection
+
+
+def _in_memory(
+    losses: Any,
+    ids: Any,
+    sources: Any,
+    tokens: Any,
+    strata: Any,
+    statistics: Mapping[str, Any] | None,
+    measurements: Mapping[str, Any] | None,
+    seed: int,
+) -> TrajectoryStore:
+    columns = {} if strata is None else {"stratum": strata}
+    found = Trajectories.of(losses, ids, strata if sources is None else sources, tokens, columns, statistics)
+    given = given_measurements(measurements or {}, ids, len(found))
+    return replace(TrajectoryStore.of(found, seed), measurements=given)
 
 
 def _is_auto(strata: Any) -> bool:
