@@ -11,8 +11,8 @@
 one process with two threads, start-up taken off. `recording`: wall time of a run's `trajectories` over that of its `proxy`.
 `million`: `s2l run` to `trajectories` on short examples with four checkpoints
 of a tiny proxy; the largest process, the time, and four passes for one. `bfloat16`: the checkpoints of a finished run scored
-in both precisions. `statistics`: a part scored with and without `trajectories.statistics`, in turns. Scoring itself beside the one-by-one loop: `gpu_scoring.py`. Every run adds a line to
-`results/scoring/MEASURE.jsonl`.
+in both precisions. `statistics`: rows scored with and without `trajectories.statistics`, in turns. Scoring itself beside the
+one-by-one loop: `gpu_scoring.py`. Every run adds a line to `results/scoring/MEASURE.jsonl`.
 """
 
 from __future__ import annotations

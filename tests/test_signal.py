@@ -34,6 +34,7 @@ from s2l_ray.training.checkpoints import keep_checkpoint
 from s2l_ray.training.label_statistics import ExampleLabels
 from s2l_ray.training.losses import losses_of_models, statistics_of_models
 from s2l_ray.training.token_rows import TokenRows
+from s2l_ray.training.tokens import without_prompts
 from s2l_ray.trajectories.files import read_trajectories
 from s2l_ray.trajectories.loss_columns import STATISTICS, losses_of, trajectories_table
 from s2l_ray.trajectories.recording import finish_recording, record_losses
@@ -123,11 +124,11 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Storage,
     turns = '[{"role": "user", "content": "what is %d"}, {"role": "assistant", "content": "it is %d or so"}]'
     for part in range(2):
         ids = [f"id-{part}-{row}" for row in range(10)]
-        columns = {
+        columns: dict[str, Any] = {
             "source": ["s", "t"] * 5,
             "prompt": [f"say {row} " for row in range(10)],
             "response": [f"it is {row} " * (row + 1) for row in range(10)],
-            "split": ["pool"] * 9 + ["held_out"],
+            "split": ["pool"] * 7 + (["pool", "pool"], ["validation"] * 2)[part] + ["held_out"],
             "messages": pa.array([turns % (row, row) if row % 3 == 0 else None for row in range(10)], pa.string()),
             "tools": pa.nulls(10, pa.string()),
         }
@@ -138,7 +139,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Storage,
         model = make("llama", step)
         model.resize_token_embeddings(len(tokenizer))
         keep_checkpoint(proxy, step, model, tokenizer)
-    return draft.publish({"rows": 20, "pool": 18}), proxy, tokenizer
+    return draft.publish({"rows": 20, "pool": 16}), proxy, tokenizer
 
 
 def job_of(scored: tuple[Artifact, Storage, Any], scratch: Storage, **trajectories: Any) -> ScoringJob:
@@ -150,7 +151,7 @@ def job_of(scored: tuple[Artifact, Storage, Any], scratch: Storage, **trajectori
         target={"model": "none"},
         trajectories={"tokens_per_batch": 300, **trajectories},
     )
-    return ScoringJob.of(config, scored[0], scored[1], [1, 2], scratch)
+    return ScoringJob.of(config, scored[0], scored[1], [1, 2], scratch, are_all=True)
 
 
 def score(job: ScoringJob, work: Storage, groups: list[tuple[str, list[str]]]) -> None:
@@ -169,7 +170,7 @@ def built(job: ScoringJob, place: Path, groups: list[tuple[str, list[str]]]) -> 
 
 
 def all_units(job: ScoringJob) -> list[tuple[str, list[str]]]:
-    return [(part, list(job.steps)) for part in job.parts.examples.parts()]
+    return [(part, [*job.steps, *job.beside]) for part in job.parts.examples.parts()]
 
 
 def digests(place: Path, pattern: str = "*.parquet") -> dict[str, str]:
@@ -191,9 +192,7 @@ def test_the_stage_writes_statistics_beside_the_same_losses_in_the_same_bytes_ho
             assert rich.schema.field(name).type == pa.list_(pa.float32(), 2)
             assert np.isfinite(losses_of(rich, name)).all()
         tokens = jobs["one"].parts.read(part)
-        model = make("llama", 2)
-        model.resize_token_embeddings(len(scored[2]))
-        labels = token_losses(model, tokens.tokens)
+        labels = token_losses(last_model(scored[2]), tokens.tokens)
         expected = [
             by_hand([loss for row in np.flatnonzero(tokens.owners == n) for loss in labels[row]]) for n in range(len(rich))
         ]
@@ -205,6 +204,85 @@ def test_units_without_statistics_are_not_taken_for_units_with_them(scored, tmp_
     scratch = Storage(str(tmp_path))
     folders = {job_of(scored, scratch, statistics=value).work(scratch).uri for value in (True, False)}
     assert len(folders) == 2
+
+
+# --- the last checkpoint alone -------------------------------------------------------------------------------------
+
+
+def last_model(tokenizer: PreTrainedTokenizerBase) -> torch.nn.Module:
+    model = make("llama", 2)
+    model.resize_token_embeddings(len(tokenizer))
+    return model
+
+
+def hidden_means(model: torch.nn.Module, tokens: TokenRows, owners: np.ndarray) -> np.ndarray:
+    """Position-weighted means of the last hidden states, one row at a time by transformers' own outputs."""
+    sums, weights = np.zeros((owners.max() + 1, 32)), np.zeros(owners.max() + 1)
+    for row, owner in enumerate(owners):
+        ids = torch.from_numpy(tokens[row][0].astype(np.int64))[None]
+        with torch.no_grad():
+            hidden_LH = model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0].double().numpy()
+        places_L = np.arange(1, len(hidden_LH) + 1)
+        sums[owner] += (hidden_LH * places_L[:, None]).sum(0)
+        weights[owner] += places_L.sum()
+    return sums / weights[:, None]
+
+
+def test_the_last_checkpoint_gives_losses_without_prompts_and_embeddings_beside_the_same_losses(scored, tmp_path):
+    names = {"plain": {}, "beside": {"without_prompt": True, "embeddings": True}}
+    jobs = {name: job_of(scored, Storage(str(tmp_path / name)), **options) for name, options in names.items()}
+    plain, rich = (built(job, tmp_path / name, all_units(job)) for name, job in jobs.items())
+    job, tokenizer, (examples, _, _) = jobs["beside"], scored[2], scored
+    assert len(job.units) == 2 * 4
+    again = built(job_of(scored, Storage(str(tmp_path / "again")), **names["beside"]), tmp_path / "again", all_units(job)[::-1])
+    assert again.manifest["files"] == rich.manifest["files"]
+    model = last_model(tokenizer)
+    for part in examples.parts():
+        table, read = rich.read_table(part), job.parts.read(part)
+        assert table.schema.names == [*plain.read_table(part).schema.names, "loss_without_prompt", "embedding"]
+        assert table.select(plain.read_table(part).schema.names).equals(plain.read_table(part))
+        assert table.schema.field("loss_without_prompt").type == pa.float32()
+        assert table.schema.field("embedding").type == pa.list_(pa.float32(), 32)
+        found_NH = np.stack(table["embedding"].to_numpy(zero_copy_only=False))
+        np.testing.assert_allclose(found_NH, hidden_means(model, read.tokens, read.owners), atol=1e-5)
+    texts = examples.read_table("part-00000.parquet")
+    losses = dict(
+        zip(*(rich.read_table("part-00000.parquet")[n].to_pylist() for n in ("example_id", "loss_without_prompt")), strict=True)
+    )
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    for row in (1, 2, 4):  # pairs
+        response = tokenizer(texts["response"][row].as_py(), add_special_tokens=False)["input_ids"]
+        ids = np.array([begin, *response, tokenizer.eos_token_id][:121], np.int32)
+        alone = TokenRows.of([(ids, np.arange(len(ids)) > 0)])
+        assert losses[f"id-0-{row}"] == pytest.approx(by_hand(token_losses(model, alone)[0])[0], abs=1e-5)
+    table = rich.read_table("validation.parquet")
+    assert table.schema.names == ["example_id", "source", "embedding"]
+    assert table["example_id"].to_pylist() == ["id-1-7", "id-1-8"]
+    assert table["source"].to_pylist() == ["t", "s"]
+    assert "validation.parquet" not in plain.manifest["files"]
+    assert read_trajectories(str(tmp_path / "beside" / "trajectories")).losses_NT.shape == (16, 2)
+
+
+def test_without_prompts_every_answer_stands_alone_and_keeps_its_labels(scored):
+    tokenizer = scored[2]
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    marks = [np.array([0, 0, 1, 1, 0, 1], bool), np.array([0, 1], bool), np.array([0, 1, 0, 0, 1, 1], bool)]
+    tokens = TokenRows.of([(np.arange(10, 10 + len(one), dtype=np.int32), one) for one in marks])
+    alone, owners = without_prompts(tokenizer, tokens, np.array([0, 1, 1]))
+    assert [alone[row][0].tolist() for row in range(len(alone))] == [
+        *([begin, 12, 13], [begin, 15]),
+        *([begin, 11], [begin, 11], [begin, 14, 15]),
+    ]
+    assert owners.tolist() == [0, 0, 1, 1, 1]
+    np.testing.assert_array_equal(np.bincount(owners, alone.num_labels), [3, 4])
+
+
+def test_checkpoints_that_are_scored_during_the_training_have_no_last_one_yet(scored, tmp_path):
+    job = job_of(scored, Storage(str(tmp_path)), without_prompt=True, embeddings=True)
+    early = ScoringJob.of(job.config, scored[0], scored[1], [1], Storage(str(tmp_path)))
+    assert not early.beside
+    assert [name.rpartition("-")[2] for name in job.beside] == ["beside", "validation"]
+    assert early.work(Storage(str(tmp_path))).uri == job.work(Storage(str(tmp_path))).uri
 
 
 # --- recording -----------------------------------------------------------------------------------------------------
