@@ -5,13 +5,14 @@
     python benchmarks/scoring.py recording --data 'rows/*.jsonl' --tokenizer tokenizer.json
     python benchmarks/scoring.py million --work /tmp/million
     python benchmarks/scoring.py bfloat16 --run RUN_DIR
+    python benchmarks/scoring.py statistics --data 'rows/*.jsonl' --tokenizer tokenizer.json
 
 `train`: tokens per second beside transformers' Trainer as it comes, Pythia-70M's shape. `actors`: two Ray Data actors beside
 one process with two threads, start-up taken off. `recording`: wall time of a run's `trajectories` over that of its `proxy`.
 `million`: `s2l run` to `trajectories` on short examples with four checkpoints
 of a tiny proxy; the largest process, the time, and four passes for one. `bfloat16`: the checkpoints of a finished run scored
-in both precisions. Scoring itself beside the one-by-one loop: `gpu_scoring.py`. Every run adds a line to
-`results/scoring/MEASURE.jsonl`.
+in both precisions. `statistics`: rows scored with and without `trajectories.statistics`, in turns. Scoring itself beside the
+one-by-one loop: `gpu_scoring.py`. Every run adds a line to `results/scoring/MEASURE.jsonl`.
 """
 
 from __future__ import annotations
@@ -409,14 +410,53 @@ def bfloat16(arguments: argparse.Namespace) -> None:
     keep("bfloat16", result)
 
 
+# --- statistics ----------------------------------------------------------------------------------------------------
+
+
+def statistics_beside_losses(arguments: argparse.Namespace) -> None:
+    """Time of scoring with the statistics of every response's tokens over that without, pair by pair in turns.
+
+    Wall time, and the process's CPU time, which other programs on the machine disturb less.
+    """
+    import torch
+
+    from s2l_ray.training.losses import losses_of_models, statistics_of_models
+
+    keep_freed_memory()
+    rows = real_rows(arguments.data, arguments.tokenizer, arguments.rows, np.random.default_rng(0), 512)
+    models = make_models(arguments.shape, arguments.checkpoints, torch.device("cpu"))
+    ways = {"losses": losses_of_models, "statistics": statistics_of_models}
+    pairs: list[dict[str, float]] = []
+    for pair in range(-1, arguments.pairs):  # the first is not counted
+        spent: dict[str, float] = {}
+        for name in sorted(ways, reverse=pair % 2 == 0):
+            wall, cpu = time.perf_counter(), time.process_time()
+            found = list(ways[name](models, rows, 4096, "float32"))
+            spent |= {name: time.perf_counter() - wall, f"{name}_cpu": time.process_time() - cpu}
+            assert len(found) == len(models)
+        pairs += [spent] if pair >= 0 else []
+    result = {
+        "shape": arguments.shape,
+        "rows": len(rows),
+        "tokens": len(rows.ids),
+        "labels": int(rows.num_labels.sum()),
+        "checkpoints": len(models),
+        "threads": torch.get_num_threads(),
+        "ratio": statistics.median(pair["statistics"] / pair["losses"] for pair in pairs),
+        "ratio_of_cpu_time": statistics.median(pair["statistics_cpu"] / pair["losses_cpu"] for pair in pairs),
+        "pairs": pairs,
+    }
+    keep("statistics", result)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     measures = parser.add_subparsers(required=True)
-    for measure in (train, actors, recording, million, bfloat16):
-        options = measures.add_parser(measure.__name__, help=(measure.__doc__ or "").partition("\n")[0])
+    for measure in (train, actors, recording, million, bfloat16, statistics_beside_losses):
+        options = measures.add_parser(measure.__name__.partition("_")[0], help=(measure.__doc__ or "").partition("\n")[0])
         options.set_defaults(measure=measure)
         options.add_argument("--pairs", type=int, default=3)
-        if measure in (train, actors, recording):
+        if measure in (train, actors, recording, statistics_beside_losses):
             options.add_argument("--data", required=True, help="JSON Lines, a glob")
             options.add_argument("--tokenizer", required=True, help="tokenizer.json")
         if measure is train:
@@ -434,6 +474,10 @@ def main() -> None:
         if measure is million:
             options.add_argument("--work", required=True, help="a folder with room for a few GB")
             options.add_argument("--sizes", type=int, nargs=2, default=[250_000, 1_000_000])
+        if measure is statistics_beside_losses:
+            options.add_argument("--shape", choices=SHAPES, default="7m")
+            options.add_argument("--rows", type=int, default=100)
+            options.add_argument("--checkpoints", type=int, default=2)
         if measure is bfloat16:
             options.add_argument("--run", required=True, help="a finished run")
             options.add_argument("--rows", type=int, default=4000)

@@ -115,6 +115,28 @@ def test_the_losses_are_transformers_own_row_by_row(tmp_path):
     assert subset.summary["rows"] == 6
 
 
+def test_statistics_are_recorded_on_request_beside_the_same_losses(tmp_path):
+    rows = language_rows()
+    with pytest.raises(ConfigError, match="a loss_function gives one loss per example, none per token"):
+        RecordTrajectories(tmp_path / "none", rows, statistics=True, loss_function=lambda model, batch: None)
+    found = []
+    for name in ("plain", "rich"):
+        train(tmp_path, RecordTrajectories(tmp_path / name, rows, num_checkpoints=2, statistics=name == "rich"))
+        found.append(read_trajectories(str(tmp_path / name), statistics=name == "rich"))
+    assert found[0].losses_NT.tobytes() == found[1].losses_NT.tobytes()
+    lengths_N, statistics = found[1].num_response_tokens_N, found[1].statistics
+    assert sorted(statistics) == ["deviations", "first_thirds", "last_thirds"]
+    for name, values_NT in statistics.items():
+        assert values_NT.shape == found[1].losses_NT.shape
+        is_one = lengths_N == 1  # of one label all means are its loss
+        expected = 0 * values_NT if name == "deviations" else found[1].losses_NT
+        np.testing.assert_array_equal(values_NT[is_one], expected[is_one])
+    assert (statistics["deviations"][lengths_N > 1] > 0).all()
+    thirds = np.asarray([statistics["first_thirds"], statistics["last_thirds"]])
+    two = lengths_N == 2
+    np.testing.assert_allclose(thirds[:, two].mean(0), found[1].losses_NT[two], rtol=1e-6)
+
+
 class Drawing(Dataset):  # type: ignore[misc]
     """Rows that draw random numbers when they are read, as augmentation does."""
 

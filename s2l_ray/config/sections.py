@@ -160,6 +160,16 @@ class TrajectoriesConfig(Section):
     """Record beside each loss, which is the mean over a response's tokens, also their standard deviation and the means of their
     first and last third: for `clustering.features: profile`. The losses stay the same, and the scoring pass too."""
 
+    without_prompt: bool = False
+    """Record under the last checkpoint also the loss of each response without its prompt, for instruction-following difficulty
+    (the loss over that without the prompt; arXiv 2308.12032): a pass over the responses. An answer of a conversation is scored
+    without the turns before it."""
+
+    embeddings: bool = False
+    """Record under the last checkpoint also an embedding of each example, of the validation split's too: the mean of the last
+    hidden states, token i with weight i, for RDS+ (arXiv 2503.01807). A pass over the corpus, and 4 bytes a hidden unit and
+    example."""
+
 
 class ClusteringConfig(Section):
     """How the trajectories are grouped."""

@@ -40,6 +40,8 @@ class Sizes:
 def costs_of(config: RunConfig, sizes: Sizes, accelerator: str | None) -> dict[str, Cost]:
     tokens = _product(sizes.examples, sizes.tokens_per_example)
     num_checkpoints = _num_checkpoints(config, sizes.examples)
+    beside = config.trajectories.without_prompt * config.plan.response_fraction + config.trajectories.embeddings
+    num_passes = None if num_checkpoints is None else num_checkpoints + beside
     share = _selected_share(config, sizes, tokens)
     models = 2 if config.evaluation.random_control else 1
     training = 0 if config.proxy.checkpoints else _product(6, sizes.proxy_parameters, tokens, config.proxy.epochs)
@@ -47,7 +49,7 @@ def costs_of(config: RunConfig, sizes: Sizes, accelerator: str | None) -> dict[s
     operations = {
         "examples": 0.0,
         "proxy": training,
-        "trajectories": _product(2, sizes.proxy_parameters, tokens, num_checkpoints),
+        "trajectories": _product(2, sizes.proxy_parameters, tokens, num_passes),
         "clustering": _product(
             2, sizes.examples, num_checkpoints, config.clustering.num_clusters, config.clustering.num_iterations
         ),
@@ -58,7 +60,7 @@ def costs_of(config: RunConfig, sizes: Sizes, accelerator: str | None) -> dict[s
     stored = {
         "examples": _product(2 * CHARACTERS_PER_TOKEN, tokens),
         "proxy": weights,
-        "trajectories": _product(4, sizes.examples, num_checkpoints),
+        "trajectories": _product(16 if config.trajectories.statistics else 4, sizes.examples, num_checkpoints),
         "clustering": _product(16, sizes.examples),
         "selection": _product(CHARACTERS_PER_TOKEN, tokens, share, models),
         "target": _product(4, sizes.target_parameters, models),

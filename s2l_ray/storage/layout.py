@@ -21,6 +21,8 @@ STAGE_NAMES = ("examples", "proxy", "trajectories", "clustering", "selection", "
 MANIFEST, BUILDING = "manifest.json", "building.json"
 
 # In the directory of one stage.
+VALIDATION_ROWS = "validation.parquet"
+"""Of `trajectories`: the embeddings of the examples of the validation split."""
 PARTS, ASSIGNMENTS = "part-", "assignments-"  # and five digits
 TOKENIZER, CHECKPOINT = "tokenizer", "checkpoint.json"
 CENTROIDS, FEATURE_CENTROIDS, RESTARTS = "centroids.npy", "feature_centroids.npy", "restarts.parquet"
@@ -101,7 +103,7 @@ _PART = r"\d{5,}\.parquet"
 _STAGE_FILES = {
     "examples": PARTS + _PART,
     "proxy": rf"({TOKENIZER}|step-\d{{6,}})/({_MODEL_FILE}|{re.escape(CHECKPOINT)})",
-    "trajectories": PARTS + _PART,
+    "trajectories": f"{PARTS}{_PART}|{re.escape(VALIDATION_ROWS)}",
     "clustering": "|".join([ASSIGNMENTS + _PART, *map(re.escape, (CENTROIDS, FEATURE_CENTROIDS, RESTARTS))]),
     "selection": rf"(selected(-(tokens-)?[0-9.e+-]+)?|random)\.(parquet|jsonl)|{re.escape(CARD)}",
     "target": rf"({'|'.join(MODEL_FOLDERS.values())})/({_MODEL_FILE}|{re.escape(MODEL_RECORD)})",

@@ -165,7 +165,7 @@ def _label_losses(
     for model in models:
         model.eval()
     heads = [Head.of(model) for model in models]
-    is_alike = _needs_rows_of_one_length(models[0])
+    is_alike = needs_rows_of_one_length(models[0])
     packed = all(heads) and is_fused(device, dtype) and not is_alike and _all_attend_to_rows(models, device, dtype)
     limit, max_labels = (tokens_per_batch, None) if all(heads) else _limits(models, tokens_per_batch)
     made = batches(tokens, limit, max_labels, packed=packed, of_one_length=is_alike)
@@ -176,7 +176,7 @@ def _label_losses(
     for model, head in zip(models, heads, strict=True):
         if head is not None and dtype == torch.bfloat16:
             head.cast(dtype)
-        with _computing(device, dtype), attending_to_rows([model]) if packed else contextlib.nullcontext():
+        with computing(device, dtype), attending_to_rows([model]) if packed else contextlib.nullcontext():
             # One transfer at the end: on a GPU nothing waits between batches.
             pieces = _whole(model, sent) if head is None else _tiled(model, head, sent)
             losses_P = torch.cat(list(pieces)).cpu().numpy()
@@ -184,14 +184,15 @@ def _label_losses(
 
 
 @contextlib.contextmanager
-def _computing(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+def computing(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """A forward pass without gradients, in this precision."""
     # No inference mode: a model in training may keep what it computes here, its rotary embedding for one.
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         yield
 
 
 def _all_attend_to_rows(models: list[Any], device: torch.device, dtype: torch.dtype) -> bool:
-    with _computing(device, dtype), attending_to_rows(models) as can:
+    with computing(device, dtype), attending_to_rows(models) as can:
         return can
 
 
@@ -201,7 +202,7 @@ def _limits(models: list[Any], tokens_per_batch: int) -> tuple[int, int]:
     return (tokens_per_batch if all(map(accepts_logits_to_keep, models)) else min(tokens_per_batch, labels)), labels
 
 
-def _needs_rows_of_one_length(model: Any) -> bool:
+def needs_rows_of_one_length(model: Any) -> bool:
     """Whether a row's rotary embedding depends on the longest row of its batch, so that only equals may share one.
 
     (The `dynamic` one does beyond the model's positions, which no row exceeds.)

@@ -136,6 +136,24 @@ def _learnable(
     )
 
 
+def without_prompts(tokenizer: Any, tokens: TokenRows, owners: np.ndarray) -> tuple[TokenRows, np.ndarray]:
+    """The labels of examples without all that leads to them: each answer (run of labels) a row of its own, after the token that
+    begins a text (BOS, or EOS for a tokenizer without one), and the number of each row's example.
+
+    Of a prompt with its response that is BOS + response + EOS. An answer of a conversation has no context but that token: no
+    earlier turn, and none of the template's own text before it. All labels stay labels.
+    """
+    begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    rows, found = list[Row](), list[int]()
+    for row, owner in enumerate(owners.tolist()):
+        ids, is_label = tokens[row]
+        places = np.flatnonzero(is_label)
+        for answer in np.split(ids[places], np.flatnonzero(np.diff(places) > 1) + 1):
+            rows.append((np.concatenate([[begin], answer]).astype(np.int32), np.arange(len(answer) + 1) > 0))
+            found.append(owner)
+    return TokenRows.of(rows), np.asarray(found, np.int64)
+
+
 def generation_prompt(ids: np.ndarray, is_label: np.ndarray) -> list[int]:
     """The tokens of a row after which a model gives its last answer: all before the last run of labels."""
     begins = np.flatnonzero(is_label & ~np.concatenate([[False], is_label[:-1]]))

@@ -23,6 +23,8 @@ from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.ownership import scratch_folder
 from s2l_ray.storage.places import Storage
 from s2l_ray.trajectories.loss_columns import (
+    EMBEDDING,
+    LOSS_WITHOUT_PROMPT,
     LOSSES,
     STATISTICS,
     check_losses,
@@ -32,7 +34,7 @@ from s2l_ray.trajectories.loss_columns import (
     points_column,
     token_count_column,
 )
-from s2l_ray.trajectories.measured import MEASUREMENTS, measurements_of
+from s2l_ray.trajectories.measured import measurements_of
 from s2l_ray.trajectories.parts import Part, find_artifact, parts_of, place_name
 from s2l_ray.trajectories.sorting import sort_by_id
 from s2l_ray.trajectories.store import Names, Trajectories, TrajectoryStore
@@ -151,10 +153,9 @@ def _changed(source: str | Artifact) -> DataError:
 def _common_schema(parts: list[Part], source: str | Artifact, ids: pa.DataType) -> pa.Schema:
     """The columns of all parts but those that are measured, dictionaries decoded, integers and floats as wide as the widest."""
     schemas = []
-    left_out = {
-        LOSSES,
-        *((*STATISTICS, *MEASUREMENTS) if isinstance(source, Artifact) else ()),
-    }  # in others' files the names may mean anything
+    left_out = {LOSSES}
+    if isinstance(source, Artifact):  # in others' files these names may mean anything
+        left_out |= {*STATISTICS, LOSS_WITHOUT_PROMPT, EMBEDDING}
     for part in parts:
         fields = [f.with_metadata(None) for f in part.schema() if f.name not in left_out]
         values = [f.with_type(f.type.value_type) if pa.types.is_dictionary(f.type) else f for f in fields]

@@ -21,6 +21,9 @@ LOSSES = "losses"
 STATISTICS = ("deviations", "first_thirds", "last_thirds")
 """What may be recorded beside `losses` at each checkpoint, of the losses of an example's labels: see `label_statistics`."""
 
+LOSS_WITHOUT_PROMPT, EMBEDDING = "loss_without_prompt", "embedding"
+"""What may be recorded of the last checkpoint alone: float32, and fixed_size_list<float32, H>."""
+
 
 def check_losses(losses_NT: NDArray[np.float32], example_ids: pa.Array, where: str = "", name: str = LOSSES) -> None:
     """Raise DataError naming the ids whose losses (or statistics of this name) are not finite, or are no losses."""
@@ -50,9 +53,10 @@ def trajectories_table(
     sources: Any,
     num_response_tokens: Any,
     statistics: Mapping[str, NDArray[np.floating[Any]]] | None = None,
+    beside: Mapping[str, pa.Array] | None = None,
 ) -> pa.Table:
     """One part of `trajectories/`: example_id, source, losses: fixed_size_list<float32, T>, num_response_tokens: int32, and
-    beside the losses the statistics (by name, (N, T) each) in the same form."""
+    beside the losses the statistics (by name, (N, T) each) in the same form; last the columns of the last checkpoint alone."""
     ids = id_column(column_of(example_ids, "example_id"), "example_ids")
     return pa.table(
         {
@@ -60,6 +64,7 @@ def trajectories_table(
             "source": label_column(column_of(sources, "source"), "source", "sources"),
             **{name: points_column(values_NT) for name, values_NT in {LOSSES: losses_NT, **(statistics or {})}.items()},
             "num_response_tokens": token_count_column(column_of(num_response_tokens, "num_response_tokens"), ids, "arguments"),
+            **(beside or {}),
         }
     )
 

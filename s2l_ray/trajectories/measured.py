@@ -14,15 +14,12 @@ from numpy.typing import NDArray
 from s2l_ray.errors import ConfigError, DataError
 from s2l_ray.examples.ids import column_of, id_column, name_examples, one_array
 from s2l_ray.storage.artifacts import Artifact
-from s2l_ray.trajectories.loss_columns import check_losses, decode_losses
+from s2l_ray.storage.layout import VALIDATION_ROWS
+from s2l_ray.trajectories.loss_columns import EMBEDDING, LOSS_WITHOUT_PROMPT, check_losses, decode_losses
 from s2l_ray.trajectories.parts import Part
 
-MEASUREMENTS = ("loss_without_prompt", "embedding")
-"""Columns of a part of `trajectories/`: nats per response token under the last checkpoint without the prompt, float; a mean of
-its hidden states, a list of floats of one length for all rows."""
+MEASUREMENTS = (LOSS_WITHOUT_PROMPT, EMBEDDING)
 VALIDATION_EMBEDDING = "validation_embedding"
-VALIDATION_ROWS = "validation.parquet"
-"""A file of the same directory: `example_id` and `embedding` of the validation rows."""
 
 Measurements = Mapping[str, Callable[[], NDArray[np.float32]]]
 """Name -> reads the values, shape (N,) or (N, H), in ascending order of ids; those of the validation rows (V, H)."""
@@ -35,8 +32,8 @@ def measurements_of(parts: Sequence[Part], source: Any, integers: Callable[[], p
         name: partial(_read, parts, name, integers) for name in MEASUREMENTS if name in columns
     }
     if isinstance(source, Artifact) and VALIDATION_ROWS in source.manifest["files"]:
-        table = partial(source.read_table, VALIDATION_ROWS, columns=["example_id", "embedding"])
-        found[VALIDATION_EMBEDDING] = lambda: _in_order([table().combine_chunks()], "embedding", VALIDATION_ROWS)
+        table = partial(source.read_table, VALIDATION_ROWS, columns=["example_id", EMBEDDING])
+        found[VALIDATION_EMBEDDING] = lambda: _in_order([table().combine_chunks()], EMBEDDING, VALIDATION_ROWS)
     return found
 
 

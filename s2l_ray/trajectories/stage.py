@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -24,12 +24,13 @@ import pyarrow.parquet as pq
 
 from s2l_ray.config import RunConfig
 from s2l_ray.errors import DataError
+from s2l_ray.examples.ids import one_array
 from s2l_ray.progress import get_log
 from s2l_ray.runtime.pool import Throughput, Unit, UnitWorker, do_units
 from s2l_ray.runtime.workers import Workers
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.drafts import Draft, table_bytes
-from s2l_ray.storage.layout import CHECKPOINT, LOSSES, TOKENIZER, TOKENS, step_folder
+from s2l_ray.storage.layout import CHECKPOINT, LOSSES, TOKENIZER, TOKENS, VALIDATION_ROWS, step_folder
 from s2l_ray.storage.places import Storage
 from s2l_ray.storage.records import digest
 from s2l_ray.storage.stages import Context
@@ -42,7 +43,8 @@ from s2l_ray.training.token_pools import check_refused, row_counts, said_counts
 from s2l_ray.training.token_rows import RowLimit
 from s2l_ray.training.tokenizers import load_tokenizer
 from s2l_ray.training.tokens import NO_LABEL, PartTokens, RefusedExample
-from s2l_ray.trajectories.loss_columns import STATISTICS, trajectories_table
+from s2l_ray.trajectories.beside import VALIDATION, columns_beside, joined, passes_beside, validation_rows
+from s2l_ray.trajectories.loss_columns import LOSS_WITHOUT_PROMPT, STATISTICS, trajectories_table
 from s2l_ray.trajectories.units import losses_folder
 
 # Bytes of float32 weights that one worker keeps in memory at once; more checkpoints are scored in several passes.
@@ -68,21 +70,36 @@ class ScoringJob:
     steps: dict[str, int]
     """Checkpoint's name -> its step."""
 
+    beside: dict[str, int]
+    """The same for the units of the last checkpoint beside its losses (see `beside`)."""
+
     device: str
     """Where it is computed: another kind of processor gives other last bits."""
 
     @classmethod
     def of(
-        cls, config: RunConfig, examples: Artifact, proxy: Storage, steps: list[int], scratch: Storage, device: str = "cpu"
+        cls,
+        config: RunConfig,
+        examples: Artifact,
+        proxy: Storage,
+        steps: list[int],
+        scratch: Storage,
+        device: str = "cpu",
+        *,
+        are_all: bool = False,
     ) -> ScoringJob:
-        """The scoring of checkpoints in the proxy's directory; a name holds the hash of the checkpoint's files."""
+        """The scoring of checkpoints in the proxy's directory; a name holds the hash of the checkpoint's files. `are_all`: the
+        last of these steps is the training's."""
         parts = TokenParts.of(examples, proxy.child(TOKENIZER), RowLimit.of(config.proxy), scratch, config.examples)
         files = {step: [asdict(record) for record in checkpoint_records(proxy, step)] for step in steps}
-        return cls(config, parts, proxy, {f"{step_folder(step)}-{digest(files[step])}": step for step in steps}, device)
+        names = {f"{step_folder(step)}-{digest(files[step])}": step for step in steps}
+        last = list(names.items())[-1:] if are_all else []
+        beside = {f"{name}-{kind}": step for name, step in last for kind in passes_beside(config)}
+        return cls(config, parts, proxy, names, beside, device)
 
     @property
     def units(self) -> list[Unit]:
-        return [Unit(name, part) for name in self.steps for part in self.parts.examples.parts()]
+        return [Unit(name, part) for name in (*self.steps, *self.beside) for part in self.parts.examples.parts()]
 
     def work(self, scratch: Storage) -> Storage:
         """Where the units' files lie."""
@@ -102,7 +119,7 @@ def build(context: Context) -> Artifact:
     for step in steps:  # the workers check the files that it lists
         proxy.read_bytes(f"{step_folder(step)}/{CHECKPOINT}")
     proxy.folder(TOKENIZER)
-    job = ScoringJob.of(config, examples, proxy.root, steps, draft.shared, workers.device)
+    job = ScoringJob.of(config, examples, proxy.root, steps, draft.shared, workers.device, are_all=True)
     work, together = job.work(draft.shared), models_together(proxy.summary["num_parameters"])
     begun = time.monotonic()
     throughput = do_units("trajectories", job.units, Scorer, job, work, workers, together=together)
@@ -127,17 +144,21 @@ def log_throughput(done: Throughput, seconds: float) -> None:
 def join_units(job: ScoringJob, work: Storage, draft: Draft) -> dict[str, Any]:
     """Join the units' columns into the artifact's parts; the summary's counts and mean losses."""
     rows, num_tokens, counts, totals_T = 0, 0, Counter[str](), np.zeros(len(job.steps))
-    refused: list[RefusedExample] = []
+    refused, validation = list[RefusedExample](), list[pa.Table]()
     with ThreadPoolExecutor(READERS) as pool:
         for part in job.parts.examples.parts():
             reading = pool.submit(job.parts.read, part)
             units = [Unit(name, part) for name in job.steps]
-            found = list(pool.map(partial(_unit_columns, work), units))
-            columns = {name: np.stack([unit[name] for unit in found], axis=1) for name in found[0]}
+            found = list(pool.map(partial(_unit_table, work), units))
+            columns = {name: np.stack([unit[name].to_numpy() for unit in found], axis=1) for name in found[0].column_names}
             losses_NT = columns.pop(LOSS)
+            beside = {kind: _unit_table(work, Unit(name, part)) for name in job.beside for kind in [name.rpartition("-")[2]]}
+            validation += [beside.pop(VALIDATION)] if VALIDATION in beside else []
             read = reading.result()
             if not draft.has(part):
-                draft.write_table(part, trajectories_table(read.example_ids, losses_NT, read.sources, read.num_labels, columns))
+                alone = {name: one_array(table[name]) for table in beside.values() for name in table.column_names}
+                rows_of_part = (read.example_ids, losses_NT, read.sources, read.num_labels)
+                draft.write_table(part, trajectories_table(*rows_of_part, columns, alone))
             counts.update(read.changed)
             refused += read.refused
             rows += len(losses_NT)
@@ -146,6 +167,8 @@ def join_units(job: ScoringJob, work: Storage, draft: Draft) -> dict[str, Any]:
     check_refused(refused, job.config.examples, "proxy", rows + counts[NO_LABEL] + len(refused))
     for line in said_counts(counts, refused) if job.config.proxy.checkpoints else ():  # else the training has said it
         get_log("trajectories").info(line)
+    if validation and (table := joined(validation)) is not None and not draft.has(VALIDATION_ROWS):
+        draft.write_table(VALIDATION_ROWS, table)
     if not rows:
         raise DataError("no example has a response token left within proxy.max_tokens. Raise it.")
     return {
@@ -156,10 +179,9 @@ def join_units(job: ScoringJob, work: Storage, draft: Draft) -> dict[str, Any]:
     }
 
 
-def _unit_columns(work: Storage, unit: Unit) -> dict[str, np.ndarray]:
-    """What a unit has of each example, (N,) each: `loss`, and the statistics that are recorded."""
-    table = pq.read_table(io.BytesIO(work.read(unit.path))).combine_chunks()
-    return {name: table[name].to_numpy() for name in table.column_names}
+def _unit_table(work: Storage, unit: Unit) -> pa.Table:
+    """What a unit has of each example: `loss` and the statistics that are recorded, or what is recorded beside."""
+    return pq.read_table(io.BytesIO(work.read(unit.path))).combine_chunks()
 
 
 # --- on a worker ---------------------------------------------------------------------------------------------------
@@ -171,9 +193,13 @@ class Scorer(UnitWorker):
     _rate = 0.0
 
     def load(self, model: str) -> Any:
-        proxy, step = self.job.proxy, self.job.steps[model]
-        tokenizer = load_tokenizer(proxy.local_folder(TOKENIZER))
-        return load_model(checkpoint_folder(proxy, step), tokenizer, trust_remote_code=self.job.config.proxy.trust_remote_code)
+        step = (self.job.steps | self.job.beside)[model]
+        folder = checkpoint_folder(self.job.proxy, step)
+        return load_model(folder, self._tokenizer, trust_remote_code=self.job.config.proxy.trust_remote_code)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return load_tokenizer(self.job.proxy.local_folder(TOKENIZER))
 
     def work_on(self, part: str, models: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
         import torch
@@ -184,8 +210,12 @@ class Scorer(UnitWorker):
             self._rate = matmul_flops_per_second(self.device, precision)
         begun = time.perf_counter()
         read = self.job.parts.read(part)
-        columns = self._columns(list(models.values()), read)
-        for name, found in zip(models, columns, strict=True):
+        for name in self.job.beside.keys() & models.keys():
+            yield name, self._beside(name, models[name], part, read)
+        models = {name: model for name, model in models.items() if name in self.job.steps}
+        if not models:
+            return
+        for name, found in zip(models, self._columns(list(models.values()), read), strict=True):
             losses_N = found[LOSS]
             check_finite(losses_N, read.example_ids, self.job.steps[name], options.precision)
             yield name, table_bytes(pa.table(found), [])
@@ -194,6 +224,17 @@ class Scorer(UnitWorker):
             if full_path:
                 self.throughput.note = min(full_path)
             begun = time.perf_counter()
+
+    def _beside(self, name: str, model: Any, part: str, read: PartTokens) -> bytes:
+        """The file of a unit beside the losses."""
+        job = self.job
+        if name.endswith(VALIDATION):
+            return table_bytes(validation_rows(model, self._tokenizer, job.parts.examples, part, job.config), [])
+        columns = columns_beside(model, self._tokenizer, read, job.config)
+        if LOSS_WITHOUT_PROMPT in columns:
+            losses_N = columns[LOSS_WITHOUT_PROMPT].to_numpy()
+            check_finite(losses_N, read.example_ids, job.beside[name], job.config.trajectories.precision)
+        return table_bytes(pa.table(columns), [])
 
     def _columns(self, models: list[Any], read: PartTokens) -> Iterator[dict[str, np.ndarray]]:
         """Model by model what a unit's file has."""
