@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 
 from s2l_ray.cli import app
 from s2l_ray.clustering.stage import cluster_store
-from s2l_ray.config import ClusteringConfig, SelectionConfig
+from s2l_ray.config import ClusteringConfig, SelectionConfig, parse_config
 from s2l_ray.config.sections import OF_S2L_ALONE, Method
 from s2l_ray.errors import ConfigError, DataError
 from s2l_ray.examples.ids import priorities
+from s2l_ray.report.wording import verdict
 from s2l_ray.selection.alone import select_trajectories
 from s2l_ray.selection.export import export_subset
 from s2l_ray.selection.stage import in_blocks, read_selection, select
@@ -33,7 +34,7 @@ from s2l_ray.trajectories.loss_columns import trajectories_table
 from s2l_ray.trajectories.measured import given_measurements
 from s2l_ray.trajectories.store import Trajectories, TrajectoryStore
 
-from .test_selection import by_the_book
+from .test_selection import built, by_the_book
 
 OTHERS = [name for name in SELECTORS if name != S2L]
 SAMPLES = [name for name in OTHERS if SELECTORS[name].strata is not None]
@@ -350,6 +351,20 @@ def test_an_unknown_method_is_refused_with_the_names_that_there_are() -> None:
         Corpus().select("best", 10)
 
 
+@pytest.mark.parametrize(("method", "field"), [("ifd", "without_prompt"), ("rds_plus", "embeddings")])
+def test_a_run_that_would_not_record_what_its_method_needs_is_refused_at_once(method: str, field: str) -> None:
+    values: dict[str, Any] = {
+        "name": "run",
+        "examples": {"dataset": "corpus.jsonl"},
+        "proxy": {"model": "small"},
+        "selection": {"budget": 10, "method": method},
+        "target": {"model": "large"},
+    }
+    with pytest.raises(ConfigError, match=rf"selection\.method={method} needs what trajectories\.{field}=true records"):
+        parse_config(values)
+    assert parse_config(values | {"trajectories": {field: True}}).selection.method == method
+
+
 @pytest.mark.parametrize(
     ("measurements", "message"),
     [
@@ -397,6 +412,21 @@ def test_files_give_what_arrays_give(tmp_path: Path, method: str) -> None:
     assert found.cluster_ids_M.tolist() == expected.cluster_ids_M.tolist()
     assert artifact.summary["method"] == method
     assert artifact.read_table("selected.parquet")["text"].to_pylist() == [f"text {one}" for one in chosen(found)]
+
+
+def test_the_method_random_is_the_runs_random_control_to_the_byte(tmp_path: Path) -> None:
+    pq.write_table(table_of(Corpus()), tmp_path / "t.parquet")
+    artifact = built(tmp_path, str(tmp_path / "t.parquet"), method="random", budget=30, seed=3)
+    assert artifact.read_bytes("selected.parquet") == artifact.read_bytes("random.parquet")
+
+
+def test_the_report_names_the_method_that_chose(tmp_path: Path) -> None:
+    pq.write_table(table_of(Corpus()), tmp_path / "t.parquet")
+    for method, who in (("longest", "'longest'"), (S2L, "S2L")):
+        chosen_by = of_files(tmp_path / method, method, str(tmp_path / "t.parquet")).summary
+        losses = {name: {"loss_per_token": loss, "loss_macro": loss} for name, loss in (("selected", 1.0), ("random", 2.0))}
+        assert verdict(chosen_by, losses)[0].startswith(f"{who} chose 30 of 120 examples (25.0%)")
+        assert f"{who} wins by 1.0000" in verdict(chosen_by, losses)[0]
 
 
 def trajectories_of(corpus: Corpus, folder: Path) -> str:

@@ -44,7 +44,8 @@ def verdict(selection: Summary | None, metrics: Mapping[str, Any] | None) -> lis
     if selection is None:
         return ["Nothing has been chosen yet: this run is unfinished."]
     chosen, pool = selection["rows"], selection["pool"]
-    start = f"S2L chose {chosen:,} of {pool:,} examples ({chosen / pool:.1%})" if pool else f"S2L chose {chosen:,} examples"
+    who = _chooser(selection)
+    start = f"{who} chose {chosen:,}{f' of {pool:,}' if pool else ''} examples{f' ({chosen / pool:.1%})' if pool else ''}"
     loss = {name: values["loss_per_token"] for name, values in (metrics or {}).items() if values["loss_per_token"] is not None}
     if "selected" not in loss:
         reason = (
@@ -55,24 +56,29 @@ def verdict(selection: Summary | None, metrics: Mapping[str, Any] | None) -> lis
     if "untrained" in loss:
         reaches += f" ({loss['untrained']:.4f} before training)"
     if "random" not in loss:
-        return [f"{reaches}.", "Without a random subset of the same size beside it, this does not say whether S2L helped."]
+        return [f"{reaches}.", f"Without a random subset of the same size beside it, this does not say whether {who} helped."]
     advantage = loss["random"] - loss["selected"]
-    lines = [
-        f"{reaches}, against {loss['random']:.4f} for a random subset of the same size: {_outcome(advantage, loss['random'])}."
-    ]
+    outcome = _outcome(who, advantage, loss["random"])
+    lines = [f"{reaches}, against {loss['random']:.4f} for a random subset of the same size: {outcome}."]
     macro = metrics["random"]["loss_macro"] - metrics["selected"]["loss_macro"] if metrics else 0.0
     if macro * advantage < 0:
-        lines.append(f"Averaged over sources, so that each counts the same, it is the other way round: {_outcome(macro)}.")
+        lines.append(f"Averaged over sources, so that each counts the same, it is the other way round: {_outcome(who, macro)}.")
     lines.append("One training run of each: another seed may turn it round, so this is no conclusion about the method.")
     return lines
 
 
-def _outcome(advantage: float, reference: float | None = None) -> str:
+def _chooser(selection: Summary) -> str:
+    """What chose the subset, in a sentence."""
+    method = selection.get("method", "s2l")
+    return "S2L" if method == "s2l" else f"'{method}'"
+
+
+def _outcome(who: str, advantage: float, reference: float | None = None) -> str:
     """Who wins and by how much; below what four decimals show it is a draw."""
     if abs(advantage) < 0.00005:
         return "a draw"
     share = "" if not reference else f" ({abs(advantage) / reference:.1%})"
-    return f"S2L {'wins' if advantage > 0 else 'loses'} by {abs(advantage):.4f}{share}"
+    return f"{who} {'wins' if advantage > 0 else 'loses'} by {abs(advantage):.4f}{share}"
 
 
 def measures(metrics: Mapping[str, Any], held_out: Mapping[str, int]) -> list[Measure]:
@@ -162,7 +168,8 @@ def sources(examples: Summary | None, selection: Summary | None) -> list[Source]
 def quality(clustering: Summary, selection: Summary) -> list[tuple[str, str]]:
     """How good the groups are, in plain words: (what, value). What was not measured is left out."""
     known = {**clustering, **clustering.get("diagnostics", {})}
-    known |= {name: selection.get(name) for name in ("stability", "allocation", "draw")}
+    if selection.get("method", "s2l") == "s2l":
+        known |= {name: selection.get(name) for name in ("stability", "allocation", "draw")}
     pool, ends = known.get("rows"), [ENDS.get(end, end) for end in known.get("ended_by", [])]
     until = f", until {' or '.join(ends)}" if ends else ""
     sample = f" on {known['sampled_rows']:,} examples" if known.get("sampled_rows", pool) != pool else ""
