@@ -2,7 +2,7 @@
 
 Each is one small function that puts all rows into one order; a subset is the first B of it, so that budgets nest. Nothing but
 a row's numbers and the seed decides its place. To add one: write such a function under `@selector`, with what it needs of the
-trajectories and the paper it comes from, and put its name into `config.sections.Method`; `s2l select --method`, `s2l compare`
+trajectories and the paper it comes from, and put its name into `config.methods.Method`; `s2l select --method`, `s2l compare`
 and the tests find it there.
 
 All rows' numbers are in memory (S2L itself streams): a few dozen bytes a row and the losses, for `rds_plus` the

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from s2l_ray.cli import app
 from s2l_ray.clustering.stage import cluster_store
 from s2l_ray.config import ClusteringConfig, SelectionConfig, parse_config
-from s2l_ray.config.sections import OF_S2L_ALONE, Method
+from s2l_ray.config.methods import OF_S2L_ALONE, Method
 from s2l_ray.errors import ConfigError, DataError
 from s2l_ray.examples.ids import priorities
 from s2l_ray.report.wording import verdict

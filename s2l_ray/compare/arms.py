@@ -10,7 +10,7 @@ from typing import Any
 
 from s2l_ray.config import ClusteringConfig, RunConfig, SelectionConfig, parse_config
 from s2l_ray.config.comparing import CompareConfig
-from s2l_ray.config.sections import OF_S2L_ALONE
+from s2l_ray.config.methods import OF_S2L_ALONE
 from s2l_ray.errors import ConfigError
 from s2l_ray.selectors import GROUPS, SELECTORS
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from s2l_ray.config.methods import FOLLOW_S2L, OF_S2L_ALONE, Method
 from s2l_ray.config.section import Fraction, Positive, Precision, Section
 
 FORMATS = {".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
@@ -249,27 +250,6 @@ class ClusteringConfig(Section):
         return self
 
 
-Method = Literal[
-    "s2l",
-    "random",
-    "source_proportional",
-    "source_balanced",
-    "source_matched",
-    "source_and_length_matched",
-    "final_loss_strata",
-    "middle_perplexity",
-    "least_confidence",
-    "high_learnability",
-    "ambiguous",
-    "longest",
-    "ifd",
-    "rds_plus",
-]
-OF_S2L_ALONE = ("allocation", "allocation_of_strata", "draw", "min_per_source", "defer_groups_up_to")
-"""Fields of the section `selection` that other methods have no use for. (Those that follow S2L's own subset have.)"""
-_FOLLOW_S2L = ("s2l", "source_matched", "source_and_length_matched")
-
-
 class SelectionConfig(Section):
     """How many examples, and how they are sampled from the groups."""
 
@@ -310,7 +290,7 @@ class SelectionConfig(Section):
     @model_validator(mode="after")
     def _others_have_no_groups(self) -> SelectionConfig:
         given = [name for name in OF_S2L_ALONE if getattr(self, name) != type(self).model_fields[name].default]
-        if self.method not in _FOLLOW_S2L and given:
+        if self.method not in FOLLOW_S2L and given:
             raise ValueError(f"method={self.method} has no use for {', '.join(given)}. Leave that out, or choose method=s2l")
         if self.method != "s2l" and self.draw == "spread":
             raise ValueError(f"method={self.method} follows an order, and draw=spread has none. Choose draw=random")
