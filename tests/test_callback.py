@@ -249,6 +249,18 @@ def test_a_resumed_training_whose_first_steps_are_not_there_is_refused(tmp_path)
         train(tmp_path, RecordTrajectories(tmp_path / "store", language_rows(), num_checkpoints=3), resume=True, **saved)
 
 
+@pytest.mark.parametrize("statistics", [True, False])
+def test_a_resumed_training_records_the_statistics_that_its_first_steps_have(tmp_path, statistics):
+    saved = {"save_strategy": "steps", "save_steps": 3}
+
+    def recorder(*, statistics: bool) -> RecordTrajectories:
+        return RecordTrajectories(tmp_path / "store", language_rows(), num_checkpoints=3, statistics=statistics)
+
+    train(tmp_path, recorder(statistics=statistics), StopAfter(3), **saved)
+    with pytest.raises(ArtifactError, match=f"step 2 is recorded with(out)? statistics. Go on with statistics={statistics}"):
+        train(tmp_path, recorder(statistics=not statistics), resume=True, **saved)
+
+
 def test_another_training_into_a_finished_store_is_refused(tmp_path):
     train(tmp_path, RecordTrajectories(tmp_path / "store", language_rows(), num_checkpoints=1), max_steps=1)
     with pytest.raises(ArtifactError, match=r"finished, and this training has steps to record. Give another directory"):

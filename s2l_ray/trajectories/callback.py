@@ -34,7 +34,7 @@ from s2l_ray.training.token_rows import TokenRows
 from s2l_ray.trajectories.dataset_rows import DatasetRows, tokens_of
 from s2l_ray.trajectories.loss_columns import STATISTICS
 from s2l_ray.trajectories.parts import recorded_files
-from s2l_ray.trajectories.recording import finish_recording, forget_steps, note_dropped, record_losses
+from s2l_ray.trajectories.recording import finish_recording, forget_steps, has_statistics, note_dropped, record_losses
 from s2l_ray.trajectories.scored_training import check_logits, check_training, scoring
 
 _log = get_log("trajectories")
@@ -153,7 +153,8 @@ class RecordTrajectories(TrainerCallback):  # type: ignore[misc]
     def _take_up(self, global_step: int) -> None:
         """Keep what was recorded up to the step from which the training goes on, remove what it will record again.
 
-        Raises ArtifactError where the directory has steps of another schedule, or lacks steps that are past.
+        Raises ArtifactError where the directory has steps of another schedule, lacks steps that are past, or has these with
+        statistics and this training records none, or the other way round.
         """
         found = list(recorded_files(self._storage))
         foreign = [step for step in found if step not in self._steps]
@@ -168,6 +169,12 @@ class RecordTrajectories(TrainerCallback):  # type: ignore[misc]
             raise ArtifactError(
                 f"{self._storage.uri}: the training goes on after step {global_step}, but steps {_named(lacking)} are not "
                 "recorded there. Give the directory of its first part, or train from the beginning."
+            )
+        kept = [step for step in found if step not in again]
+        if kept and has_statistics(self._storage, kept[0]) != self._has_statistics:
+            raise ArtifactError(
+                f"{self._storage.uri}: step {kept[0]} is recorded with{'out' if self._has_statistics else ''} statistics. Go "
+                f"on with statistics={not self._has_statistics}, or give another directory and train from the beginning."
             )
         if again:
             _log.info("%s: steps %s of an earlier attempt are recorded again", self._storage.uri, _named(again))

@@ -127,6 +127,11 @@ def forget_steps(directory: str | os.PathLike[str], steps: Iterable[int]) -> Non
         storage.delete(_folder(step))
 
 
+def has_statistics(storage: Storage, step: int) -> bool:
+    """Whether a recorded step of an unfinished recording has statistics beside its losses."""
+    return STATISTICS[0] in pq.read_schema(io.BytesIO(storage.read(recorded_files(storage)[step][0]))).names
+
+
 def _folder(step: int) -> str:
     return f"{RECORDING}/{step_folder(step)}"
 
