@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +50,7 @@ def values(folder: Path, **sections: Any) -> dict[str, Any]:
             "epochs": 1,
             "learning_rate": 1e-2,
             "num_checkpoints": 3,
+            "max_tokens": 64,
         },
         "clustering": {"num_clusters": 6, "stratify_by": None},
         "selection": {"budget": 24},
@@ -60,6 +60,7 @@ def values(folder: Path, **sections: Any) -> dict[str, Any]:
             "epochs": 2,
             "learning_rate": 5e-3,
             "zero_stage": 0,
+            "max_tokens": 64,
         },
         "evaluation": {"answer_pattern": "answer (.+)", "max_generations": 3, "max_new_tokens": 6},
         "compare": {"arms": ["source_matched", "s2l"], "seeds": 2, "redo_from": "clustering"},
@@ -82,10 +83,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def place(folder: Path, ray_session: None) -> Iterator[Path]:  # noqa: ARG001
+def place(folder: Path, ray_session: None) -> Path:
     """A finished comparison."""
     compare(config(folder), str(folder / "run"))
-    yield folder / "run"
+    return folder / "run"
 
 
 def manifests(place: Path) -> dict[str, float]:
@@ -103,14 +104,15 @@ def test_random_is_always_an_arm_and_balanced_sources_where_there_are_some(tmp_p
 
 
 def test_every_known_variant_of_s2l_is_a_config(tmp_path):
-    arms = arms_of(config(tmp_path, compare={"arms": list(VARIANTS)}), SOURCES)
-    found = {arm.name: arm.config(config(tmp_path)) for arm in arms}
+    made = config(tmp_path, trajectories={"statistics": True}, compare={"arms": list(VARIANTS)})
+    found = {arm.name: arm.config(made) for arm in arms_of(made, SOURCES)}
     assert found["s2l_allocation_0.5"].selection.allocation == 0.5
     assert found["s2l_inside_sources"].clustering.stratify_by == "source"
     assert found["s2l_inside_sources"].selection.defer_groups_up_to == 2
     assert found["s2l_whitened"].clustering.features == "whitened"
     assert found["s2l_weighted"].target.use_weights
-    assert found["s2l"] == config(tmp_path)
+    assert found["s2l_profile"].clustering.features == "profile"
+    assert found["s2l"] == made
 
 
 def test_an_arm_of_one_s_own_is_the_run_with_other_settings(tmp_path):
@@ -138,6 +140,7 @@ def test_an_ablation_is_an_arm_for_each_value_of_a_field(tmp_path):
         ({"arms": ["s2l", {"../b": {"clustering.num_clusters": 3}}]}, "is no name for an arm"),
         ({"arms": ["s2l", {"full": {"clustering.num_clusters": 3}}]}, "is no name for an arm"),
         ({"arms": ["source_matched"]}, "compare.primary: no arm 's2l'"),
+        ({"arms": ["s2l", "s2l_profile"]}, r"compare.arms: s2l_profile: (.|\n)*trajectories.statistics=true"),
         ({"primary": "random"}, "compare.primary: no arm 'random'"),
     ],
 )
@@ -166,7 +169,7 @@ def test_a_section_that_cannot_be_is_refused(tmp_path, section, message):
 def test_a_budget_is_of_the_pool_and_at_least_a_batch(tmp_path):
     assert budgets_of(config(tmp_path, compare={"budgets": [0.1, 40]}), 200) == [20, 40]
     assert budgets_of(config(tmp_path), 200) == [24]
-    with pytest.raises(ConfigError, match="compare.budgets: 300 examples, but the pool has 200"):
+    with pytest.raises(ConfigError, match=r"compare\.budgets: 300 examples, but the pool has 200"):
         budgets_of(config(tmp_path, compare={"budgets": [300]}), 200)
     with pytest.raises(DataError, match="fewer than one batch of 8"):
         budgets_of(config(tmp_path, compare={"budgets": [0.02]}), 200)
@@ -307,7 +310,7 @@ def test_the_command_line_prints_the_table_and_its_sentence(place, folder, capsy
 
 
 @pytest.mark.slow
-def test_cells_by_fits_of_their_own_are_those_of_the_run_s_stages(place, folder, ray_session):  # noqa: ARG001
+def test_cells_by_fits_of_their_own_are_those_of_the_run_s_stages(place, folder, ray_session):
     """The same recipe in a worker that trains many and in a fit of one worker: the same losses."""
     made = config(folder, compare={"arms": ["s2l"], "seeds": 2, "fit": "alone", "full_seeds": 0})
     compare(made, str(folder / "alone"), reuse=str(place))

@@ -24,7 +24,8 @@ from s2l_ray.selection.spreading import spread
 from s2l_ray.selectors import S2L, SELECTORS, Pool, Selector
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.layout import RESTARTS
-from s2l_ray.trajectories.store import NUM_RESPONSE_TOKENS, TrajectoryStore, losses_matrix
+from s2l_ray.trajectories.loss_columns import losses_matrix
+from s2l_ray.trajectories.store import NUM_RESPONSE_TOKENS, TrajectoryStore
 
 Assignments = Callable[[], Iterator[tuple[Ints, Floats]]]
 """Streams the group of every row of a store and its distance to the centroid, in the store's blocks."""
