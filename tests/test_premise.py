@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from s2l_ray.compare import similarity
 from s2l_ray.compare.premise import (
     PremiseSettings,
+    Sample,
     agreement,
     gradient_steps,
     likeness,
@@ -160,6 +161,19 @@ def test_random_groups_within_strata_keep_what_the_strata_explain():
     assert within["share"] == pytest.approx(within["random"], abs=0.03)
 
 
+@given(LABELS, st.integers(0, 10**6))
+def test_bands_are_groups_of_the_same_sizes_in_each_source_whose_values_do_not_overlap(labels, seed):
+    generator, labels_N = np.random.default_rng(seed), np.array(labels)
+    values_N, sources_N = generator.permutation(len(labels)), generator.integers(0, 2, len(labels))
+    found_N = similarity.bands(values_N, labels_N, sources_N)
+    for source in np.unique(sources_N):
+        of_source = sources_N == source
+        assert sorted(found_N[of_source]) == sorted(labels_N[of_source])
+        changes = np.diff(found_N[of_source][np.argsort(values_N[of_source])]) != 0
+        assert changes.sum() == len(np.unique(labels_N[of_source])) - 1
+    np.testing.assert_array_equal(similarity.bands(labels_N, labels_N, sources_N), labels_N)
+
+
 @given(st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=2, max_size=30))
 def test_rank_correlation_is_spearman_s_with_ties(pairs):
     stats = pytest.importorskip("scipy.stats")
@@ -202,6 +216,11 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
 # --- planted groups ------------------------------------------------------------------------------------------------
 
 
+def sample_of(groups_N: np.ndarray, sources_N: np.ndarray, losses_NT: np.ndarray) -> Sample:
+    ids = [f"row-{row:03d}" for row in range(len(groups_N))]
+    return Sample(ids, groups_N, sources_N, losses_NT, np.arange(len(ids)) % 7 + 1)
+
+
 def planted(generator: np.random.Generator, noise: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Gradients with a direction for each of 8 groups, two of which make a source; trajectories of the groups."""
     groups_N = generator.integers(0, 8, 120)
@@ -214,7 +233,7 @@ def planted(generator: np.random.Generator, noise: float = 1.0) -> tuple[np.ndar
 def test_groups_that_share_gradients_are_told_from_shuffled_ones():
     generator = np.random.default_rng(0)
     gradients_NM, groups_N, sources_N, losses_NT = planted(generator)
-    found = likeness(gradients_NM, groups_N, sources_N, losses_NT, FEW)
+    found = likeness(gradients_NM, sample_of(groups_N, sources_N, losses_NT), FEW)
     assert found["cosine"]["groups"]["same"]["low"] > found["cosine"]["groups"]["other"]["high"] + 0.3
     assert found["cosine"]["groups"]["difference"]["low"] > 0
     groups, sources = found["explained"]["groups"], found["explained"]["sources"]
@@ -222,10 +241,12 @@ def test_groups_that_share_gradients_are_told_from_shuffled_ones():
     assert groups["p_value"] < 0.01
     assert found["explained"]["groups_within_sources"]["p_value"] < 0.01
     assert groups["excess"] > sources["excess"] > 0
+    assert found["explained"]["final_loss_bands"]["share"] == pytest.approx(groups["share"]), "the groups are such bands"
+    assert found["explained"]["length_bands"]["share"] < groups["share"] - 0.1
     assert found["near_is_alike"]["low"] > 0
     assert verdict({"model": "proxy", **found}).endswith("the premise holds here.")
 
-    shuffled = likeness(gradients_NM, generator.permutation(groups_N), sources_N, losses_NT, FEW)
+    shuffled = likeness(gradients_NM, sample_of(generator.permutation(groups_N), sources_N, losses_NT), FEW)
     difference = shuffled["cosine"]["groups"]["difference"]
     assert difference["low"] < 0 < difference["high"]
     assert shuffled["explained"]["groups"]["p_value"] > 0.05
@@ -244,7 +265,7 @@ def test_groups_that_only_follow_the_sources_are_said_to():
     generator = np.random.default_rng(2)
     gradients_NM, sources_N, _, losses_NT = planted(generator)
     groups_N = 2 * sources_N + generator.integers(0, 2, len(sources_N))
-    found = likeness(gradients_NM, groups_N, sources_N, losses_NT, FEW)
+    found = likeness(gradients_NM, sample_of(groups_N, sources_N, losses_NT), FEW)
     assert verdict({"model": "target", **found}).endswith("but only as far as groups follow the sources.")
     assert "the target's gradients' variance" in verdict({"model": "target", **found})
 
@@ -253,14 +274,14 @@ def test_sources_that_tell_more_than_the_groups_are_named():
     generator = np.random.default_rng(3)
     gradients_NM, sources_N, _, losses_NT = planted(generator)
     gradients_NM[:, 0] += 4 * (np.arange(120) % 2)
-    found = likeness(gradients_NM, np.arange(120) % 2, sources_N, losses_NT, FEW)
+    found = likeness(gradients_NM, sample_of(np.arange(120) % 2, sources_N, losses_NT), FEW)
     assert "and sources tell more" in verdict({"model": "proxy", **found})
 
 
 def test_one_source_and_rows_that_do_not_differ_have_no_figures_instead_of_wrong_ones():
     ones = np.ones((20, 3))
-    found = likeness(ones, np.arange(20) % 4, np.zeros(20, int), ones, FEW)
-    assert found["explained"] == {"groups": None, "groups_within_sources": None, "sources": None}
+    found = likeness(ones, sample_of(np.arange(20) % 4, np.zeros(20, int), ones), FEW)
+    assert set(found["explained"].values()) == {None}
     assert (found["cosine"]["sources"], found["near_is_alike"]) == (None, None)
     assert "do not differ" in verdict({"model": "proxy", **found})
     same = agreement(ones, ones, np.arange(20) % 4, FEW)
@@ -400,7 +421,7 @@ def test_the_page_gets_a_section_with_every_figure_and_nothing_unescaped(cluster
         same = one["cosine"]["groups"]["same"]
         assert f"{same['value']:.3f} [{same['low']:.3f}, {same['high']:.3f}]" in page
     assert str(escape(measured["sentence"])) in page
-    assert [bars.name for bars in figure.data] == ["groups", "random groups", "random groups within sources", "sources"]
+    assert [bars.name for bars in figure.data] == list(facts.models[0].shares)
     assert figure.data[0].x == tuple(one["explained"]["groups"]["share"] for one in measured["gradients"])
     assert read_premise(Storage(str(place / "nowhere"))) is None
     without = premise_facts({**measured, "agreement": None})

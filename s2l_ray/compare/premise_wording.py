@@ -58,11 +58,17 @@ def _gradient_lines(measured: Mapping[str, Any]) -> list[str]:
         for word, found in (("group", cosine["groups"]), ("source", cosine["sources"]))
         if found is not None
     ]
+    if measured["near_is_alike"] is not None:
+        alike.append(f"rank correlation with the nearness of trajectories {_interval(measured['near_is_alike'])}")
     lines = [f"mean cosine {'; '.join(alike)}"] if alike else []
     groups, within, sources = (explained[name] for name in ("groups", "groups_within_sources", "sources"))
     if groups is not None:
-        text = f"of their variance groups explain {groups['share']:.1%} (random ones {groups['random']:.1%}"
-        text += f", random ones within sources {within['random']:.1%})" if within is not None else ")"
+        others = [("random ones", groups["random"])]
+        others += [("random ones within sources", within["random"])] if within is not None else []
+        bands = {"bands of the final loss": "final_loss_bands", "bands of the response's length": "length_bands"}
+        others += [(name, explained[key]["share"]) for name, key in bands.items()]
+        text = ", ".join(f"{name} {share:.1%}" for name, share in others)
+        text = f"of their variance groups explain {groups['share']:.1%} ({text})"
         text += f", sources {sources['share']:.1%} (random ones {sources['random']:.1%})" if sources is not None else ""
         lines.append(text)
     return lines
