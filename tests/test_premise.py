@@ -227,6 +227,7 @@ def planted(generator: np.random.Generator, noise: float = 1.0) -> tuple[np.ndar
     directions = generator.normal(size=(8, 50))
     gradients_NM = directions[groups_N] + noise * generator.normal(size=(120, 50))
     losses_NT = groups_N[:, None] + 0.1 * generator.normal(size=(120, 4))
+    losses_NT[:, -1] = generator.random(120)  # all end alike: only the way there tells the groups
     return gradients_NM, groups_N, groups_N // 2, losses_NT
 
 
@@ -241,8 +242,8 @@ def test_groups_that_share_gradients_are_told_from_shuffled_ones():
     assert groups["p_value"] < 0.01
     assert found["explained"]["groups_within_sources"]["p_value"] < 0.01
     assert groups["excess"] > sources["excess"] > 0
-    assert found["explained"]["final_loss_bands"]["share"] == pytest.approx(groups["share"]), "the groups are such bands"
-    assert found["explained"]["length_bands"]["share"] < groups["share"] - 0.1
+    for name in ("final_loss_bands", "length_bands"):
+        assert found["explained"][name]["share"] < groups["share"] - 0.1
     assert found["near_is_alike"]["low"] > 0
     assert verdict({"model": "proxy", **found}).endswith("the premise holds here.")
 
@@ -278,6 +279,15 @@ def test_sources_that_tell_more_than_the_groups_are_named():
     assert "and sources tell more" in verdict({"model": "proxy", **found})
 
 
+def test_groups_that_are_bands_of_the_final_loss_are_said_to_be():
+    generator = np.random.default_rng(5)
+    gradients_NM, groups_N, sources_N, losses_NT = planted(generator)
+    losses_NT[:, -1] = groups_N
+    found = likeness(gradients_NM, sample_of(groups_N, sources_N, losses_NT), FEW)
+    share = f"{found['explained']['groups']['share']:.0%}"
+    assert verdict({"model": "proxy", **found}).endswith(f"but bands of the final loss alone explain as much ({share}).")
+
+
 def test_one_source_and_rows_that_do_not_differ_have_no_figures_instead_of_wrong_ones():
     ones = np.ones((20, 3))
     found = likeness(ones, sample_of(np.arange(20) % 4, np.zeros(20, int), ones), FEW)
@@ -292,9 +302,9 @@ def test_a_target_that_learns_as_the_proxy_does_agrees_and_another_does_not():
     generator = np.random.default_rng(4)
     _, groups_N, _, losses_NT = planted(generator)
     losses_NT = losses_NT + generator.random((120, 1)) * np.arange(4)[::-1]
-    alike = agreement(losses_NT, losses_NT[:, ::2] * 2 + 1, groups_N, FEW)
+    alike = agreement(losses_NT, losses_NT[:, ::3] * 2 + 1, groups_N, FEW)
     assert alike["final_loss"]["value"] > 0.9
-    assert alike["distance"]["value"] > 0.9
+    assert alike["distance"]["low"] > 0.5
     assert alike["explained"]["p_value"] < 0.01
     other = agreement(losses_NT, generator.random((120, 3)), groups_N, FEW)
     for name in ("final_loss", "reduction", "distance"):

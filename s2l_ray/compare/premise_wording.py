@@ -10,6 +10,8 @@ from s2l_ray.progress import duration
 # Shares of the variance above chance, of what chance leaves: from here on the premise holds in part, and clearly.
 IN_PART, CLEARLY = 0.05, 0.2
 SIGNIFICANT = 0.05
+# Bands of the final loss explain as much as the groups from this share of theirs on.
+AS_MUCH = 0.95
 
 
 def verdict(measured: Mapping[str, Any]) -> str:
@@ -27,6 +29,9 @@ def verdict(measured: Mapping[str, Any]) -> str:
         return said + ", but only as far as groups follow the sources."
     if sources is not None and sources["excess"] > excess:
         return said + f", and sources tell more ({sources['share']:.0%}, random ones {sources['random']:.0%})."
+    bands = measured["explained"]["final_loss_bands"]
+    if bands["excess"] >= AS_MUCH * excess:
+        return said + f", but bands of the final loss alone explain as much ({bands['share']:.0%})."
     return said + "."
 
 
