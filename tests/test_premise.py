@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given
@@ -30,14 +32,18 @@ from s2l_ray.compare.premise import (
     with_company,
 )
 from s2l_ray.compare.premise_wording import premise_text, verdict
-from s2l_ray.config import RunConfig, parse_config
+from s2l_ray.compare.premise_worker import ALL_ROWS, FACTS, TARGET, TRAINED, PremiseJob, PremiseWorker
+from s2l_ray.config import Lora, RunConfig, parse_config
 from s2l_ray.errors import ArtifactError, ConfigError, DataError
 from s2l_ray.pipeline import run
 from s2l_ray.report.premise import explained_figure, premise_facts, read_premise
+from s2l_ray.runtime.workers import Workers
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.places import Storage
 from s2l_ray.training.gradients import GradientSketch, example_gradients
+from s2l_ray.training.losses import example_losses
 from s2l_ray.training.token_rows import TokenRows
+from s2l_ray.training.tokens import encode
 
 from .test_losses import make, rows
 from .test_pipeline import config_values, groups_of, table_of, write_corpus
@@ -408,6 +414,27 @@ def test_the_target_learns_the_sample_and_is_scored_before_and_on_the_way(measur
     assert found["steps"] == [0, 4, 9, 14, 18]
     assert found["batch"] == 7
     assert found["effective_dimension"]["points"] == 5
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 4}])
+def test_the_target_s_first_losses_are_those_before_training_and_it_learns_whatever_is_trained(clustered, tmp_path, lora):
+    place, config, artifacts = clustered
+    ids = sorted(groups_of(place))[:40]
+    target = config.target.model_copy(update={"lora": None if lora is None else Lora(**lora)})
+    job = PremiseJob(config.model_copy(update={"target": target}), artifacts, {"rows-00000": ids}, 64, 3, 0)
+    worker = PremiseWorker(job, Storage(str(tmp_path)), Workers(1, 1, 0, 1), 1)
+    worker.load(TRAINED)
+    ((name, data),) = worker.work_on(ALL_ROWS, {TRAINED: None})
+    table = pq.read_table(io.BytesIO(data))
+    losses_NT = np.array(table["values"].to_pylist())
+    assert (name, table["example_id"].to_pylist()) == (TRAINED, ids)
+    untrained = worker.load(TARGET)
+    texts = {row["example_id"]: row for row in table_of(place / "examples").to_pylist()}
+    rows = [encode(worker._of_target, [texts[i]["prompt"]], [texts[i]["response"]])[0] for i in ids]
+    expected = example_losses(untrained.eval(), TokenRows.of(rows), tokens_per_batch=500)
+    np.testing.assert_allclose(losses_NT[:, 0], expected, atol=1e-5)
+    assert losses_NT[:, -1].mean() < losses_NT[:, 0].mean()
+    assert json.loads(table.schema.metadata[FACTS])["steps"] == [0, 5, 11, 16]
 
 
 def test_the_terminal_gets_twelve_lines_at_most_with_a_sentence_at_the_end(measured):
