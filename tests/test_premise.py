@@ -456,7 +456,7 @@ def test_the_page_gets_a_section_with_every_figure_and_nothing_unescaped(cluster
     page = environment.from_string(source).render(facts=facts, figure=Markup(figure.to_json()))
     for one in measured["gradients"]:
         same = one["cosine"]["groups"]["same"]
-        assert f"{same['value']:.3f} [{same['low']:.3f}, {same['high']:.3f}]" in page
+        assert f"{same['value']:.2f} [{same['low']:.2f}, {same['high']:.2f}]" in page
     assert str(escape(measured["sentence"])) in page
     assert [bars.name for bars in figure.data] == list(facts.models[0].shares)
     assert figure.data[0].x == tuple(one["explained"]["groups"]["share"] for one in measured["gradients"])

@@ -80,4 +80,5 @@ def _gradient_lines(measured: Mapping[str, Any]) -> list[str]:
 
 
 def _interval(found: Mapping[str, float]) -> str:
-    return f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+    value, low, high = (f"{round(found[name], 2) + 0.0:.2f}" for name in ("value", "low", "high"))  # no minus zero
+    return f"{value} [{low}, {high}]"

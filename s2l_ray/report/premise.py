@@ -86,7 +86,10 @@ def _share(explained: Mapping[str, Any], name: str, which: str = "share") -> flo
 
 
 def _interval(found: Mapping[str, float] | None) -> str:
-    return NONE if found is None else f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+    if found is None:
+        return NONE
+    value, low, high = (f"{round(found[name], 2) + 0.0:.2f}" for name in ("value", "low", "high"))  # no minus zero
+    return f"{value} [{low}, {high}]"
 
 
 def explained_figure(facts: PremiseFacts) -> go.Figure:
