@@ -90,10 +90,15 @@ class Sample:
     losses_NT: np.ndarray
     """The proxy's trajectories, in nats."""
 
-    def among(self, example_ids: Sequence[str]) -> np.ndarray:
-        """The row numbers of these ids, which are sampled ones."""
+    lengths_N: np.ndarray
+    """Response tokens of the proxy's tokenizer."""
+
+    def of(self, example_ids: Sequence[str]) -> Sample:
+        """Some of the rows, in the order of these ids."""
         places = {example_id: row for row, example_id in enumerate(self.example_ids)}
-        return np.array([places[example_id] for example_id in example_ids], np.int64)
+        rows = np.array([places[example_id] for example_id in example_ids], np.int64)
+        arrays = (self.clusters_N, self.sources_N, self.losses_NT, self.lengths_N)
+        return Sample(list(example_ids), *(array[rows] for array in arrays))
 
 
 def measure_premise(
@@ -188,7 +193,13 @@ def choose_sample(clustering: Artifact, trajectories: Artifact, settings: Premis
     rows = [_rows_of(trajectories, part, table["example_id"]) for part in trajectories.parts()]
     found = pa.concat_tables(rows).sort_by("example_id").combine_chunks()
     _, sources_N = np.unique(np.array(found["source"].to_pylist(), object), return_inverse=True)
-    return Sample(found["example_id"].to_pylist(), table["cluster_id"].to_numpy(), sources_N, losses_matrix(found))
+    return Sample(
+        found["example_id"].to_pylist(),
+        table["cluster_id"].to_numpy(),
+        sources_N,
+        losses_matrix(found),
+        found["num_response_tokens"].to_numpy(),
+    )
 
 
 def with_company(clusters_N: np.ndarray, num_rows: int) -> np.ndarray:
@@ -207,7 +218,7 @@ def with_company(clusters_N: np.ndarray, num_rows: int) -> np.ndarray:
 
 
 def _rows_of(trajectories: Artifact, part: str, ids: pa.ChunkedArray) -> pa.Table:
-    table = trajectories.read_table(part, ["example_id", "source", "losses"])
+    table = trajectories.read_table(part, ["example_id", "source", "losses", "num_response_tokens"])
     return table.filter(pc.is_in(table["example_id"], ids.combine_chunks()))
 
 
@@ -227,7 +238,6 @@ def _of_gradients(
     model: str, units: Sequence[Unit], work: Storage, sample: Sample, settings: PremiseSettings
 ) -> dict[str, Any]:
     ids, gradients_NM, facts = _read(work, units)
-    rows = sample.among(ids)
     step = folder_step(model)
     return {
         "model": "target" if step is None else "proxy",
@@ -237,22 +247,26 @@ def _of_gradients(
         "features": gradients_NM.shape[1],
         "cosine_error": 0.0 if facts[0]["exact"] else gradients_NM.shape[1] ** -0.5,
         "worker_seconds": sum(one["seconds"] for one in facts),
-        **likeness(gradients_NM, sample.clusters_N[rows], sample.sources_N[rows], sample.losses_NT[rows], settings),
+        **likeness(gradients_NM, sample.of(ids), settings),
     }
 
 
-def likeness(
-    gradients_NM: np.ndarray, clusters_N: np.ndarray, sources_N: np.ndarray, losses_NT: np.ndarray, settings: PremiseSettings
-) -> dict[str, Any]:
+def likeness(gradients_NM: np.ndarray, sample: Sample, settings: PremiseSettings) -> dict[str, Any]:
     """How alike gradients are within groups and sources and between them, what of their variance these explain, and whether
-    examples whose trajectories are near each other have similar gradients. For what there are no two of: None."""
+    examples whose trajectories are near each other have similar gradients. For what there are no two of: None.
+
+    Beside the groups, others of the same sizes in each source that need no trajectory: bands of the final loss, and of the
+    response's length.
+    """
     gram_NN = similarity.gram(gradients_NM)
     cosines_NN = similarity.cosines(gram_NN)
     counts_RN = similarity.resamplings(len(gram_NN), settings.num_bootstraps, settings.seed)
     explained = functools.partial(
         similarity.explained_by, gram_NN, num_permutations=settings.num_permutations, seed=settings.seed
     )
-    has_sources = len(np.unique(sources_N)) > 1
+    clusters_N, sources_N, has_sources = sample.clusters_N, sample.sources_N, len(np.unique(sample.sources_N)) > 1
+    values = {"final_loss_bands": sample.losses_NT[:, -1], "length_bands": sample.lengths_N}
+    bands = {name: similarity.bands(values_N, clusters_N, sources_N) for name, values_N in values.items()}
     return {
         "cosine": {
             "groups": similarity.mean_cosines(cosines_NN, clusters_N, counts_RN),
@@ -262,23 +276,23 @@ def likeness(
             "groups": explained(clusters_N),
             "groups_within_sources": explained(clusters_N, strata_N=sources_N) if has_sources else None,
             "sources": explained(sources_N),
+            **{name: explained(labels_N) for name, labels_N in bands.items()},
         },
-        "near_is_alike": similarity.pair_rank_correlation(-similarity.distances(losses_NT), cosines_NN, counts_RN),
+        "near_is_alike": similarity.pair_rank_correlation(-similarity.distances(sample.losses_NT), cosines_NN, counts_RN),
     }
 
 
 def _of_target(work: Storage, sample: Sample, settings: PremiseSettings) -> dict[str, Any]:
     """Whether a target that learns the sample ranks its examples as the proxy does."""
     ids, losses_NT, (facts,) = _read(work, [Unit(TRAINED, ALL_ROWS)])
-    rows = sample.among(ids)
-    of_proxy_NT, clusters_N = sample.losses_NT[rows], sample.clusters_N[rows]
+    sample = sample.of(ids)
     return {
         "rows": len(ids),
         "steps": facts["steps"],
         "batch": facts["batch"],
         "worker_seconds": facts["seconds"],
         "effective_dimension": dimension(losses_NT),
-        **agreement(of_proxy_NT, losses_NT, clusters_N, settings),
+        **agreement(sample.losses_NT, losses_NT, sample.clusters_N, settings),
     }
 
 

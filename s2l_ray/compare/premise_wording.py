@@ -10,6 +10,8 @@ from s2l_ray.progress import duration
 # Shares of the variance above chance, of what chance leaves: from here on the premise holds in part, and clearly.
 IN_PART, CLEARLY = 0.05, 0.2
 SIGNIFICANT = 0.05
+# Bands of the final loss explain as much as the groups from this share of theirs on.
+AS_MUCH = 0.95
 
 
 def verdict(measured: Mapping[str, Any]) -> str:
@@ -27,6 +29,9 @@ def verdict(measured: Mapping[str, Any]) -> str:
         return said + ", but only as far as groups follow the sources."
     if sources is not None and sources["excess"] > excess:
         return said + f", and sources tell more ({sources['share']:.0%}, random ones {sources['random']:.0%})."
+    bands = measured["explained"]["final_loss_bands"]
+    if bands["excess"] >= AS_MUCH * excess:
+        return said + f", but bands of the final loss alone explain as much ({bands['share']:.0%})."
     return said + "."
 
 
@@ -58,15 +63,22 @@ def _gradient_lines(measured: Mapping[str, Any]) -> list[str]:
         for word, found in (("group", cosine["groups"]), ("source", cosine["sources"]))
         if found is not None
     ]
+    if measured["near_is_alike"] is not None:
+        alike.append(f"rank correlation with the nearness of trajectories {_interval(measured['near_is_alike'])}")
     lines = [f"mean cosine {'; '.join(alike)}"] if alike else []
     groups, within, sources = (explained[name] for name in ("groups", "groups_within_sources", "sources"))
     if groups is not None:
-        text = f"of their variance groups explain {groups['share']:.1%} (random ones {groups['random']:.1%}"
-        text += f", random ones within sources {within['random']:.1%})" if within is not None else ")"
+        others = [("random ones", groups["random"])]
+        others += [("random ones within sources", within["random"])] if within is not None else []
+        bands = {"bands of the final loss": "final_loss_bands", "bands of the response's length": "length_bands"}
+        others += [(name, explained[key]["share"]) for name, key in bands.items()]
+        text = ", ".join(f"{name} {share:.1%}" for name, share in others)
+        text = f"of their variance groups explain {groups['share']:.1%} ({text})"
         text += f", sources {sources['share']:.1%} (random ones {sources['random']:.1%})" if sources is not None else ""
         lines.append(text)
     return lines
 
 
 def _interval(found: Mapping[str, float]) -> str:
-    return f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+    value, low, high = (f"{round(found[name], 2) + 0.0:.2f}" for name in ("value", "low", "high"))  # no minus zero
+    return f"{value} [{low}, {high}]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ from s2l_ray.runtime.pool import Unit, UnitWorker
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.drafts import table_bytes
 from s2l_ray.storage.layout import TOKENIZER, folder_step
-from s2l_ray.training.adapters import with_adapters
+from s2l_ray.training.adapters import base_of, with_adapters
 from s2l_ray.training.batches import data_order, subset_steps
 from s2l_ray.training.checkpoints import checkpoint_folder
 from s2l_ray.training.fine_tuning import fine_tune_here
@@ -141,6 +142,10 @@ def _recorder(points: list[int], found: PartTokens, precision: str) -> Any:
     """A callback of the Trainer that keeps the losses (N,) of all examples after each of the given steps, in `losses`."""
     from transformers import TrainerCallback
 
+    score = functools.partial(
+        example_losses, tokens=found.tokens, tokens_per_batch=TOKENS_PER_BATCH, precision=precision, owners=found.owners
+    )
+
     class SampleLosses(TrainerCallback):  # type: ignore[misc]
         losses: list[np.ndarray] = []  # noqa: RUF012 - the class is made anew for every training
 
@@ -152,9 +157,7 @@ def _recorder(points: list[int], found: PartTokens, precision: str) -> Any:
 
         def _record(self, step: int, model: Any) -> None:
             if step in points:
-                tokens, owners = found.tokens, found.owners
-                losses_N = example_losses(model, tokens, tokens_per_batch=TOKENS_PER_BATCH, precision=precision, owners=owners)
-                self.losses.append(losses_N)
+                self.losses.append(score(base_of(model)))
                 model.train()
 
     return SampleLosses()

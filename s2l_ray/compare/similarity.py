@@ -108,6 +108,21 @@ def explained_by(
     }
 
 
+def bands(values_N: Any, labels_N: Labels, strata_N: Labels) -> NDArray[np.int64]:
+    """Other groups of the same sizes: inside each stratum its rows in ascending order of a value, cut where the groups end.
+
+    The groups stand in ascending order of their mean value there.
+    """
+    values_N, found_N = np.asarray(values_N), np.empty(len(labels_N), np.int64)
+    for stratum in np.unique(strata_N):
+        rows = np.flatnonzero(strata_N == stratum)
+        groups_K, sizes_K = np.unique(labels_N[rows], return_counts=True)
+        means_K = [values_N[rows[labels_N[rows] == group]].mean() for group in groups_K]
+        order_K = np.argsort(means_K, kind="stable")
+        found_N[rows[np.argsort(values_N[rows], kind="stable")]] = np.repeat(groups_K[order_K], sizes_K[order_K])
+    return found_N
+
+
 def _shuffled(generator: np.random.Generator, strata_N: Labels) -> NDArray[np.int64]:
     """Row numbers in a random order in which each row's place is taken by one of its stratum."""
     order_N = np.arange(len(strata_N))

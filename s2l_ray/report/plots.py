@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 GREY, BLUE, ORANGE, GREEN = "#949494", "#1c86c7", "#e69f00", "#009e73"
+PALE, VERMILLION = "#c4c4c4", "#d55e00"
 ROLE_COLOURS = {"preparing": GREY, "choosing": BLUE, "target": ORANGE, "evaluating": GREEN}
 # From low to high loss: blue over purple to vermillion, about equally bright.
 LEVEL_COLOURS = ["#1c86c7", "#4a80c4", "#7579bb", "#9a71ab", "#b56a93", "#c86675", "#d36451", "#d55e00"]
@@ -210,7 +211,8 @@ def explained_variance(models: Sequence[str], shares: Sequence[Mapping[str, floa
     import plotly.graph_objects as go
 
     figure = empty_figure(height=110 + 84 * len(models))
-    for name, colour in zip(shares[0], (BLUE, GREY, ORANGE, GREEN), strict=True):
+    colours = (BLUE, GREY, PALE, ORANGE, VERMILLION, GREEN)
+    for name, colour in zip(shares[0], colours, strict=True):
         if any(of_model[name] is not None for of_model in shares):
             hover = "%{y}<br>" + name + ": %{x:.1%}<extra></extra>"
             values = [of_model[name] for of_model in shares]

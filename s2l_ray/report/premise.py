@@ -21,10 +21,11 @@ class PremiseModel:
 
     name: str
     cosines: Mapping[str, str]
-    """`same_group`, `other_group`, `same_source`, `other_source`, each with its interval."""
+    """`same_group`, `other_group`, `same_source`, `other_source`, `near` (the rank correlation with the nearness of two
+    trajectories), each with its interval."""
 
     shares: Mapping[str, float | None]
-    """Of the gradients' variance what is explained by `groups`, `random groups`, `random groups within sources`, `sources`."""
+    """What explains how much of the gradients' variance: the groups, others of the same sizes, and sources."""
 
 
 @dataclass(frozen=True)
@@ -68,18 +69,27 @@ def _model(measured: Mapping[str, Any]) -> PremiseModel:
     cosines = {
         f"{which}_{kind}": _interval((one or {}).get(which)) for kind, one in kinds.items() for which in ("same", "other")
     }
-    groups, within, sources = (explained[name] or {} for name in ("groups", "groups_within_sources", "sources"))
+    cosines["near"] = _interval(measured["near_is_alike"])
     shares = {
-        "groups": groups.get("share"),
-        "random groups": groups.get("random"),
-        "random groups within sources": within.get("random"),
-        "sources": sources.get("share"),
+        "groups": _share(explained, "groups"),
+        "random groups": _share(explained, "groups", "random"),
+        "random groups within sources": _share(explained, "groups_within_sources", "random"),
+        "bands of the final loss": _share(explained, "final_loss_bands"),
+        "bands of the response's length": _share(explained, "length_bands"),
+        "sources": _share(explained, "sources"),
     }
     return PremiseModel(name, cosines, shares)
 
 
+def _share(explained: Mapping[str, Any], name: str, which: str = "share") -> float | None:
+    return None if explained[name] is None else explained[name][which]
+
+
 def _interval(found: Mapping[str, float] | None) -> str:
-    return NONE if found is None else f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+    if found is None:
+        return NONE
+    value, low, high = (f"{round(found[name], 2) + 0.0:.2f}" for name in ("value", "low", "high"))  # no minus zero
+    return f"{value} [{low}, {high}]"
 
 
 def explained_figure(facts: PremiseFacts) -> go.Figure:
