@@ -14,7 +14,7 @@ from typing import Any
 
 from s2l_ray.errors import ArtifactError
 from s2l_ray.progress import duration, get_log
-from s2l_ray.report.comparison import difference_text, gap_text
+from s2l_ray.report.comparison import difference_text, gap_text, over_rows_text
 from s2l_ray.report.facts import NUM_PLOTTED_SOURCES, Facts
 from s2l_ray.report.premise import explained_figure
 from s2l_ray.report.reading import read_facts
