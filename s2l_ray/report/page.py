@@ -53,6 +53,7 @@ def render(facts: Facts) -> str:
     )
     environment.filters |= {"count": count, "percent": percent, "quantity": quantity, "signed": signed, "duration": duration}
     environment.filters |= {"csp_hash": csp_hash, "difference": difference_text, "gap": gap_text}
+    environment.filters["over_rows"] = over_rows_text
     # Ours, not the corpus's: apart from the figures the only two strings that go in unescaped.
     style, plotly_js = Markup((_HERE / "style.css").read_text(encoding="utf-8")), Markup(get_plotlyjs())  # noqa: S704
     return environment.get_template("page.html").render(
