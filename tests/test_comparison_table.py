@@ -169,7 +169,7 @@ def test_the_page_shows_both_intervals_both_shares_and_the_cost(run: Storage, co
     run.child(COMPARE).write_json(TABLE, made.to_json())
     page = Path(build_report(run.uri)).read_text(encoding="utf-8")
     section = page.split('id="comparison"', 1)[1].split("</section>", 1)[0]
-    assert "; rows \N{MINUS SIGN}0." in section
+    assert "<br>rows \N{MINUS SIGN}0." in section
     assert "1.50e+09 operations, 0.25 h" in section
     assert "&lt;b&gt;x&lt;/b&gt;" in section
     assert "<b>x</b>" not in section
@@ -177,3 +177,9 @@ def test_the_page_shows_both_intervals_both_shares_and_the_cost(run: Storage, co
     assert found is not None
     assert list(found.figures()) == ["difference_10000", "difference_50000", "loss_by_budget", "ablation_0"]
     assert all(sentence in section for sentence in made.verdict)
+
+
+def test_the_page_is_drawn_where_every_target_on_all_data_diverged(run: Storage, corpus: Corpus) -> None:
+    write_run(run, corpus)
+    run.child(COMPARE).write_json(TABLE, compared(cells(full_gain=float("nan"))).to_json())
+    assert "full (1 diverged)" in Path(build_report(run.uri)).read_text(encoding="utf-8")

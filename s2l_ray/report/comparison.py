@@ -74,7 +74,7 @@ def over_rows_text(found: Mapping[str, Any] | None) -> str:
     """The interval of a difference by bootstrap over held-out rows, where there is one."""
     if found is None or found["low_rows"] is None:
         return ""
-    return f"; rows {found['low_rows']:+.4f} to {found['high_rows']:+.4f}".replace("-", "\u2212")
+    return f"rows {found['low_rows']:+.4f} to {found['high_rows']:+.4f}".replace("-", "\u2212")
 
 
 def gap_text(found: Mapping[str, Any] | None) -> str:
@@ -133,7 +133,7 @@ def loss_by_budget(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
             )
         )
     for row in rows:
-        if row["arm"] == FULL:
+        if row["arm"] == FULL and row["means"]["loss_macro"] is not None:
             figure.add_hline(y=row["means"]["loss_macro"], line={"color": GREY, "dash": "dot"}, annotation_text="all data")
     figure.update_layout(showlegend=True)
     figure.update_xaxes(title_text="examples", tickformat=",")
