@@ -12,6 +12,9 @@ from s2l_ray.config.comparing import Curation
 from s2l_ray.plan.accelerators import UTILISATION
 from s2l_ray.plan.costs import seconds_of
 
+WITHOUT_TRAJECTORIES = frozenset({"random", "source_proportional", "source_balanced", "longest"})
+"""Selectors that nothing is trained or scored for."""
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -65,6 +68,39 @@ def cost_matched(config: RunConfig, measured: Measured, budget: int) -> int:
     return min(measured.pool, budget + math.floor(sum(selection_operations(config, measured)) / one))
 
 
+def spent_on(config: RunConfig, measured: Measured, method: str | None, examples: int) -> Item:
+    """What one target on so many examples costs, with the selection's own; `method` None for all data.
+
+    The selection is that of the run: a proxy of another size or with other epochs, as an ablation has, is not counted.
+    """
+    operations = target_operations(config, measured, examples)
+    seconds = _target_seconds(config, measured, examples)
+    target = _item(config, "target", operations, seconds, config.target.precision)
+    parts = [target, *([] if method is None or method in WITHOUT_TRAJECTORIES else [_selection(config, measured)])]
+
+    def total(values: list[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return sum(known) if len(known) == len(values) else None
+
+    return Item(
+        "target and selection",
+        total([part.operations for part in parts]),
+        total([part.hours for part in parts]),
+        total([part.money for part in parts]),
+    )
+
+
+def _selection(config: RunConfig, measured: Measured) -> Item:
+    """Training and scoring the proxy, each at its precision."""
+    training, scoring = selection_operations(config, measured)
+    seconds = measured.proxy_seconds
+    if config.plan.accelerator:
+        each = ((training, config.proxy.precision), (scoring, config.trajectories.precision))
+        known = [seconds_of(operations, config.plan.accelerator, precision) for operations, precision in each]
+        seconds = None if any(one is None for one in known) else sum(one for one in known if one is not None)
+    return _priced(config, "selection (both)", training + scoring, seconds)
+
+
 def costs_of(config: RunConfig, measured: Measured, budget: int) -> dict[str, Any]:
     """`items` (plain values), `lines` for people, `break_even`: targets to be trained on the subset instead of on all data
     until the selection is paid, and `cost_matched` examples. Hours are those of `plan.accelerator` if it is given, else
@@ -76,7 +112,6 @@ def costs_of(config: RunConfig, measured: Measured, budget: int) -> dict[str, An
     spent = {
         "proxy": (training, None),
         "scoring": (scoring, None),
-        "selection (both)": (training + scoring, measured.proxy_seconds),
         f"target on {budget:,} examples": (subset, _target_seconds(config, measured, budget)),
         f"target on all {measured.pool:,}": (full, _target_seconds(config, measured, measured.pool)),
         "trajectories on the target itself": (itself, None),
@@ -86,6 +121,7 @@ def costs_of(config: RunConfig, measured: Measured, budget: int) -> dict[str, An
         _item(config, name, operations, seconds, precisions.get(name, config.target.precision))
         for name, (operations, seconds) in spent.items()
     ]
+    items.insert(2, _selection(config, measured))
     curation = (config.compare.curation if config.compare else None) or None
     items += [] if curation is None else [_reviewed(curation, measured.pool)]
     saved = full - subset
@@ -117,6 +153,10 @@ def _target_seconds(config: RunConfig, measured: Measured, number: int) -> float
 def _item(config: RunConfig, name: str, operations: float, seconds: float | None, precision: str) -> Item:
     if config.plan.accelerator:
         seconds = seconds_of(operations, config.plan.accelerator, precision)
+    return _priced(config, name, operations, seconds)
+
+
+def _priced(config: RunConfig, name: str, operations: float, seconds: float | None) -> Item:
     hours = None if seconds is None else seconds / 3600
     price = config.plan.price_per_hour
     return Item(name, operations, hours, None if hours is None or price is None else hours * price)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import numpy as np
 
 from s2l_ray.compare.arms import FULL, ablated
 from s2l_ray.compare.cells import CellSpec, read_cell
-from s2l_ray.compare.costs import Measured, costs_of
+from s2l_ray.compare.costs import Measured, costs_of, spent_on
 from s2l_ray.compare.table import Comparison, compare_cells
 from s2l_ray.config import RunConfig
 from s2l_ray.config.comparing import CompareConfig
@@ -25,12 +26,20 @@ def write_results(
     """The table of the finished cells, written."""
     compare = config.compare or CompareConfig()
     artifacts = [(one, Artifact.read(place.child(one.key.stage))) for one in specs]
+    measured = sizes_of(config, finished, artifacts)
+    by_row = {
+        (one.arm, one.budget): spent_on(
+            config, measured, None if one.arm == FULL else one.config.selection.method, one.examples
+        )
+        for one in specs
+    }
     comparison = compare_cells(
         [read_cell(one, artifact) for one, artifact in artifacts],
         primary=compare.primary,
         budgets=budgets,
         redo_from=compare.redo_from,
-        costs=costs_of(config, sizes_of(config, finished, artifacts), budgets[0]),
+        costs=costs_of(config, measured, budgets[0])
+        | {"by_row": [{"arm": arm, "budget": budget, **asdict(spent)} for (arm, budget), spent in by_row.items()]},
         ablations={
             field: [(value, ablated(field, value).name) for value in values] for field, values in compare.ablations.items()
         },

@@ -63,12 +63,11 @@ class HeldOutLosses:
     def of(cls, cells: Sequence[Cell]) -> HeldOutLosses:
         """Raises DataError naming a cell that was evaluated on other rows."""
         first = cells[0].losses.sort_by("example_id")
+        same = ["example_id", "source", "num_response_tokens"]
         found = {}
         for cell in cells:
             table = cell.losses.sort_by("example_id")
-            if not table.select(["example_id", "num_response_tokens"]).equals(
-                first.select(["example_id", "num_response_tokens"])
-            ):
+            if not table.select(same).equals(first.select(same)):
                 raise DataError(f"the cells {cells[0].name} and {cell.name} were evaluated on different rows. Remove one.")
             found[cell.name] = table["loss"].to_numpy().astype(np.float64)
         if not len(first):
@@ -130,7 +129,8 @@ class Difference:
     """95% interval by bootstrap over held-out rows, for these seeds."""
 
     p_holm: float | None = None
-    """Corrected for all contrasts but the primary one; None for that."""
+    """Corrected for all contrasts in loss but the primary one, and accuracies for all contrasts in accuracy; None for the
+    primary one in loss."""
 
 
 def paired(differences_K: Sequence[float] | Floats) -> Difference:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -29,6 +31,8 @@ from s2l_ray.compare.verdict import verdict
 from s2l_ray.errors import DataError
 
 LOSSES = (TOKENS, MACRO)
+WIDTH, ARM_WIDTH = 100, 28
+"""Columns of the terminal's table, and of the arms' names in it."""
 
 
 @dataclass(frozen=True)
@@ -64,23 +68,30 @@ class Comparison:
         return asdict(self) | {"pilot_deviation": deviation}
 
     def text(self) -> str:
-        """The table for a terminal."""
-        header = ["arm", "budget", "loss/token", "to random [95%]", "by source", "to random [95%]", "gap closed", "tokens"]
+        """The table for a terminal, of `WIDTH` columns at most."""
+        header = ["", "by token", "to random", "by source", "to random", "gap", "tokens"]
         lines = [header, *(_shown(row) for row in self.rows)]
         widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
         shown = [
             "  ".join(_aligned(value, width, i) for i, (value, width) in enumerate(zip(line, widths, strict=True))).rstrip()
             for line in lines
         ]
-        return "\n".join(["", *shown, "", *self.notes(), "", *self.verdict])
+        titles = [f"{row.budget:,} examples" if row.arm != FULL else f"all {row.budget:,} examples" for row in self.rows]
+        table = [shown[0]]
+        for place, (title, line) in enumerate(zip(titles, shown[1:], strict=True)):
+            table += [line] if place and titles[place - 1] == title else [title, line]
+        words = [*self.notes(), "", *self.verdict]
+        wrapped = [textwrap.fill(line, WIDTH, subsequent_indent="  ", drop_whitespace=True) for line in words]
+        return "\n".join(["", *table, "", *wrapped])
 
     def markdown(self) -> str:
         """The same for a page."""
         loss = ["to random [95%]", "over rows [95%]", "p"]
-        names = ["loss per token", *loss, "averaged over sources", *loss, "gap closed", "accuracy", "response tokens", "steps"]
-        header = ["arm", "budget", *names]
+        names = ["loss per token", *loss, "averaged over sources", *loss, "gap closed (tokens / sources)", "accuracy"]
+        header = ["arm", "budget", *names, "response tokens", "steps", "cost with selection", "seeds", "diverged"]
         lines = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
-        lines += [f"| {' | '.join(_shown_in_full(row))} |" for row in self.rows]
+        spent = {(one["arm"], one["budget"]): one for one in self.costs.get("by_row", [])}
+        lines += [f"| {' | '.join(_shown_in_full(row, spent.get((row.arm, row.budget))))} |" for row in self.rows]
         return "\n".join([*lines, "", *self.notes(), "", *(f"**{sentence}**" for sentence in self.verdict), ""])
 
     def notes(self) -> list[str]:
@@ -93,16 +104,30 @@ class Comparison:
         }[self.redo_from]
         notes = [
             f"{self.num_held_out:,} held-out rows, {self.seeds} seeds; each seed redoes {again}. In nats; less is better.",
-            "Intervals: Student's over seeds. *: differs from random at the 5% level (with Holm's correction; "
-            f"{self.primary} at the first budget is the question, and not corrected).",
+            "Intervals: Student's over seeds, 95%. *: differs from random at the 5% level (with Holm's correction; "
+            f"{self.primary} at the first budget is the question, and its losses are not corrected).",
+            *self._about_gaps(),
         ]
+        trained = Counter((cell["arm"], cell["budget"]) for cell in self.cells)
         lost = [
-            f"{row.diverged} of {row.diverged + row.seeds} of {row.arm} at {row.budget:,}" for row in self.rows if row.diverged
+            f"{row.diverged} of {trained[row.arm, row.budget]} of {row.arm} at {row.budget:,}"
+            for row in self.rows
+            if row.diverged
         ]
         if lost:
-            notes.append(f"diverged, and in no mean: {'; '.join(lost)}.")
+            notes.append(f"diverged, and in no mean: {'; '.join(lost)}. Differences are over the pairs of which neither has.")
         costs = self.costs.get("lines", [])
         return [*notes, *costs]
+
+    def _about_gaps(self) -> list[str]:
+        """Why a share of the gap has no interval, or is not there."""
+        full = [row for row in self.rows if row.arm == FULL and row.seeds]
+        gaps = [gap for row in self.rows for gap in row.gap_closed.values()]
+        if not full:
+            return []
+        unclear = "[?]: all data is not clearly better than random, so that any share of the gap may be true."
+        absent = "A gap of -: all data is no better than random, so that there is none to close."
+        return [*[unclear] * any(gap and gap.low is None for gap in gaps), *[absent] * any(gap is None for gap in gaps)]
 
 
 def compare_cells(
@@ -114,9 +139,11 @@ def compare_cells(
     costs: dict[str, Any] | None = None,
     ablations: dict[str, list[tuple[Any, str]]] | None = None,
 ) -> Comparison:
-    """The table of finished cells. Raises DataError where there are fewer than two finite pairs of the primary arm, or cells
-    were evaluated on different rows."""
+    """The table of finished cells; those with a loss that is not finite are marked as diverged. Raises DataError where random
+    or the primary arm is missing, has one seed or fewer than two finite pairs, or cells were evaluated on different rows."""
+    _check(cells, primary, budgets)
     losses = HeldOutLosses.of(cells)
+    cells = [replace(one, diverged=one.diverged or not np.isfinite(losses.losses[one.name]).all()) for one in cells]
     found = {cell.name: {kind: losses.mean(losses.losses[cell.name], kind) for kind in LOSSES} for cell in cells}
     arms = list(dict.fromkeys(cell.arm for cell in cells if cell.arm != FULL))
     full = [cell for cell in cells if cell.arm == FULL]
@@ -149,6 +176,21 @@ def compare_cells(
         costs=costs or {},
         ablations=ablations or {},
     )
+
+
+def _check(cells: Sequence[Cell], primary: str, budgets: Sequence[int]) -> None:
+    names = {cell.name for cell in cells}
+    if len(names) < len(cells):
+        raise DataError("compare: an arm occurs twice with one budget and seed. Remove one of the cells.")
+    for cell in cells:
+        rival = f"{RANDOM}-{cell.budget}-seed{cell.seed}"
+        if cell.arm != FULL and rival not in names:
+            raise DataError(f"compare: the cell {cell.name} has no rival {rival}. Train that, or leave the cell out.")
+    own = [cell.seed for cell in cells if (cell.arm, cell.budget) == (primary, budgets[0])]
+    if not own:
+        raise DataError(f"compare: no cell of the primary arm {primary} at {budgets[0]:,} examples. Train it, or name another.")
+    if len(own) < 2:
+        paired(own)
 
 
 def _pairs(cells: Sequence[Cell], arm: str, budget: int) -> list[tuple[Cell, Cell]]:
@@ -210,7 +252,8 @@ def _row(
 
 
 def _corrected(rows: list[Row], primary: str, budget: int) -> list[Row]:
-    """The rows with Holm's correction over all their differences in loss, but for those of the primary contrast."""
+    """The rows with Holm's correction over all their differences in loss, but for those of the primary contrast; and over all
+    differences in accuracy."""
     others = [row for row in rows if row.differences and (row.arm, row.budget) != (primary, budget)]
     contrasts = [(row, kind) for row in others for kind in LOSSES]
     corrected = iter(holm([row.differences[kind].p for row, kind in contrasts]))
@@ -219,7 +262,14 @@ def _corrected(rows: list[Row], primary: str, budget: int) -> list[Row]:
         | {kind: replace(row.differences[kind], p_holm=next(corrected)) for kind in LOSSES}
         for row in others
     }
-    return [replace(row, differences=by_row.get((row.arm, row.budget), row.differences)) for row in rows]
+    rows = [replace(row, differences=by_row.get((row.arm, row.budget), row.differences)) for row in rows]
+    scored = iter(holm([row.differences[ACCURACY].p for row in rows if ACCURACY in row.differences]))
+    return [
+        replace(row, differences=row.differences | {ACCURACY: replace(row.differences[ACCURACY], p_holm=next(scored))})
+        if ACCURACY in row.differences
+        else row
+        for row in rows
+    ]
 
 
 def _plain(cell: Cell, losses: Mapping[str, float]) -> dict[str, Any]:
@@ -232,7 +282,7 @@ def _plain(cell: Cell, losses: Mapping[str, float]) -> dict[str, Any]:
 
 
 def _aligned(value: str, width: int, column: int) -> str:
-    return value.ljust(width) if column in (0, 3, 5) else value.rjust(width)
+    return value.ljust(width) if column in (0, 2, 4) else value.rjust(width)
 
 
 def _number(value: float | None) -> str:
@@ -244,6 +294,21 @@ def _difference(found: Difference | None) -> str:
         return ""
     p = found.p if found.p_holm is None else found.p_holm
     return f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]{'*' if p < LEVEL else ''}"
+
+
+def _short_difference(found: Difference | None) -> str:
+    if found is None:
+        return ""
+    p = found.p if found.p_holm is None else found.p_holm
+    return f"{found.mean:+.4f} \N{PLUS-MINUS SIGN}{found.high - found.mean:.4f}{'*' if p < LEVEL else ''}"
+
+
+def _counted(number: float) -> str:
+    """A number of five characters at most."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}" if number < 999.5 * size else f"{number / size:.0f}{unit}"
+    return f"{number:.0f}"
 
 
 def _gap(found: GapClosed | None) -> str:
@@ -260,19 +325,24 @@ def _name(row: Row) -> str:
 
 
 def _shown(row: Row) -> list[str]:
+    # The end of a long name: arms of an ablation differ there.
+    name = _name(row)
     return [
-        _name(row),
-        f"{row.budget:,}",
+        f"  {name}" if len(name) <= ARM_WIDTH - 2 else f"  \N{HORIZONTAL ELLIPSIS}{name[3 - ARM_WIDTH :]}",
         _number(row.means[TOKENS]),
-        _difference(row.differences.get(TOKENS)),
+        _short_difference(row.differences.get(TOKENS)),
         _number(row.means[MACRO]),
-        _difference(row.differences.get(MACRO)),
-        _gap(row.gap_closed[MACRO]).partition(" ")[0] if MACRO in row.gap_closed else "",
-        f"{row.supervised_tokens:,.0f}",
+        _short_difference(row.differences.get(MACRO)),
+        _short_gap(row.gap_closed[MACRO]) if MACRO in row.gap_closed else "",
+        _counted(row.supervised_tokens),
     ]
 
 
-def _shown_in_full(row: Row) -> list[str]:
+def _short_gap(found: GapClosed | None) -> str:
+    return "-" if found is None else f"{found.share:.0%}{' [?]' if found.low is None else ''}"
+
+
+def _shown_in_full(row: Row, spent: Mapping[str, Any] | None) -> list[str]:
     cells = [_name(row), f"{row.budget:,}"]
     for kind in LOSSES:
         found = row.differences.get(kind)
@@ -283,4 +353,14 @@ def _shown_in_full(row: Row) -> list[str]:
     accuracy = "-" if row.means[ACCURACY] is None else f"{row.means[ACCURACY]:.3f}"
     if ACCURACY in row.differences:
         accuracy += f" ({_difference(row.differences[ACCURACY])})"
-    return [*cells, gaps, accuracy, f"{row.supervised_tokens:,.0f}", f"{row.steps:,}"]
+    cost = "" if spent is None else cost_words(spent)
+    return [
+        *(*cells, gaps, accuracy, f"{row.supervised_tokens:,.0f}", f"{row.steps:,}", cost),
+        *(str(row.seeds), str(row.diverged)),
+    ]
+
+
+def cost_words(spent: Mapping[str, Any]) -> str:
+    """Operations, hours and money as far as they are known."""
+    units = {"operations": "{:.2e} operations", "hours": "{:,.3g} hours", "money": "{:,.2f} in money"}
+    return ", ".join(words.format(spent[name]) for name, words in units.items() if spent[name] is not None)

@@ -15,11 +15,13 @@ def verdict(rows: Sequence[Row], primary: Row, detectable: float) -> list[str]:
     name = "S2L" if primary.arm == "s2l" else primary.arm
     signs = {kind: _sign(primary.differences[kind]) for kind in WORDS}
     found = {kind: primary.differences[kind] for kind in WORDS}
+    better = _better(rows, primary)
     both = f"{_amount(found[TOKENS])} per token and {_amount(found[MACRO])} averaged over sources"
     if signs[TOKENS] == signs[MACRO] == -1:
         sentence = f"{name} is better than random here: by {both}{_share(primary)}."
     elif signs[TOKENS] == signs[MACRO] == 1:
-        sentence = f"Take random: {name} is worse here, by {both}."
+        advice = f"{name} is worse than random here" if better else f"Take random: {name} is worse here"
+        sentence = f"{advice}, by {both}."
     elif not any(signs.values()):
         sentence = (
             f"No difference between {name} and random that this comparison could see (it would have seen {detectable:.3f} nats "
@@ -28,7 +30,7 @@ def verdict(rows: Sequence[Row], primary: Row, detectable: float) -> list[str]:
     else:
         parts = [f"{_word(signs[kind])} {WORDS[kind]} ({_amount(found[kind])})" for kind in WORDS]
         sentence = f"{name} against random: {parts[0]}, {parts[1]}."
-    return [sentence, *_better(rows, primary)]
+    return [sentence, *better]
 
 
 def _sign(found: Difference) -> int:

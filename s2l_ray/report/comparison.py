@@ -44,6 +44,13 @@ class ComparisonFacts:
         """The arms at a budget that have a difference to random."""
         return [row for row in self.rows if row["budget"] == budget and row["differences"]]
 
+    def cost(self, row: Mapping[str, Any]) -> str:
+        """What one target of an arm costs, with the selection's own, as far as it is known."""
+        spent = {(one["arm"], one["budget"]): one for one in self.table["costs"].get("by_row", [])}
+        found = spent.get((row["arm"], row["budget"]), {})
+        units = {"operations": "{:.2e} operations", "hours": "{:,.3g} h", "money": "{:,.2f} in money"}
+        return ", ".join(words.format(found[name]) for name, words in units.items() if found.get(name) is not None)
+
     def figures(self) -> dict[str, go.Figure]:
         """The figures by name: differences at each budget, loss against budget, and one for each ablation."""
         made = {f"difference_{budget}": differences(self.rows_at(budget)) for budget in self.table["budgets"]}
@@ -61,6 +68,13 @@ def difference_text(found: Mapping[str, Any] | None) -> str:
     p = found["p"] if found["p_holm"] is None else found["p_holm"]
     mark = " *" if p < 0.05 else ""
     return f"{found['mean']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]{mark}".replace("-", "\u2212")
+
+
+def over_rows_text(found: Mapping[str, Any] | None) -> str:
+    """The interval of a difference by bootstrap over held-out rows, where there is one."""
+    if found is None or found["low_rows"] is None:
+        return ""
+    return f"rows {found['low_rows']:+.4f} to {found['high_rows']:+.4f}".replace("-", "\u2212")
 
 
 def gap_text(found: Mapping[str, Any] | None) -> str:
@@ -119,7 +133,7 @@ def loss_by_budget(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
             )
         )
     for row in rows:
-        if row["arm"] == FULL:
+        if row["arm"] == FULL and row["means"]["loss_macro"] is not None:
             figure.add_hline(y=row["means"]["loss_macro"], line={"color": GREY, "dash": "dot"}, annotation_text="all data")
     figure.update_layout(showlegend=True)
     figure.update_xaxes(title_text="examples", tickformat=",")

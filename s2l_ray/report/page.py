@@ -14,7 +14,7 @@ from typing import Any
 
 from s2l_ray.errors import ArtifactError
 from s2l_ray.progress import duration, get_log
-from s2l_ray.report.comparison import difference_text, gap_text
+from s2l_ray.report.comparison import difference_text, gap_text, over_rows_text
 from s2l_ray.report.facts import NUM_PLOTTED_SOURCES, Facts
 from s2l_ray.report.premise import explained_figure
 from s2l_ray.report.reading import read_facts
@@ -53,6 +53,7 @@ def render(facts: Facts) -> str:
     )
     environment.filters |= {"count": count, "percent": percent, "quantity": quantity, "signed": signed, "duration": duration}
     environment.filters |= {"csp_hash": csp_hash, "difference": difference_text, "gap": gap_text}
+    environment.filters["over_rows"] = over_rows_text
     # Ours, not the corpus's: apart from the figures the only two strings that go in unescaped.
     style, plotly_js = Markup((_HERE / "style.css").read_text(encoding="utf-8")), Markup(get_plotlyjs())  # noqa: S704
     return environment.get_template("page.html").render(
