@@ -1,7 +1,8 @@
 """Any corpus -> canonical parts with stable ids, sorted by id.
 
-Takes files, a Hub dataset or generated tasks; gives `examples/part-*.parquet`, and to later stages the pool, the held-out rows
-and the corpus's own rows (`reading`). Read `stage` first, then its three passes: `shards`, `order`, `parts`. They stand on
+Takes files, a Hub dataset or generated tasks; gives `examples/part-*.parquet`, and to later stages the pool, the held-out
+rows and those for validation, and the corpus's own rows (`reading`). Read `stage` first, then its passes: `shards`, `order`,
+`splits` (more held-out rows of small sources), `parts`. They stand on
 
 - which files: `corpus` (and what identifies them), `llama_factory` (a dataset by name), `files` (one file), `cutting` (the
   corpus as shards);

@@ -150,7 +150,7 @@ def _sha256(file: CorpusFile) -> str:
 
 
 # What else decides the examples of a corpus whose fields are known.
-_OF_KNOWN_FIELDS = ("where", "held_out_fraction", "rows_per_part")
+_OF_KNOWN_FIELDS = ("where", "held_out_fraction", "held_out_per_source", "validation_fraction", "rows_per_part")
 
 
 def examples_recipe(config: ExamplesConfig, corpus: str) -> dict[str, Any]:

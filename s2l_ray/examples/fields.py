@@ -17,7 +17,7 @@ from s2l_ray.errors import DataError
 from s2l_ray.examples.columns import Columns
 from s2l_ray.examples.conversations import LearnedText
 from s2l_ray.examples.dropped import FILTERED, Dropped
-from s2l_ray.examples.hashes import DIGEST_BYTES, canonical_json, digest_of, split_of
+from s2l_ray.examples.hashes import DIGEST_BYTES, canonical_json, digest_of, prompt_hash, split_of
 from s2l_ray.examples.layouts import IF_LEFT_OUT, Layout, missing_field, row_reader
 from s2l_ray.examples.row_problems import NOTHING_TO_LEARN, RowProblem, kind_in_words, require_unicode
 from s2l_ray.examples.rows import MISSING, BadRow, CorpusRows
@@ -34,8 +34,8 @@ class Examples:
     """The examples in some rows, in their order."""
 
     table: pa.Table
-    """example_id, source, prompt, response, split, messages and tools (null but for conversations), two hashes of
-    DIGEST_BYTES, `content` (equal for exact copies) and `row` (equal for rows that are equal in every field), and the row as
+    """example_id, source, prompt, response, split, messages and tools (null but for conversations), `prompt_hash`,
+    two hashes of DIGEST_BYTES, `content` (equal for exact copies) and `row` (equal for rows that are equal in every field), and the row as
     it was: `row_json` or `original` (see `CorpusRows.own`)."""
     dropped: Dropped
     columns: Columns
@@ -90,6 +90,8 @@ def _table(
     rows: CorpusRows, kept: list[int], texts: list[LearnedText], labels: list[tuple[str | None, str]], config: ExamplesConfig
 ) -> pa.Table:
     digests = [content_digest(text) for text in texts]
+    hashes = [prompt_hash(text.prompt) for text in texts]
+    splits = [split_of(hashed, config.held_out_fraction, config.validation_fraction) for hashed in hashes]
     ids = [given or digest.hex() for (given, _), digest in zip(labels, digests, strict=True)]
     own_name, own = rows.own(kept)
     return pa.table(
@@ -98,7 +100,8 @@ def _table(
             "source": pa.array([source for _, source in labels], pa.string()),
             "prompt": pa.array([text.prompt for text in texts], pa.string()),
             "response": pa.array([text.response for text in texts], pa.string()),
-            "split": pa.array([split_of(text.prompt, config.held_out_fraction) for text in texts], pa.string()),
+            "split": pa.array(splits, pa.string()),
+            "prompt_hash": pa.array(hashes, pa.uint64()),
             "messages": pa.array([text.messages for text in texts], pa.string()),
             "tools": pa.array([text.tools for text in texts], pa.string()),
             "content": pa.array(digests, pa.binary(DIGEST_BYTES)),

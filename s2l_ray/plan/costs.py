@@ -131,7 +131,7 @@ def sizes_of(config: RunConfig, decisions: list[Decision], notes: list[str]) -> 
         )
     if held_out is None and rows is not None:
         held_out = rows * config.examples.held_out_fraction
-        rows = round(rows - held_out)
+        rows = round(rows * (1 - config.examples.validation_fraction) - held_out)
     proxy = finished.get("proxy", {}).get("num_parameters") or _parameters(
         config.proxy, config.proxy, config.plan.proxy_parameters
     )

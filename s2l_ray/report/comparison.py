@@ -151,6 +151,8 @@ def ablation(arms: Sequence[Sequence[Any]], rows: Sequence[Mapping[str, Any]]) -
         )
     figure.add_hline(y=0, line={"color": GREEN, "dash": "dot"})
     figure.update_layout(showlegend=True)
-    figure.update_xaxes(tickvals=list(range(len(shown))), ticktext=[label(str(value), 24) for value, _ in shown], showgrid=False)
+    figure.update_xaxes(
+        tickvals=list(range(len(shown))), ticktext=[label(str(value), 24) for value, _ in shown], showgrid=False
+    )
     figure.update_yaxes(title_text="nats to random; below 0 is better")
     return figure
