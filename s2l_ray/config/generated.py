@@ -9,6 +9,20 @@ from pydantic import Field, field_validator
 from s2l_ray.config.section import Section
 
 
+class Imperfections(Section):
+    """What generated tasks lack and real corpora have, each as a share of the rows, chosen by the seed and the row alone."""
+
+    exact_copies: float = Field(0.0, ge=0.0, le=0.4)
+    """Share of rows that repeat an earlier row of their task; they are dropped as duplicates."""
+
+    near_copies: float = Field(0.0, ge=0.0, le=0.4)
+    """Share of rows that repeat an earlier row of their task with other white space or capitals: the masked prompt is the same."""
+
+    wrong_answers: float = Field(0.0, ge=0.0, le=0.2)
+    """Share of rows with the answer to another question of their task. Only three prompts in ten may have some, and all rows of these
+    prompts stay in the pool: held-out and validation rows have right answers."""
+
+
 class ReasoningGym(Section):
     """An embedded corpus: real procedural tasks with verifiable answers, made offline by reasoning-gym."""
 
@@ -17,6 +31,9 @@ class ReasoningGym(Section):
 
     seed: int = 0
     """Seed of the task generators."""
+
+    imperfections: Imperfections | None = None
+    """Copies and wrong answers among the rows; none unless given."""
 
     @field_validator("tasks")
     @classmethod

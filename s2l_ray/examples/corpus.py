@@ -109,7 +109,8 @@ def corpus_identity(given: ExamplesConfig, run: Storage | None = None) -> str:
     if isinstance(config.dataset, ReasoningGymDataset):
         from importlib import metadata
 
-        recipe = config.dataset.reasoning_gym.model_dump(mode="json")
+        gym = config.dataset.reasoning_gym
+        recipe = gym.model_dump(mode="json", exclude=None if gym.imperfections else {"imperfections"})
         return f"reasoning_gym:{digest([recipe, metadata.version('reasoning-gym')])}"
     if isinstance(config.dataset, MimicRadiologyDataset):
         files = find_files(config.dataset.mimic_radiology)

@@ -116,7 +116,8 @@ class _LowestPrompts:
 
     def __call__(self, number: int) -> dict[str, Any]:
         table = read_range(self.addresses.work, self.addresses.paths[number])
-        table = table.filter(pc.equal(table["split"], POOL)).select(["source", "prompt_hash"])
+        table = table.filter(pc.and_(pc.equal(table["split"], POOL), pc.is_valid(table["prompt_hash"])))
+        table = table.select(["source", "prompt_hash"])
         table = table.append_column("rows", pa.array(np.ones(len(table), np.int64)))
         return {"prompts": table_bytes(lowest_prompts(table, self.count))}
 
