@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from s2l_ray.config import ExamplesConfig
 from s2l_ray.config.recipes import SCHEMAS
+from s2l_ray.examples import cutting as cutting_module
 from s2l_ray.examples import order as order_module
 from s2l_ray.examples import splits as splits_module
 from s2l_ray.examples.corpus import corpus_identity, examples_recipe
@@ -183,3 +184,52 @@ def test_held_out_rows_stay_held_out_when_more_are_asked_for(ray_session: None, 
         held_out.append({row["example_id"] for row in rows_in(artifact) if row["split"] == "held_out"})
         assert "validation" not in artifact.summary
     assert held_out[0] < held_out[1] < held_out[2]
+
+
+# --- imperfect corpora -------------------------------------------------------------------------------------------
+
+TASKS = {"letter_counting": {"size": 400, "min_words": 3, "max_words": 6}, "basic_arithmetic": {"size": 200}}
+IMPERFECTIONS = {"exact_copies": 0.05, "near_copies": 0.1, "wrong_answers": 0.06}
+
+
+def read_generated(rows_of_a_shard: int = 256, **gym: Any) -> list[dict[str, Any]]:
+    config = ExamplesConfig.model_validate({"dataset": {"reasoning_gym": {"tasks": TASKS, **gym}}})
+    cut = cutting_module._cut_generated(config.dataset.reasoning_gym, rows_of_a_shard)
+    return [rows.record(number) for [piece] in cut for rows in piece.read() for number in range(len(rows))]
+
+
+def test_an_imperfect_corpus_has_the_copies_and_wrong_answers_asked_for_however_it_is_cut() -> None:
+    rows, clean = read_generated(imperfections=IMPERFECTIONS), read_generated()
+    assert rows == read_generated(37, imperfections=IMPERFECTIONS)
+    assert rows != read_generated(imperfections=IMPERFECTIONS, seed=1)
+    assert [row | {"imperfection": None} for row in clean] == read_generated(imperfections={})
+    kinds = Counter(row["imperfection"] for row in rows)
+    exact = len(rows) - len({(row["question"], row["answer"]) for row in rows})
+    assert 15 <= exact <= 60
+    assert 30 <= kinds["near_copy"] <= 95
+    assert 15 <= kinds["wrong_answer"] <= 65
+    prompts = {masked(row["question"]) for row in rows if row["imperfection"] != "near_copy"}
+    assert all(masked(row["question"]) in prompts for row in rows if row["imperfection"] == "near_copy")
+    right = {(row["source"], " ".join(row["question"].casefold().split())): row["answer"] for row in clean}
+    for row in rows:
+        answer = right[row["source"], " ".join(row["question"].casefold().split())]
+        assert (row["answer"] == answer) == (row["imperfection"] != "wrong_answer")
+
+
+def test_held_out_and_validation_rows_have_right_answers(ray_session: None, tmp_path: Path) -> None:
+    config = ExamplesConfig.model_validate(
+        {"dataset": {"reasoning_gym": {"tasks": TASKS, "imperfections": IMPERFECTIONS}}}
+        | {"held_out_fraction": 0.1, "held_out_per_source": 60, "validation_fraction": 0.1}
+    )
+    key = Key("examples", SCHEMAS["examples"], examples_recipe(config, corpus_identity(config)), {})
+    artifact = build_stage(context_of(Draft.open(Storage(str(tmp_path)), key), examples=config))
+    rows = rows_in(artifact)
+    wrong = Counter(row["split"] for row in rows if row["original"]["imperfection"] == "wrong_answer")
+    assert wrong.keys() == {"pool"}
+    assert all(counts["held_out"] >= 60 for counts in artifact.summary["sources"].values())
+    assert artifact.summary["validation"] > 0
+    assert artifact.summary["dropped"]["duplicate"] > 0
+    sides = defaultdict(set)
+    for row in rows:
+        sides[masked(row["prompt"])].add(row["split"])
+    assert all(len(found) == 1 for found in sides.values())

@@ -16,11 +16,12 @@ class Imperfections(Section):
     """Share of rows that repeat an earlier row of their task; they are dropped as duplicates."""
 
     near_copies: float = Field(0.0, ge=0.0, le=0.4)
-    """Share of rows that repeat an earlier row of their task with other white space or capitals: the masked prompt is the same."""
+    """Share of rows that repeat an earlier row of their task with other white space or capitals: the masked prompt is the
+    same."""
 
     wrong_answers: float = Field(0.0, ge=0.0, le=0.2)
-    """Share of rows with the answer to another question of their task. Only three prompts in ten may have some, and all rows of these
-    prompts stay in the pool: held-out and validation rows have right answers."""
+    """Share of rows with the answer to another question of their task. Only three prompts in ten may have some, and all
+    rows of these prompts stay in the pool: held-out and validation rows have right answers."""
 
 
 class ReasoningGym(Section):
