@@ -37,10 +37,10 @@ from s2l_ray.runtime.pool import Unit, do_units
 from s2l_ray.runtime.workers import Workers
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.layout import ASSIGNMENTS, COMPARE, PREMISE, SCHEMA, folder_step, step_folder
-from s2l_ray.storage.ownership import scratch_of
+from s2l_ray.storage.ownership import foreign, scratch_of
 from s2l_ray.storage.places import Storage
 from s2l_ray.storage.records import digest
-from s2l_ray.trajectories.loss_columns import losses_of
+from s2l_ray.trajectories.loss_columns import losses_matrix
 
 VERSION = 1
 """Raised when the same settings give other figures than before."""
@@ -106,15 +106,18 @@ def measure_premise(
     """Measure the premise on a run's finished stages, on workers of the connected Ray; RUN/compare/premise.json has the result.
 
     `inputs`: the artifacts `examples`, `proxy`, `trajectories` and `clustering`. The caller holds the run. The same call again
-    goes on where it was interrupted, and where all is measured gives what is there. Raises ConfigError and DataError for what
-    cannot be measured with these settings or groups.
+    goes on where it was interrupted, and where all is measured gives what is there; with other settings it is measured anew.
+    Raises ConfigError and DataError for what cannot be measured with these settings or groups, ArtifactError where somebody
+    else's file has that name.
     """
     settings, begun = settings or PremiseSettings(), time.monotonic()
     settings.check()
     name = fingerprint(config, inputs, settings)
     known = run.child(COMPARE).read_json(PREMISE)
-    if isinstance(known, dict) and known.get("fingerprint") == name:
-        return known
+    if known is not None and not (isinstance(known, dict) and known.get("schema") == SCHEMA):
+        raise foreign(run.child(COMPARE), PREMISE)
+    if known is not None and known.get("fingerprint") == name:
+        return dict(known)
     sample = choose_sample(inputs["clustering"], inputs["trajectories"], settings)
     steps = gradient_steps(inputs["proxy"].summary["steps"])
     models = [step_folder(step) for step in steps] + ([TARGET] if settings.on_target else [])
@@ -185,7 +188,7 @@ def choose_sample(clustering: Artifact, trajectories: Artifact, settings: Premis
     rows = [_rows_of(trajectories, part, table["example_id"]) for part in trajectories.parts()]
     found = pa.concat_tables(rows).sort_by("example_id").combine_chunks()
     _, sources_N = np.unique(np.array(found["source"].to_pylist(), object), return_inverse=True)
-    return Sample(found["example_id"].to_pylist(), table["cluster_id"].to_numpy(), sources_N, losses_of(found))
+    return Sample(found["example_id"].to_pylist(), table["cluster_id"].to_numpy(), sources_N, losses_matrix(found))
 
 
 def with_company(clusters_N: np.ndarray, num_rows: int) -> np.ndarray:

@@ -22,10 +22,15 @@ def resamplings(num_rows: int, count: int, seed: int) -> Array:
     return generator.multinomial(num_rows, np.full(num_rows, 1 / num_rows), size=count).astype(np.float64)
 
 
-def interval(value: float, resampled_R: Array) -> dict[str, float]:
-    """A value with its 95% percentile interval, as in the JSON; samples that have no value are left out."""
+def interval(value: float, resampled_R: Array) -> dict[str, float] | None:
+    """A value with its 95% percentile interval, as in the JSON; None where there is no value.
+
+    Bootstrap samples that have none are left out.
+    """
+    if not np.isfinite(value):
+        return None
     found = resampled_R[np.isfinite(resampled_R)]
-    low, high = np.quantile(found, [0.025, 0.975]) if len(found) else (np.nan, np.nan)
+    low, high = np.quantile(found if len(found) else [value], [0.025, 0.975])
     return {"value": float(value), "low": float(low), "high": float(high)}
 
 
@@ -122,8 +127,8 @@ def ranks(values_N: Any) -> Array:
     return np.asarray((last - (counts - 1) / 2)[places_N])
 
 
-def rank_correlation(left_N: Any, right_N: Any, counts_RN: Array) -> dict[str, float]:
-    """Spearman's correlation of two values of N rows; NaN where one of them does not vary."""
+def rank_correlation(left_N: Any, right_N: Any, counts_RN: Array) -> dict[str, float] | None:
+    """Spearman's correlation of two values of N rows; None where one of them does not vary."""
 
     def correlation(rows_N: NDArray[np.int64]) -> float:
         return _correlation(ranks(left_N[rows_N]), ranks(right_N[rows_N]))
@@ -153,10 +158,10 @@ def distances(values_NT: Any) -> Array:
     return np.asarray(np.sqrt(np.maximum(squares_N[:, None] + squares_N - 2 * products_NN, 0)))
 
 
-def pair_rank_correlation(left_NN: Array, right_NN: Array, counts_RN: Array) -> dict[str, float]:
+def pair_rank_correlation(left_NN: Array, right_NN: Array, counts_RN: Array) -> dict[str, float] | None:
     """Spearman's correlation of two values of all pairs of rows (Mantel's statistic on ranks).
 
-    In a bootstrap sample pairs keep the ranks that they have among all pairs.
+    In a bootstrap sample pairs keep the ranks that they have among all pairs. None where one of the values does not vary.
     """
     above = np.triu_indices(len(left_NN), 1)
     ranked = []

@@ -188,8 +188,8 @@ class Facts:
     comparison: Any = None
     """Of `compare/`, where one is finished (ComparisonFacts)."""
 
-    premise: Sequence[str] = ()
-    """Lines about S2L's premise, where it was measured."""
+    premise: Any = None
+    """What S2L's premise came to, where it was measured (PremiseFacts)."""
 
     def missing(self, *names: str) -> list[StageStatus]:
         """Those of the stages that are not finished."""

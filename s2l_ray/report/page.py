@@ -16,6 +16,7 @@ from s2l_ray.errors import ArtifactError
 from s2l_ray.progress import duration, get_log
 from s2l_ray.report.comparison import difference_text, gap_text
 from s2l_ray.report.facts import NUM_PLOTTED_SOURCES, Facts
+from s2l_ray.report.premise import explained_figure
 from s2l_ray.report.reading import read_facts
 from s2l_ray.report.wording import NONE, percent
 from s2l_ray.storage.layout import MANIFEST, PAGE, STAGE_NAMES
@@ -75,6 +76,8 @@ def figures(facts: Facts) -> dict[str, Any]:
         "proxy_loss": plots.losses(facts.proxy_losses) if any(facts.proxy_losses.values()) else None,
         "target_loss": plots.losses(facts.target_losses) if any(facts.target_losses.values()) else None,
     }
+    if facts.premise is not None:
+        made["premise"] = explained_figure(facts.premise)
     if facts.comparison is not None:
         made |= facts.comparison.figures()
     # Plotly escapes < by itself today; the page must not depend on it.

@@ -205,6 +205,23 @@ def losses(curves: Mapping[str, Sequence[Sequence[float]]]) -> go.Figure:
     return figure
 
 
+def explained_variance(models: Sequence[str], shares: Sequence[Mapping[str, float | None]]) -> go.Figure:
+    """Share of the gradients' variance that groups and sources explain, and random groups; a block of bars for each model."""
+    import plotly.graph_objects as go
+
+    figure = empty_figure(height=110 + 84 * len(models))
+    for name, colour in zip(shares[0], (BLUE, GREY, ORANGE, GREEN), strict=True):
+        if any(of_model[name] is not None for of_model in shares):
+            hover = "%{y}<br>" + name + ": %{x:.1%}<extra></extra>"
+            values = [of_model[name] for of_model in shares]
+            bars = go.Bar(orientation="h", y=list(models), x=values, marker_color=colour, name=name, hovertemplate=hover)
+            figure.add_trace(bars)
+    figure.update_layout(barmode="group", bargap=0.25)
+    figure.update_xaxes(title_text="share of the gradients' variance", tickformat=".0%", rangemode="tozero")
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    return figure
+
+
 def _group_text(groups: GroupCurves, k: int) -> str:
     """What a group is called in a hover label, with its size and quota."""
     quota = "" if groups.quotas_K is None else f", {groups.quotas_K[k]:,} chosen"
