@@ -410,6 +410,10 @@ def test_a_win_a_loss_and_a_draw_are_said_as_they_are(run: Storage, corpus: Corp
     alike = says(1.23, 1.27, macro=(2.0, 2.1))
     assert "2.0000 against 2.1000: S2L wins by 0.1000 (4.8%). S2L is better on 2 of 2 sources" in alike
     assert "sources" not in says(1.23, 1.27), "one source is no other view"
+    losses = {"selected": {"a": 1.0, "b": 3.0}, "random": {"a": 2.0, "b": 2.0}}
+    found = {model: {"loss_per_token": 2.0, "loss_macro": 2.0, "loss_by_source": losses[model]} for model in losses}
+    uneven = " ".join(verdict(selection | {"sources": {"a": {"pool": 100}, "b": {"pool": 300}}}, found))
+    assert "by their rows in the pool, 2.5000 against 2.0000: S2L loses by 0.5000 (25.0%)." in uneven
     assert "no conclusion" in says(1.23, 1.27)
     assert "no target" in verdict(selection, None)[0]
     nothing = {"loss_per_token": None, "loss_macro": None}

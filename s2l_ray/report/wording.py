@@ -60,23 +60,37 @@ def verdict(selection: Summary | None, metrics: Mapping[str, Any] | None) -> lis
     lines = [
         f"{reaches}, against {loss['random']:.4f} for a random subset of the same size: {_outcome(advantage, loss['random'])}."
     ]
-    lines += _by_source(metrics or {}, advantage)
+    lines += _by_source(metrics or {}, advantage, selection.get("sources") or {})
     lines.append("One training run of each: another seed may turn it round, so this is no conclusion about the method.")
     return lines
 
 
-def _by_source(metrics: Mapping[str, Any], advantage: float) -> list[str]:
-    """The result averaged over sources, where there are several: beside uneven ones it may be another than over tokens."""
+def _by_source(metrics: Mapping[str, Any], advantage: float, sources: Mapping[str, Any]) -> list[str]:
+    """The result averaged over sources, alike and by their rows in the pool, where there are several.
+
+    Held-out rows need not have the shares of the pool (`examples.held_out_per_source`), so each may be another than over tokens.
+    """
     macro, by_source = ({name: metrics[name].get(key) for name in metrics} for key in ("loss_macro", "loss_by_source"))
     if len(by_source.get("selected") or ()) < 2 or None in (macro["selected"], macro["random"]):
         return []
     wins = sum(by_source["selected"][name] < loss for name, loss in by_source["random"].items())
     gain = macro["random"] - macro["selected"]
     turned = ", the other way round" if gain * advantage < 0 else ""
-    return [
+    lines = [
         f"Averaged over sources, so that each counts the same, {macro['selected']:.4f} against {macro['random']:.4f}{turned}: "
         f"{_outcome(gain, macro['random'])}. S2L is better on {wins} of {len(by_source['random'])} sources."
     ]
+    pool = [sources.get(name, {}).get("pool", 0) for name in by_source["random"]]
+    if sum(pool):
+        selected, random = (
+            float(np.average([by_source[model][name] for name in by_source["random"]], weights=pool))
+            for model in ("selected", "random")
+        )
+        lines.append(
+            f"Averaged over sources by their rows in the pool, {selected:.4f} against {random:.4f}: "
+            f"{_outcome(random - selected, random)}."
+        )
+    return lines
 
 
 def _outcome(advantage: float, reference: float | None = None) -> str:
