@@ -68,7 +68,7 @@ def verdict(selection: Summary | None, metrics: Mapping[str, Any] | None) -> lis
 def _by_source(metrics: Mapping[str, Any], advantage: float, sources: Mapping[str, Any]) -> list[str]:
     """The result averaged over sources, alike and by their rows in the pool, where there are several.
 
-    Held-out rows need not have the shares of the pool (`examples.held_out_per_source`), so each may be another than over tokens.
+    Held-out rows need not have the shares of the pool (`examples.held_out_per_source`), so each may differ from the first.
     """
     macro, by_source = ({name: metrics[name].get(key) for name in metrics} for key in ("loss_macro", "loss_by_source"))
     if len(by_source.get("selected") or ()) < 2 or None in (macro["selected"], macro["random"]):
