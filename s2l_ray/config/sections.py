@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from s2l_ray.config.generated import MimicRadiologyDataset, ReasoningGymDataset
 from s2l_ray.config.methods import FOLLOW_S2L, OF_S2L_ALONE, Method
 from s2l_ray.config.section import Fraction, Positive, Precision, Section
 
@@ -15,39 +16,6 @@ FORMATS = {".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".csv": "csv"
 """How a file of a corpus is read, by its suffix."""
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 """What may follow such a suffix, but for Parquet, which compresses itself."""
-
-
-class ReasoningGym(Section):
-    """An embedded corpus: real procedural tasks with verifiable answers, made offline by reasoning-gym."""
-
-    tasks: dict[str, dict[str, Any]] = Field(min_length=1)
-    """Task name -> its parameters, `size` (how many examples) among them. The name becomes the source."""
-
-    seed: int = 0
-    """Seed of the task generators."""
-
-    @field_validator("tasks")
-    @classmethod
-    def _sizes_are_given(cls, tasks: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        for name, parameters in tasks.items():
-            size = parameters.get("size")
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"task '{name}' needs size, the number of examples, as an integer above 0")
-        return tasks
-
-
-class ReasoningGymDataset(Section):
-    """`dataset: {reasoning_gym: {...}}`."""
-
-    reasoning_gym: ReasoningGym
-
-
-class MimicRadiologyDataset(Section):
-    """`dataset: {mimic_radiology: PATH}`."""
-
-    mimic_radiology: str
-    """MIMIC-III's table of notes, NOTEEVENTS.csv or NOTEEVENTS.csv.gz: a path or URI. Its radiology reports become findings to
-    be summarised as an impression."""
 
 
 class ExamplesConfig(Section):
@@ -106,6 +74,14 @@ class ExamplesConfig(Section):
     """Share of the prompts kept for evaluation, chosen by a hash of the prompt with its numbers masked, so that
     near-copies of one prompt stay on one side. Split off before the budget is counted."""
 
+    held_out_per_source: int = Field(0, ge=0)
+    """At least so many rows of every source are held out: beyond `held_out_fraction`, the prompts with the lowest hashes, but
+    no prompt that would take more than half of the source. A prompt that is held out for one source is held out for all."""
+
+    validation_fraction: Fraction = 0.0
+    """Share of the prompts kept for tuning (learning rates, say), chosen by the highest hashes: so it changes no held-out row.
+    They are in no budget, and no stage trains or evaluates on them."""
+
     on_bad_row: Literal["error", "drop"] = "error"
     """What a row that cannot be read or understood does: stop the run with a message that names it, or be dropped and
     counted by reason and source. A row that the tokenizer's chat template refuses counts as one, too."""
@@ -130,6 +106,14 @@ class ExamplesConfig(Section):
                 template_fields(template)
         if self.prompt_template_if_empty is not None and self.prompt_template is None:
             raise ValueError("prompt_template_if_empty needs prompt_template, too")
+        return self
+
+    @model_validator(mode="after")
+    def _some_rows_are_left(self) -> ExamplesConfig:
+        if self.held_out_fraction + self.validation_fraction >= 1:
+            raise ValueError(
+                "held_out_fraction and validation_fraction leave nothing to choose from: give less than 1 together"
+            )
         return self
 
 

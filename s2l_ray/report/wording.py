@@ -58,11 +58,10 @@ def verdict(selection: Summary | None, metrics: Mapping[str, Any] | None) -> lis
     if "random" not in loss:
         return [f"{reaches}.", f"Without a random subset of the same size beside it, this does not say whether {who} helped."]
     advantage = loss["random"] - loss["selected"]
-    outcome = _outcome(who, advantage, loss["random"])
-    lines = [f"{reaches}, against {loss['random']:.4f} for a random subset of the same size: {outcome}."]
-    macro = metrics["random"]["loss_macro"] - metrics["selected"]["loss_macro"] if metrics else 0.0
-    if macro * advantage < 0:
-        lines.append(f"Averaged over sources, so that each counts the same, it is the other way round: {_outcome(who, macro)}.")
+    lines = [
+        f"{reaches}, against {loss['random']:.4f} for a random subset of the same size: {_outcome(who, advantage, loss['random'])}."
+    ]
+    lines += _by_source(who, metrics or {}, advantage, selection.get("sources") or {})
     lines.append("One training run of each: another seed may turn it round, so this is no conclusion about the method.")
     return lines
 
@@ -71,6 +70,34 @@ def _chooser(selection: Summary) -> str:
     """What chose the subset, in a sentence."""
     method = selection.get("method", "s2l")
     return "S2L" if method == "s2l" else f"'{method}'"
+
+
+def _by_source(who: str, metrics: Mapping[str, Any], advantage: float, sources: Mapping[str, Any]) -> list[str]:
+    """The result averaged over sources, alike and by their rows in the pool, where there are several.
+
+    Held-out rows need not have the shares of the pool (`examples.held_out_per_source`), so each may differ from the first.
+    """
+    macro, by_source = ({name: metrics[name].get(key) for name in metrics} for key in ("loss_macro", "loss_by_source"))
+    if len(by_source.get("selected") or ()) < 2 or None in (macro["selected"], macro["random"]):
+        return []
+    wins = sum(by_source["selected"][name] < loss for name, loss in by_source["random"].items())
+    gain = macro["random"] - macro["selected"]
+    turned = ", the other way round" if gain * advantage < 0 else ""
+    lines = [
+        f"Averaged over sources, so that each counts the same, {macro['selected']:.4f} against {macro['random']:.4f}{turned}: "
+        f"{_outcome(who, gain, macro['random'])}. {who} is better on {wins} of {len(by_source['random'])} sources."
+    ]
+    pool = [sources.get(name, {}).get("pool", 0) for name in by_source["random"]]
+    if sum(pool):
+        selected, random = (
+            float(np.average([by_source[model][name] for name in by_source["random"]], weights=pool))
+            for model in ("selected", "random")
+        )
+        lines.append(
+            f"Averaged over sources by their rows in the pool, {selected:.4f} against {random:.4f}: "
+            f"{_outcome(who, random - selected, random)}."
+        )
+    return lines
 
 
 def _outcome(who: str, advantage: float, reference: float | None = None) -> str:
