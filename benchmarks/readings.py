@@ -181,7 +181,7 @@ def config(data: Path, work: Path, mixture: str) -> dict[str, Any]:
             **TARGET,
         },
         "evaluation": {"max_generations": 0},
-        "compare": {"arms": ARMS, "budgets": [0.1], "seeds": 8, "full_seeds": 3, "redo_from": "proxy"},
+        "compare": {"arms": ARMS, "budgets": [0.1], "seeds": 8, "full_seeds": 3, "redo_from": "clustering"},
         "machines": MACHINES,
     }
 
@@ -191,7 +191,7 @@ def rates(values: dict[str, Any], place: Path) -> None:
     from s2l_ray.compare.stage import compare
 
     values["evaluation"] |= {"split": "validation"}
-    values["compare"] |= {"arms": ["s2l"], "seeds": 2, "full_seeds": 0}
+    values["compare"] |= {"arms": ["s2l"], "seeds": 2, "full_seeds": 0, "redo_from": "target"}
     for rate in RATES:
         values["target"] |= {"learning_rate": rate}
         found = compare(parse_config(values), str(place.with_name(f"{place.name}-rate-{rate:g}")), reuse=str(place))

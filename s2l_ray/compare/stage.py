@@ -20,8 +20,7 @@ from s2l_ray.compare.table import Comparison
 from s2l_ray.compare.worker import FACTS, CellsJob, CellWorker
 from s2l_ray.config import RunConfig
 from s2l_ray.config.comparing import CompareConfig
-from s2l_ray.evaluation.stage import choose_generated
-from s2l_ray.examples.reading import read_held_out
+from s2l_ray.evaluation.stage import choose_generated, evaluated_parts
 from s2l_ray.pipeline import run
 from s2l_ray.progress import duration, get_log
 from s2l_ray.runtime.pool import Unit, do_units
@@ -171,7 +170,7 @@ def _train_together(
     still_held: Callable[[], None],
 ) -> None:
     examples, by_unit = finished["examples"], {one.unit: one for one in todo}
-    parts = [part for part in examples.parts() if read_held_out(examples, part, ["example_id"]).num_rows]
+    parts = evaluated_parts(config, examples)
     job = CellsJob(examples, finished["proxy"], by_unit, work, parts, choose_generated(config, examples, parts))
     workers = Workers.resolve(config.machines.compare, one_per_cpu=True)
 

@@ -327,6 +327,10 @@ class SelectionConfig(Section):
 class EvaluationConfig(Section):
     """What is measured on the held-out rows, and against which controls."""
 
+    split: Literal["held_out", "validation"] = "held_out"
+    """Which rows are evaluated on. validation (see `examples.validation_fraction`): for whatever is tuned, such as a learning
+    rate, so that the held-out rows stay unseen."""
+
     random_control: bool = False
     """Also train a target on a random subset of the same size and steps. Doubles the price of the target."""
 

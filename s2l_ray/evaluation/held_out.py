@@ -16,7 +16,7 @@ from s2l_ray.config import RunConfig
 from s2l_ray.evaluation.bert_scores import BertScore
 from s2l_ray.evaluation.generation import generate
 from s2l_ray.evaluation.scores import scorers
-from s2l_ray.examples.reading import read_held_out
+from s2l_ray.examples.reading import read_evaluated
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.training.losses import example_losses
 from s2l_ray.training.token_pools import check_refused
@@ -38,7 +38,7 @@ class HeldOut:
     @classmethod
     def read(cls, config: RunConfig, examples: Artifact, parts: Sequence[str], tokenizer: Any) -> HeldOut:
         """Those of some parts. Raises DataError where the chat template refuses one that must not be dropped."""
-        table = pa.concat_tables([read_held_out(examples, part) for part in parts]).combine_chunks()
+        table = pa.concat_tables([read_evaluated(examples, part, config.evaluation.split) for part in parts]).combine_chunks()
         found = encode_table(tokenizer, table, RowLimit.of(config.target))
         check_refused(found.refused, config.examples)
         return cls(table.filter(pc.is_in(table["example_id"], found.example_ids)), found)

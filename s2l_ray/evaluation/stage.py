@@ -27,7 +27,7 @@ from s2l_ray.evaluation.generation import run_tasks
 from s2l_ray.evaluation.held_out import COUNTED, HeldOut, evaluate_rows
 from s2l_ray.evaluation.scores import summarize
 from s2l_ray.examples.ids import priorities
-from s2l_ray.examples.reading import read_held_out
+from s2l_ray.examples.reading import read_evaluated
 from s2l_ray.progress import get_log
 from s2l_ray.runtime.pool import Unit, UnitWorker, do_units
 from s2l_ray.runtime.workers import Workers
@@ -65,7 +65,7 @@ def build(context: Context) -> Artifact:
     examples, published = inputs["examples"], inputs["target"].manifest["files"]
     workers = Workers.resolve(context.machines, one_per_cpu=True)
     models = [UNTRAINED, *(name for name, folder in MODEL_FOLDERS.items() if f"{folder}/{MODEL_RECORD}" in published)]
-    parts = [part for part in examples.parts() if read_held_out(examples, part, ["example_id"]).num_rows]
+    parts = evaluated_parts(config, examples)
     _log.info("%s on %d held-out examples", ", ".join(models), examples.summary["held_out"])
     job = EvaluationJob(config, inputs, choose_generated(config, examples, parts))
     units = [Unit(model, part) for model in models for part in [*parts, *([TASKS] if config.evaluation.tasks else [])]]
@@ -123,10 +123,17 @@ def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
         yield row | {"scores": None}
 
 
+def evaluated_parts(config: RunConfig, examples: Artifact) -> list[str]:
+    """The parts of the examples with rows to evaluate on."""
+    split = config.evaluation.split
+    return [part for part in examples.parts() if read_evaluated(examples, part, split, ["example_id"]).num_rows]
+
+
 def choose_generated(config: RunConfig, examples: Artifact, parts: list[str]) -> frozenset[str]:
     """The held-out ids to generate answers for: of every source the `max_generations` of lowest priority."""
     chosen: set[str] = set()
-    tables = [read_held_out(examples, part, ["example_id", "source"]) for part in parts]
+    split = config.evaluation.split
+    tables = [read_evaluated(examples, part, split, ["example_id", "source"]) for part in parts]
     by_source: dict[str, list[str]] = defaultdict(list)
     for table in tables:
         for example_id, source in zip(table["example_id"].to_pylist(), table["source"].to_pylist(), strict=True):

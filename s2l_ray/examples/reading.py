@@ -39,6 +39,14 @@ def read_validation(artifact: Artifact, part: str, columns: list[str] | None = N
     return _read_split(artifact, part, VALIDATION, columns)
 
 
+def read_evaluated(artifact: Artifact, part: str, split: str, columns: list[str] | None = None) -> pa.Table:
+    """The rows of a part that models are evaluated on: `split` is `held_out` or `validation`.
+
+    Raises ArtifactError where the part is missing or damaged.
+    """
+    return _read_split(artifact, part, split, columns)
+
+
 def _read_split(artifact: Artifact, part: str, split: str, columns: list[str] | None) -> pa.Table:
     table = artifact.read_table(part, None if columns is None else list({*columns, "split"}))
     table = table.filter(pc.equal(table["split"], split))

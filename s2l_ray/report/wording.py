@@ -59,7 +59,8 @@ def verdict(selection: Summary | None, metrics: Mapping[str, Any] | None) -> lis
         return [f"{reaches}.", f"Without a random subset of the same size beside it, this does not say whether {who} helped."]
     advantage = loss["random"] - loss["selected"]
     lines = [
-        f"{reaches}, against {loss['random']:.4f} for a random subset of the same size: {_outcome(who, advantage, loss['random'])}."
+        f"{reaches}, against {loss['random']:.4f} for a random subset of the same size: "
+        f"{_outcome(who, advantage, loss['random'])}."
     ]
     lines += _by_source(who, metrics or {}, advantage, selection.get("sources") or {})
     lines.append("One training run of each: another seed may turn it round, so this is no conclusion about the method.")
