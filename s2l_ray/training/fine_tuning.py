@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from s2l_ray.config import TrainingWorkerConfig
+from s2l_ray.runtime.process import give_back_freed_memory
 from s2l_ray.storage.places import cache
 from s2l_ray.storage.records import digest
 from s2l_ray.training.adapters import base_of
@@ -27,6 +28,7 @@ from s2l_ray.training.trackers import Tracking, reporting
 from s2l_ray.training.training_run import TrainingRun
 from s2l_ray.training.zero import UNIVERSAL, with_batches
 
+TIDY_STEPS = 16
 WeightedRow = tuple[np.ndarray, np.ndarray, float]
 
 
@@ -90,7 +92,7 @@ def fine_tune_here(
 
 
 def _trainer(run: TrainingRun, model: Any, tokenizer: Any, plan: BatchPlan, arguments: Any, callbacks: list[Any]) -> Any:
-    from transformers import PrinterCallback, Trainer
+    from transformers import PrinterCallback, Trainer, TrainerCallback
 
     places = length_balanced_order(run.order, run.tokens.lengths, plan)
     weights = None if run.weights is None else batch_weights(places, run.weights, plan)
@@ -104,7 +106,20 @@ def _trainer(run: TrainingRun, model: Any, tokenizer: Any, plan: BatchPlan, argu
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
+    if arguments.use_cpu:
+        trainer.add_callback(_tidying(TrainerCallback))
     return trainer
+
+
+def _tidying(callback: Any) -> Any:
+    """A callback of the Trainer that keeps the memory of a training on CPUs from growing."""
+
+    class Tidying(callback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+            if state.global_step % TIDY_STEPS == 0:
+                give_back_freed_memory()
+
+    return Tidying
 
 
 def _load_weights(model: Any, checkpoint: str) -> None:
