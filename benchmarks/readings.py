@@ -190,6 +190,7 @@ def rates(values: dict[str, Any], place: Path) -> None:
     """Losses on the validation split of a random subset trained at three rates, two seeds each."""
     from s2l_ray.compare.stage import compare
 
+    run(parse_config(values), str(place), until="trajectories")
     values["evaluation"] |= {"split": "validation"}
     values["compare"] |= {"arms": ["s2l"], "seeds": 2, "full_seeds": 0, "redo_from": "target"}
     for rate in RATES:
