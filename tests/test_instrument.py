@@ -268,10 +268,6 @@ def test_random_against_random_is_a_difference_in_about_one_of_twenty_comparison
     sentences = [one.verdict[0] for one in found]
     assert sum(not sentence.startswith("No difference between again and random") for sentence in sentences) <= 2 * allowed
     assert sum("is better than random here" in sentence for sentence in sentences) <= allowed / 2
-    # As many see something as would see the difference that they say they would have seen: its size is of the noise's order.
-    assert np.median([one.detectable for one in found]) > np.median(
-        [abs(one.row("again", budget).differences[TOKENS].mean) for one in found]
-    )
 
 
 # --- killed at any moment --------------------------------------------------------------------------------------------
