@@ -92,7 +92,7 @@ MACHINES: dict[str, Any] = {
 def rows_of(data: Path, name: str, count: int) -> list[dict[str, Any]]:
     """So many rows of a file, by a hash of their ids; of GSM8K the training rows. `source` is the file's name."""
     rows = [json.loads(line) for line in (data / f"{name}.jsonl").read_text(encoding="utf-8").split("\n") if line]
-    rows = [row for row in rows if row.get("split", "train") == "train"]
+    rows = [row for row in rows if name != "gsm8k" or row["split"] == "train"]
     rows.sort(key=lambda row: hashlib.sha256(str(row["id"]).encode()).digest())
     wanted = ("id", "instruction", "input", "output")
     return [{"source": name} | {field: row[field] for field in wanted} for row in rows[:count]]
