@@ -82,9 +82,9 @@ ARMS = [
     "s2l_inside_sources",
 ]
 MACHINES: dict[str, Any] = {
-    "proxy": {"num_workers": 1, "cpus_per_worker": 2, "gpus_per_worker": 0},
+    "proxy": {"num_workers": 2, "cpus_per_worker": 1, "gpus_per_worker": 0},
     "trajectories": {"num_workers": 2, "cpus_per_worker": 1, "gpus_per_worker": 0},
-    "target": {"num_workers": 1, "cpus_per_worker": 2, "gpus_per_worker": 0},
+    "target": {"num_workers": 2, "cpus_per_worker": 1, "gpus_per_worker": 0},
     "compare": {"num_workers": 2, "cpus_per_worker": 1, "gpus_per_worker": 0},
 }
 

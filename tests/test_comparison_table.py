@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from s2l_ray.compare.arms import FULL, RANDOM
-from s2l_ray.compare.costs import Measured, costs_of, spent_on
+from s2l_ray.compare.costs import RunSizes, costs_of, spent_on
 from s2l_ray.compare.statistics import ACCURACY, MACRO, TOKENS, Cell, Row, holm
 from s2l_ray.compare.table import WIDTH, Comparison, compare_cells
 from s2l_ray.compare.verdict import verdict
@@ -124,7 +124,7 @@ def test_random_is_not_advised_where_another_arm_is_better_than_it() -> None:
 
 # --- costs ---------------------------------------------------------------------------------------------------------
 
-MEASURED = Measured(1_000, 2_000.0, 12, 10.0, 400.0, proxy_seconds=360.0, target_seconds_per_example=3.6)
+MEASURED = RunSizes(1_000, 2_000.0, 12, 10.0, 400.0, proxy_seconds=360.0, target_seconds_per_example=3.6)
 
 
 def priced(folder: Path, **more: Any) -> Any:

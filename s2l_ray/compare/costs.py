@@ -17,7 +17,7 @@ WITHOUT_TRAJECTORIES = frozenset({"random", "source_proportional", "source_balan
 
 
 @dataclass(frozen=True)
-class Measured:
+class RunSizes:
     """What the costs are computed from."""
 
     pool: int
@@ -48,27 +48,27 @@ class Item:
     money: float | None
 
 
-def selection_operations(config: RunConfig, measured: Measured) -> tuple[float, float]:
+def selection_operations(config: RunConfig, measured: RunSizes) -> tuple[float, float]:
     """Operations of training the proxy (6 P D E) and of scoring (2 P D T)."""
     size, tokens = measured.proxy_parameters, measured.pool_tokens
     epochs = 0.0 if config.proxy.checkpoints else config.proxy.epochs
     return 6 * size * tokens * epochs, 2 * size * tokens * measured.num_points
 
 
-def target_operations(config: RunConfig, measured: Measured, num_examples: int) -> float:
+def target_operations(config: RunConfig, measured: RunSizes, num_examples: int) -> float:
     """Operations of fine-tuning the target on so many examples (6 P D E)."""
     tokens = measured.pool_tokens * num_examples / measured.pool
     return 6 * measured.target_parameters * tokens * config.target.epochs
 
 
-def cost_matched(config: RunConfig, measured: Measured, budget: int) -> int:
+def cost_matched(config: RunConfig, measured: RunSizes, budget: int) -> int:
     """The examples of a random subset whose training costs what the selection and the training on `budget` examples cost; all
     of the pool at most."""
     one = target_operations(config, measured, 1)
     return min(measured.pool, budget + math.floor(sum(selection_operations(config, measured)) / one))
 
 
-def spent_on(config: RunConfig, measured: Measured, method: str | None, examples: int) -> Item:
+def spent_on(config: RunConfig, measured: RunSizes, method: str | None, examples: int) -> Item:
     """What one target on so many examples costs, with the selection's own; `method` None for all data.
 
     The selection is that of the run: a proxy of another size or with other epochs, as an ablation has, is not counted.
@@ -90,7 +90,7 @@ def spent_on(config: RunConfig, measured: Measured, method: str | None, examples
     )
 
 
-def _selection(config: RunConfig, measured: Measured) -> Item:
+def _selection(config: RunConfig, measured: RunSizes) -> Item:
     """Training and scoring the proxy, each at its precision."""
     training, scoring = selection_operations(config, measured)
     seconds = measured.proxy_seconds
@@ -101,7 +101,7 @@ def _selection(config: RunConfig, measured: Measured) -> Item:
     return _priced(config, "selection (both)", training + scoring, seconds)
 
 
-def costs_of(config: RunConfig, measured: Measured, budget: int) -> dict[str, Any]:
+def costs_of(config: RunConfig, measured: RunSizes, budget: int) -> dict[str, Any]:
     """`items` (plain values), `lines` for people, `break_even`: targets to be trained on the subset instead of on all data
     until the selection is paid, and `cost_matched` examples. Hours are those of `plan.accelerator` if it is given, else
     measured here where that is possible; money is by `plan.price_per_hour`."""
@@ -145,7 +145,7 @@ def costs_of(config: RunConfig, measured: Measured, budget: int) -> dict[str, An
     }
 
 
-def _target_seconds(config: RunConfig, measured: Measured, number: int) -> float | None:
+def _target_seconds(config: RunConfig, measured: RunSizes, number: int) -> float | None:
     each = measured.target_seconds_per_example
     return None if each is None else each * number * config.target.epochs
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from s2l_ray.compare.arms import FULL, ablated
 from s2l_ray.compare.cells import CellSpec, read_cell
-from s2l_ray.compare.costs import Measured, costs_of, spent_on
+from s2l_ray.compare.costs import RunSizes, costs_of, spent_on
 from s2l_ray.compare.table import Comparison, compare_cells
 from s2l_ray.config import RunConfig
 from s2l_ray.config.comparing import CompareConfig
@@ -53,14 +53,14 @@ def write_results(
     return comparison
 
 
-def sizes_of(config: RunConfig, finished: dict[str, Artifact], cells: Sequence[tuple[CellSpec, Artifact]] = ()) -> Measured:
+def sizes_of(config: RunConfig, finished: dict[str, Artifact], cells: Sequence[tuple[CellSpec, Artifact]] = ()) -> RunSizes:
     """Sizes and times as this comparison found them. Raises ConfigError where the target's size cannot be known."""
     proxy, trajectories = finished["proxy"], finished["trajectories"]
     of_cells = [artifact.summary for one, artifact in cells if one.arm != FULL]
     batch = config.target.global_batch_size
     seconds = [found["training_seconds"] / (found["steps"] * batch) for found in of_cells]
     target = of_cells[0]["num_parameters"] if of_cells else num_parameters(config.target, proxy.summary.get("vocab_size"))
-    return Measured(
+    return RunSizes(
         pool=finished["examples"].summary["pool"],
         pool_tokens=float(trajectories.summary["tokens"]),
         num_points=len(trajectories.summary["steps"]),

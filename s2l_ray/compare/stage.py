@@ -15,7 +15,7 @@ from s2l_ray.compare.fits import fit_alone, losses_of_run
 from s2l_ray.compare.premise import measure_premise
 from s2l_ray.compare.premise_wording import premise_text
 from s2l_ray.compare.results import sizes_of, write_results
-from s2l_ray.compare.subsets import Groups, is_of_all, opened, subsets, trajectories_of, whole_pool
+from s2l_ray.compare.subsets import StoreGroups, is_of_all, opened, subsets, trajectories_of, whole_pool
 from s2l_ray.compare.table import Comparison
 from s2l_ray.compare.worker import FACTS, CellsJob, CellWorker
 from s2l_ray.config import RunConfig
@@ -139,10 +139,10 @@ def choose(
         for group in by_store.values():
             trajectories = trajectories_of(config, arms[group[0].arm], seed, place, finished)
             with opened(trajectories, scratch_of(place), group[0].config.selection.seed) as store:
-                _choose_from(store, group, Groups(store, config.examples.sources_are_files), work)
+                _choose_from(store, group, StoreGroups(store, config.examples.sources_are_files), work)
 
 
-def _choose_from(store: Any, wanted: Sequence[CellSpec], groups: Groups, work: Storage) -> None:
+def _choose_from(store: Any, wanted: Sequence[CellSpec], groups: StoreGroups, work: Storage) -> None:
     for arm in dict.fromkeys(one.arm for one in wanted):
         of_arm = [one for one in wanted if one.arm == arm]
         tables = subsets(of_arm[0].config, [one.examples for one in of_arm], store, groups)

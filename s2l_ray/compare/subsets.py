@@ -52,7 +52,7 @@ def opened(trajectories: Artifact, work: Storage, seed: int) -> Iterator[Traject
         yield store
 
 
-class Groups:
+class StoreGroups:
     """The groups of one store, made once for all arms that group alike."""
 
     def __init__(self, store: TrajectoryStore, sources_are_files: bool) -> None:
@@ -67,7 +67,7 @@ class Groups:
         return self._made[name]
 
 
-def subsets(config: RunConfig, budgets: Sequence[int], store: TrajectoryStore, groups: Groups) -> list[pa.Table]:
+def subsets(config: RunConfig, budgets: Sequence[int], store: TrajectoryStore, groups: StoreGroups) -> list[pa.Table]:
     """The subset of an arm for each budget: `example_id` and `weight`, in order of ids."""
     found = groups.of(config)
     selection = config.selection.model_copy(update={"budget": budgets[0], "more_budgets": list(budgets[1:])})

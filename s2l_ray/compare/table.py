@@ -140,7 +140,7 @@ def compare_cells(
     ablations: dict[str, list[tuple[Any, str]]] | None = None,
 ) -> Comparison:
     """The table of finished cells; those with a loss that is not finite are marked as diverged. Raises DataError where random
-    or the primary arm is missing, has one seed or fewer than two finite pairs, or cells were evaluated on different rows."""
+    or the primary arm is missing or has one seed, or cells were evaluated on different rows."""
     _check(cells, primary, budgets)
     losses = HeldOutLosses.of(cells)
     cells = [replace(one, diverged=one.diverged or not np.isfinite(losses.losses[one.name]).all()) for one in cells]
@@ -157,12 +157,7 @@ def compare_cells(
         rows.append(_row(FULL, full[0].budget, cells, [], found, of_full, None))
     rows = _corrected(rows, primary, budgets[0])
     head = next(row for row in rows if (row.arm, row.budget) == (primary, budgets[0]))
-    if not head.differences:
-        raise DataError(
-            f"compare: fewer than two pairs of {primary} and random at {budgets[0]:,} examples have finite losses "
-            f"({head.diverged} diverged). Lower target.learning_rate."
-        )
-    detectable = detectable_difference(head.differences[TOKENS].deviation, head.seeds)
+    detectable = detectable_difference(head.differences[TOKENS].deviation, head.seeds) if head.differences else None
     return Comparison(
         primary=primary,
         budgets=list(budgets),

@@ -9,10 +9,15 @@ from s2l_ray.compare.statistics import LEVEL, MACRO, TOKENS, Difference, Row
 WORDS = {TOKENS: "over tokens", MACRO: "averaged over sources"}
 
 
-def verdict(rows: Sequence[Row], primary: Row, detectable: float) -> list[str]:
+def verdict(rows: Sequence[Row], primary: Row, detectable: float | None) -> list[str]:
     """One sentence about the primary arm against random in both losses, and where another arm of its budget is better than
     both, clearly in one loss and not worse in the other, a second that names the best of these."""
     name = "S2L" if primary.arm == "s2l" else primary.arm
+    if not primary.differences or detectable is None:
+        return [
+            f"Nothing can be said of {name} and random: fewer than two pairs at {primary.budget:,} examples have finite "
+            "losses. Lower target.learning_rate."
+        ]
     signs = {kind: _sign(primary.differences[kind]) for kind in WORDS}
     found = {kind: primary.differences[kind] for kind in WORDS}
     better = _better(rows, primary)

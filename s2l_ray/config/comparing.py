@@ -58,6 +58,7 @@ class CompareConfig(Section):
     the comparison could see until two seeds of its own are there. (Measured in `benchmarks/results/compare`.)"""
 
     curation: Curation | None = None
+    """What a person would need to look the pool through instead, for the table of costs."""
 
     @field_validator("seeds")
     @classmethod
