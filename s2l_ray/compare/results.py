@@ -37,6 +37,7 @@ def write_results(
         [read_cell(one, artifact) for one, artifact in artifacts],
         primary=compare.primary,
         budgets=budgets,
+        pool={name: counts["pool"] for name, counts in finished["examples"].summary["sources"].items()},
         redo_from=compare.redo_from,
         costs=costs_of(config, measured, budgets[0])
         | {"by_row": [{"arm": arm, "budget": budget, **asdict(spent)} for (arm, budget), spent in by_row.items()]},

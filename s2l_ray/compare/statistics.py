@@ -2,7 +2,8 @@
 
 Cells of one budget and seed are a pair: they start from the same weights, are trained for as many steps and evaluated on the
 same rows, so that what differs is the subset. Two losses are the question together, over tokens and averaged over sources,
-because one favours what is like the pool and the other favours balance.
+because one favours what is like the pool and the other favours balance. Where held-out rows do not have the shares of the
+pool (`examples.held_out_per_source`), the mean over tokens does not either: a third one weighs each source by its rows there.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from scipy import optimize, stats
 from s2l_ray.errors import DataError
 
 Floats = NDArray[np.float64]
-TOKENS, MACRO, ACCURACY = "loss_per_token", "loss_macro", "accuracy"
-"""The two losses, in nats, under the names of `metrics.json`; and the share of answers that are right."""
+TOKENS, MACRO, POOL, ACCURACY = "loss_per_token", "loss_macro", "loss_as_pool", "accuracy"
+"""The two losses, in nats, under the names of `metrics.json`; the loss with sources weighed as in the pool; and the share of
+answers that are right."""
 LEVEL, POWER = 0.05, 0.8
 RESAMPLES, RESAMPLED_AT_ONCE, QUANTILES = 2000, 2**22, 4000
 
@@ -58,10 +60,12 @@ class HeldOutLosses:
 
     tokens_R: Floats
     sources_R: NDArray[np.int64]
+    pool_S: Floats | None = None
+    """Rows of each source in the pool, where that is known."""
 
     @classmethod
-    def of(cls, cells: Sequence[Cell]) -> HeldOutLosses:
-        """Raises DataError naming a cell that was evaluated on other rows."""
+    def of(cls, cells: Sequence[Cell], pool: Mapping[str, int] | None = None) -> HeldOutLosses:
+        """`pool`: rows of each source in the pool. Raises DataError naming a cell that was evaluated on other rows."""
         first = cells[0].losses.sort_by("example_id")
         same = ["example_id", "source", "num_response_tokens"]
         found = {}
@@ -72,11 +76,18 @@ class HeldOutLosses:
             found[cell.name] = table["loss"].to_numpy().astype(np.float64)
         if not len(first):
             raise DataError("no held-out row has a response token: nothing can be compared. Raise examples.held_out_fraction.")
-        _, sources_R = np.unique(first["source"].to_numpy(zero_copy_only=False).astype(str), return_inverse=True)
-        return cls(found, first["num_response_tokens"].to_numpy().astype(np.float64), sources_R.astype(np.int64))
+        names, sources_R = np.unique(first["source"].to_numpy(zero_copy_only=False).astype(str), return_inverse=True)
+        pool_S = None if pool is None else np.array([pool.get(str(name), 0) for name in names], np.float64)
+        tokens_R = first["num_response_tokens"].to_numpy().astype(np.float64)
+        return cls(found, tokens_R, sources_R.astype(np.int64), pool_S if pool_S is not None and pool_S.sum() else None)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The losses that there are."""
+        return (TOKENS, MACRO) if self.pool_S is None else (TOKENS, MACRO, POOL)
 
     def mean(self, values_R: Floats, kind: str) -> float:
-        """Over tokens, or over tokens within each source and then over sources."""
+        """Over tokens, or over tokens within each source and then over sources, alike or by their rows in the pool."""
         return float(self._means(values_R[None], np.ones((1, len(values_R))), kind)[0, 0])
 
     def _means(self, values_DR: Floats, counts_WR: Floats, kind: str) -> Floats:
@@ -89,13 +100,13 @@ class HeldOutLosses:
             is_here = self.sources_R == source
             here_WR = tokens_WR[:, is_here]
             sums.append(here_WR @ values_DR[:, is_here].T / here_WR.sum(axis=1, keepdims=True))
-        return np.asarray(np.mean(sums, axis=0))
+        return np.asarray(np.average(sums, axis=0, weights=self.pool_S if kind == POOL else None))
 
     def bootstrap(self, values_DR: Floats) -> dict[str, Floats]:
         """95% intervals of means over rows drawn anew within each source, (D, 2) for each loss."""
         generator = np.random.default_rng(0)
         at_once = max(1, RESAMPLED_AT_ONCE // len(self.tokens_R))
-        found: dict[str, list[Floats]] = {TOKENS: [], MACRO: []}
+        found: dict[str, list[Floats]] = {kind: [] for kind in self.kinds}
         for start in range(0, RESAMPLES, at_once):
             number = min(at_once, RESAMPLES - start)
             counts_WR = np.empty((number, len(self.tokens_R)))

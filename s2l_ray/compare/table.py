@@ -15,6 +15,7 @@ from s2l_ray.compare.statistics import (
     ACCURACY,
     LEVEL,
     MACRO,
+    POOL,
     TOKENS,
     Cell,
     Difference,
@@ -57,6 +58,11 @@ class Comparison:
     costs: dict[str, Any] = field(default_factory=dict)
     ablations: dict[str, list[tuple[Any, str]]] = field(default_factory=dict)
 
+    @property
+    def has_pool(self) -> bool:
+        """Whether there is the loss with sources weighed as in the pool."""
+        return POOL in self.rows[0].means
+
     def row(self, arm: str, budget: int) -> Row | None:
         """An arm's row at a budget."""
         return next((row for row in self.rows if (row.arm, row.budget) == (arm, budget)), None)
@@ -88,6 +94,8 @@ class Comparison:
         """The same for a page."""
         loss = ["to random [95%]", "over rows [95%]", "p"]
         names = ["loss per token", *loss, "averaged over sources", *loss, "gap closed (tokens / sources)", "accuracy"]
+        if self.has_pool:
+            names += ["as in the pool", "to random [95%]"]
         header = ["arm", "budget", *names, "response tokens", "steps", "cost with selection", "seeds", "diverged"]
         lines = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
         spent = {(one["arm"], one["budget"]): one for one in self.costs.get("by_row", [])}
@@ -107,6 +115,7 @@ class Comparison:
             "Intervals: Student's over seeds, 95%. *: differs from random at the 5% level (with Holm's correction; "
             f"{self.primary} at the first budget is the question, and its losses are not corrected).",
             *self._about_gaps(),
+            *self._about_pool(),
         ]
         trained = Counter((cell["arm"], cell["budget"]) for cell in self.cells)
         lost = [
@@ -118,6 +127,14 @@ class Comparison:
             notes.append(f"diverged, and in no mean: {'; '.join(lost)}. Differences are over the pairs of which neither has.")
         costs = self.costs.get("lines", [])
         return [*notes, *costs]
+
+    def _about_pool(self) -> list[str]:
+        """The third loss, for the primary arm and what is better."""
+        if not self.has_pool:
+            return []
+        rows = [row for row in self.rows if row.budget == self.budgets[0] and POOL in row.differences]
+        shown = "; ".join(f"{row.arm} {_short_difference(row.differences[POOL])}" for row in rows)
+        return [f"To random with each source weighed by its rows in the pool, at {self.budgets[0]:,} examples: {shown}."]
 
     def _about_gaps(self) -> list[str]:
         """Why a share of the gap has no interval, or is not there."""
@@ -138,16 +155,17 @@ def compare_cells(
     redo_from: str,
     costs: dict[str, Any] | None = None,
     ablations: dict[str, list[tuple[Any, str]]] | None = None,
+    pool: Mapping[str, int] | None = None,
 ) -> Comparison:
     """The table of finished cells; those with a loss that is not finite are marked as diverged. Raises DataError where random
-    or the primary arm is missing or has one seed, or cells were evaluated on different rows."""
+    or the primary arm is missing or has one seed, or cells were evaluated on different rows. `pool`: rows of each source there."""
     _check(cells, primary, budgets)
-    losses = HeldOutLosses.of(cells)
+    losses = HeldOutLosses.of(cells, pool)
     cells = [replace(one, diverged=one.diverged or not np.isfinite(losses.losses[one.name]).all()) for one in cells]
-    found = {cell.name: {kind: losses.mean(losses.losses[cell.name], kind) for kind in LOSSES} for cell in cells}
+    found = {cell.name: {kind: losses.mean(losses.losses[cell.name], kind) for kind in losses.kinds} for cell in cells}
     arms = list(dict.fromkeys(cell.arm for cell in cells if cell.arm != FULL))
     full = [cell for cell in cells if cell.arm == FULL]
-    of_full = {kind: np.array([found[cell.name][kind] for cell in full if not cell.diverged]) for kind in LOSSES}
+    of_full = {kind: np.array([found[cell.name][kind] for cell in full if not cell.diverged]) for kind in losses.kinds}
     rows = []
     for budget in budgets:
         pairs = {arm: _pairs(cells, arm, budget) for arm in arms}
@@ -203,7 +221,7 @@ def _over_rows(losses: HeldOutLosses, pairs: Mapping[str, list[tuple[Cell, Cell]
         return {}
     of_arm = [np.mean([losses.losses[a.name] - losses.losses[b.name] for a, b in pairs[arm]], axis=0) for arm in arms]
     intervals = losses.bootstrap(np.array(of_arm))
-    return {arm: {kind: intervals[kind][place] for kind in LOSSES} for place, arm in enumerate(arms)}
+    return {arm: {kind: intervals[kind][place] for kind in losses.kinds} for place, arm in enumerate(arms)}
 
 
 def _row(
@@ -219,13 +237,13 @@ def _row(
     finite = [cell for cell in own if not cell.diverged]
     answers = [cell.accuracy for cell in finite if cell.accuracy is not None]
     means: dict[str, float | None] = {
-        kind: float(np.mean([found[cell.name][kind] for cell in finite])) if finite else None for kind in LOSSES
+        kind: float(np.mean([found[cell.name][kind] for cell in finite])) if finite else None for kind in of_full
     }
     means[ACCURACY] = float(np.mean(answers)) if answers else None
     differences: dict[str, Difference] = {}
     gaps: dict[str, GapClosed | None] = {}
     if arm not in (RANDOM, FULL) and len(pairs) > 1:
-        for kind in LOSSES:
+        for kind in of_full:
             own_K, random_K = (np.array([found[pair[side].name][kind] for pair in pairs]) for side in (0, 1))
             low, high = (float(value) for value in by_rows[kind]) if by_rows is not None else (None, None)
             differences[kind] = replace(paired(own_K - random_K), low_rows=low, high_rows=high)
@@ -348,9 +366,10 @@ def _shown_in_full(row: Row, spent: Mapping[str, Any] | None) -> list[str]:
     accuracy = "-" if row.means[ACCURACY] is None else f"{row.means[ACCURACY]:.3f}"
     if ACCURACY in row.differences:
         accuracy += f" ({_difference(row.differences[ACCURACY])})"
+    pool = [_number(row.means[POOL]), _difference(row.differences.get(POOL))] if POOL in row.means else []
     cost = "" if spent is None else cost_words(spent)
     return [
-        *(*cells, gaps, accuracy, f"{row.supervised_tokens:,.0f}", f"{row.steps:,}", cost),
+        *(*cells, gaps, accuracy, *pool, f"{row.supervised_tokens:,.0f}", f"{row.steps:,}", cost),
         *(str(row.seeds), str(row.diverged)),
     ]
 

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 LOSSES = {"loss_per_token": "over tokens", "loss_macro": "averaged over sources"}
-_COLOURS = {"loss_per_token": BLUE, "loss_macro": ORANGE}
+POOL = {"loss_as_pool": "by the sources' rows in the pool"}
+_COLOURS = {"loss_per_token": BLUE, "loss_macro": ORANGE, "loss_as_pool": GREEN}
+_SYMBOLS = {"loss_per_token": "diamond", "loss_macro": "circle", "loss_as_pool": "square"}
 RANDOM, FULL = "random", "full"
 
 
@@ -86,23 +88,24 @@ def gap_text(found: Mapping[str, Any] | None) -> str:
 
 
 def differences(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
-    """Each arm's difference to random in both losses, with the interval over seeds."""
+    """Each arm's difference to random in both losses, with the interval over seeds; and with sources weighed as in the pool."""
     import plotly.graph_objects as go
 
-    figure = empty_figure(height=110 + 44 * len(rows))
-    for place, (kind, words) in enumerate(LOSSES.items()):
+    figure = empty_figure(height=110 + 52 * len(rows))
+    kinds = {kind: words for kind, words in (LOSSES | POOL).items() if all(kind in row["differences"] for row in rows)}
+    for place, (kind, words) in enumerate(kinds.items()):
         found = [row["differences"][kind] for row in rows]
         figure.add_trace(
             go.Scatter(
                 x=[one["mean"] for one in found],
-                y=[number + (place - 0.5) * 0.3 for number in range(len(rows))],
+                y=[number + (place - (len(kinds) - 1) / 2) * 0.24 for number in range(len(rows))],
                 error_x={
                     "array": [one["high"] - one["mean"] for one in found],
                     "arrayminus": [one["mean"] - one["low"] for one in found],
                     "thickness": 1.5,
                 },
                 mode="markers",
-                marker={"color": _COLOURS[kind], "size": 9, "symbol": "circle" if place else "diamond"},
+                marker={"color": _COLOURS[kind], "size": 9, "symbol": _SYMBOLS[kind]},
                 customdata=[[label(row["arm"], 60), difference_text(one)] for row, one in zip(rows, found, strict=True)],
                 hovertemplate="%{customdata[0]}: %{customdata[1]}<extra>" + words + "</extra>",
                 name=words,
