@@ -12,12 +12,14 @@ The rooms, each of which knows only those above it:
     proxy          examples -> checkpoints of a small model
     trajectories/  checkpoints -> the loss of every example at each of them
     clustering/    trajectories -> groups
+    selectors      the other ways to choose a subset, one small function each
     selection/     groups and a budget -> the subset
     target         the subset -> the large model
     evaluation/    the large model, before and after -> metrics on rows that nothing was trained on
     report/        a run -> one page
     pipeline       the stages as one list, and what running them means
     plan/          what a run would do and cost; how far it is
+    compare/       arms x budgets x seeds -> one table: is it better than a random sample?
     init/          a corpus -> what it is, and a config to start from
     cli            the command line
 

@@ -65,11 +65,13 @@ def plan(
     accelerators_per_node: Annotated[int, typer.Option(min=1, help="How many of them share a machine.")] = 8,
 ) -> None:
     """Show what would be built, reused or refused, and what it will cost. Builds nothing and needs no accelerator."""
+    from s2l_ray.compare.planning import comparison_lines
     from s2l_ray.config import load_config
     from s2l_ray.plan.plan import make_plan
 
+    loaded = load_config(config, set_)
     made = make_plan(
-        load_config(config, set_),
+        loaded,
         run_dir,
         reuse=reuse,
         accelerator=accelerator,
@@ -77,7 +79,7 @@ def plan(
         num_accelerators=num_accelerators,
         accelerators_per_node=accelerators_per_node,
     )
-    print(made.text())
+    print("\n".join([made.text(), *comparison_lines(loaded, made)]))
     if made.is_refused:
         raise typer.Exit(2)
 
@@ -113,14 +115,13 @@ def select(
         typer.Option(help="Examples (3000), a fraction (0.1) or response tokens (tokens:100000). Several: nested subsets."),
     ],
     output: Annotated[str, typer.Option(metavar="DIR", help="Gets clustering/ and selection/.")],
+    method: Annotated[str, typer.Option(metavar="NAME", help="s2l, or a rival; see `s2l compare --arms`.")] = "s2l",
     num_clusters: Annotated[int, typer.Option(help="K, in each value of a named column; 'auto' shares them.")] = 100,
     stratify_by: Annotated[
         str, typer.Option(metavar="COLUMN", help="Group within its values; auto: by source if there are several; or none.")
     ] = "auto",
     levels: Annotated[str | None, typer.Option(metavar="K,K,...", help="Groups of groups, such as 1000,100,20.")] = None,
-    allocation: Annotated[
-        float, typer.Option(help="A group's share: its size to this power; 0 equal, 1 as in the pool.")
-    ] = 0.0,
+    allocation: Annotated[float, typer.Option(help="A group's share: its size to this power; 1: as in the pool.")] = 0.0,
     allocation_of_strata: Annotated[float, typer.Option(help="The same for strata.")] = 0.0,
     draw: Annotated[Literal["random", "central", "spread"], typer.Option(help="Which rows of a group.")] = "random",
     seed: Annotated[int, typer.Option(help="Seed of the grouping and of the sampling.")] = 0,
@@ -157,6 +158,7 @@ def select(
     selection = checked(
         SelectionConfig,
         **_budgets(budget),
+        method=method,
         seed=seed,
         draw=draw,
         min_per_source=min_per_source,
@@ -183,6 +185,36 @@ def _budget(text: str) -> str | dict[str, str]:
     """A budget as a config has it: `tokens:100000` is {tokens: 100000}."""
     unit, _, number = text.partition(":")
     return {"tokens": number} if unit == "tokens" else text
+
+
+@app.command()
+def compare(
+    config: Annotated[
+        str | None,
+        typer.Argument(metavar="CONFIG", help="A run's YAML config with a section `compare`, or a shipped one's name."),
+    ] = None,
+    run_dir: RunDir = None,
+    set_: Set = None,
+    reuse: Reuse = None,
+    premise: Annotated[
+        bool, typer.Option("--premise", help="Instead: do examples that learn alike have like gradients here?")
+    ] = False,
+    arms: Annotated[bool, typer.Option("--arms", help="Name the arms that there are, and do nothing.")] = False,
+) -> None:
+    """Train a target on each arm's subset, under several seeds: does S2L pay, on your data? The same command goes on."""
+    if arms:
+        from s2l_ray.compare.arms import listing
+
+        print(listing())
+        return
+    if config is None:
+        raise ConfigError("s2l compare: give a config, or --arms.")
+    from s2l_ray.compare.stage import check_premise
+    from s2l_ray.compare.stage import compare as compare_arms
+    from s2l_ray.config import load_config
+
+    loaded = load_config(config, set_)
+    print(check_premise(loaded, run_dir, reuse=reuse) if premise else compare_arms(loaded, run_dir, reuse=reuse).text())
 
 
 @app.command()

@@ -10,7 +10,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,6 +39,20 @@ def log_to_console() -> None:
     root.addHandler(handler)
     root.setLevel(logging.INFO)
     root.propagate = False
+
+
+@contextmanager
+def quiet(stages: Iterable[str]) -> Iterator[None]:
+    """Only warnings of these stages, while what they do is a small part of something else."""
+    logs = [get_log(stage) for stage in stages]
+    levels = [log.level for log in logs]
+    try:
+        for log in logs:
+            log.setLevel(logging.WARNING)
+        yield
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
 
 
 class _AboveTheBar(logging.StreamHandler):  # type: ignore[type-arg]

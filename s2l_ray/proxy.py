@@ -150,7 +150,7 @@ def train_proxy(job: ProxyJob, events: Any) -> dict[str, Any]:
     def keep(step: int, model: Any) -> None:
         keep_checkpoint(job.storage, step, model, tokenizer)
 
-    order = data_order(ids, config.epochs, config.global_batch_size, config.seed)
+    order = data_order(ids, steps, config.global_batch_size, config.seed)
     run = TrainingRun("proxy", config, order, tokens, kept, steps)
     trainer = fine_tune(run, model, tokenizer, job.machines, events, on_keep=keep, tracking=job.tracking)
     return {

@@ -25,7 +25,7 @@ from s2l_ray.storage.places import Storage
 from s2l_ray.storage.records import FileRecord
 from s2l_ray.storage.stages import Context
 from s2l_ray.training.adapters import merged, need_peft, with_adapters
-from s2l_ray.training.batches import check_steps, data_order, num_steps
+from s2l_ray.training.batches import data_order, subset_steps
 from s2l_ray.training.fine_tuning import fine_tune, training_loss
 from s2l_ray.training.models import check_positions, count_parameters, make_model, save_model
 from s2l_ray.training.token_pools import pool_tokens, row_counts, said_counts
@@ -113,17 +113,16 @@ def train_target(job: TargetJob, events: Any) -> dict[str, Any]:
     pools = {name: pool_tokens(job.examples, tokenizer, limit, keep=set(ids)) for name, ids in job.subsets.items()}
     for pool in pools.values():
         pool.check("target", limit, job.corpus)
-    # The control has as many steps, however few rows either lost to its length.
-    steps = min(num_steps(len(pool.row_ids), config.epochs, config.global_batch_size) for pool in pools.values())
-    check_steps(steps, "target")
-    before = 0
+    # The control has as many steps, however few examples either lost to its length; of an example every row counts.
+    sizes = [max(len(job.subsets[name]), len(pool.row_ids)) for name, pool in pools.items()]
+    steps = subset_steps(min(sizes), config.epochs, config.global_batch_size)
+    batch, before = config.global_batch_size, 0
+    orders = {name: data_order(pool.row_ids, steps, batch, config.seed) for name, pool in pools.items()}
     for name, pool in pools.items():
         record = f"{MODEL_FOLDERS[name]}/{MODEL_RECORD}"
         if not job.storage.exists(record):
-            order = data_order(pool.row_ids, config.epochs, config.global_batch_size, config.seed)
-            order = order[: steps * config.global_batch_size]
             run = TrainingRun(
-                name, config, order, pool.tokens, (), steps * len(pools), before, job.weights_of(name, pool.example_ids)
+                name, config, orders[name], pool.tokens, (), steps * len(pools), before, job.weights_of(name, pool.example_ids)
             )
             deepspeed = zero_config(config.zero_stage, job.machines.offload)
             with sharded_as_it_is_read(config, deepspeed):
@@ -155,6 +154,8 @@ def train_target(job: TargetJob, events: Any) -> dict[str, Any]:
         ),
         "training_loss": {name: record["training_loss"] for name, record in done.items()},
         "tokens": {name: int(pool.tokens.lengths.sum()) for name, pool in pools.items()},
+        "tokens_seen": {name: int(pools[name].tokens.lengths[rows].sum()) for name, rows in orders.items()},
+        "supervised_tokens": {name: int(pools[name].tokens.num_labels[rows].sum()) for name, rows in orders.items()},
     }
 
 

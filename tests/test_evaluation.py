@@ -24,8 +24,9 @@ from s2l_ray.config import RunConfig
 from s2l_ray.errors import ConfigError
 from s2l_ray.evaluation.bert_scores import BertScore
 from s2l_ray.evaluation.generation import harness_metrics
+from s2l_ray.evaluation.held_out import last_answer
 from s2l_ray.evaluation.scores import canonical, pattern_score, summarize
-from s2l_ray.evaluation.stage import build, last_answer
+from s2l_ray.evaluation.stage import build
 from s2l_ray.storage.artifacts import Artifact, Key
 from s2l_ray.storage.drafts import Draft
 from s2l_ray.storage.places import Storage

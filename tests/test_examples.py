@@ -39,7 +39,7 @@ from s2l_ray.examples.cutting import cut_corpus, cut_file, sample_corpus
 from s2l_ray.examples.dropped import Dropped
 from s2l_ray.examples.fields import content_digest
 from s2l_ray.examples.formats import Lines, owned_lines
-from s2l_ray.examples.hashes import masked, split_of
+from s2l_ray.examples.hashes import masked, prompt_hash, split_of
 from s2l_ray.examples.parts import PartColumns, rows_per_part
 from s2l_ray.examples.pieces import GeneratedRows, Shard
 from s2l_ray.examples.reading import fetch_rows, read_held_out, read_pool
@@ -188,20 +188,20 @@ def test_an_id_is_made_from_prompt_and_response_alone(prompt: str, response: str
 def test_near_copies_stay_on_one_side(words: list[str], number: int, fraction: float) -> None:
     other = "  ".join(str(number) if any(c.isdigit() for c in word) else word.upper() for word in words)
     assert masked(" ".join(words)) == masked(other)
-    assert split_of(" ".join(words), fraction) == split_of(other, fraction)
+    assert split_of(prompt_hash(" ".join(words)), fraction) == split_of(prompt_hash(other), fraction)
 
 
 @given(st.text(), st.floats(0, 0.99), st.floats(0, 0.99))
 def test_a_larger_share_holds_out_what_a_smaller_one_did(prompt: str, one: float, other: float) -> None:
     low, high = sorted((one, other))
-    assert split_of(prompt, low) == "pool" or split_of(prompt, high) == "held_out"
+    assert split_of(prompt_hash(prompt), low) == "pool" or split_of(prompt_hash(prompt), high) == "held_out"
 
 
 def test_the_held_out_share_is_the_one_asked_for() -> None:
     prompts = [row["prompt"] for row in questions(4096)]
-    share = np.mean([split_of(prompt, 0.1) == "held_out" for prompt in prompts])
+    share = np.mean([split_of(prompt_hash(prompt), 0.1) == "held_out" for prompt in prompts])
     assert abs(share - 0.1) < 4 * np.sqrt(0.1 * 0.9 / 4096)  # four standard deviations of a fair draw
-    assert all(split_of(prompt, 0.0) == "pool" for prompt in prompts)
+    assert all(split_of(prompt_hash(prompt), 0.0) == "pool" for prompt in prompts)
 
 
 @pytest.mark.parametrize(

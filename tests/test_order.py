@@ -152,6 +152,7 @@ def order_of(work: Storage, shards: list[list[Row]]) -> Order:
         table = index_of(sorted(rows)).drop_columns(["shard", "position"])
         content = pa.array([c * 10 for c in table["content"].to_pylist()], pa.binary(10))
         table = table.set_column(2, "content", content).append_column("split", pa.array(["pool"] * len(rows)))
+        table = table.append_column("prompt_hash", pa.array(range(len(rows)), pa.uint64()))
         pq.write_table(table.select(INDEX_COLUMNS), work.path(shard_path(number)), row_group_size=shards_module.SHARD_ROW_GROUP)
     indexes = [shard_of([row[0] for row in rows]) for rows in shards]
     task = OrderRange(tuple(shard.firsts for shard in indexes), tuple(cut_ids(indexes)), work)

@@ -394,6 +394,10 @@ def test_a_win_a_loss_and_a_draw_are_said_as_they_are(run: Storage, corpus: Corp
             "selected": {"loss_per_token": selected, "loss_macro": macros[0]},
             "random": {"loss_per_token": random, "loss_macro": macros[1]},
         }
+        for values, macro_loss in zip(found.values(), macros, strict=True):
+            values["loss_by_source"] = (
+                {"a": macro_loss - 0.01, "b": macro_loss + 0.01} if macro else {"a": values["loss_per_token"]}
+            )
         return " ".join(verdict(selection, found))
 
     assert "1.2300 nats per token on held-out rows, against 1.2700" in says(1.23, 1.27)
@@ -401,7 +405,15 @@ def test_a_win_a_loss_and_a_draw_are_said_as_they_are(run: Storage, corpus: Corp
     assert "S2L loses by 0.0400 (3.3%)" in says(1.27, 1.23)
     assert "wins" not in says(1.27, 1.23)
     assert "a draw" in says(1.27, 1.27)
-    assert "the other way round: S2L loses by 0.1000" in says(1.23, 1.27, macro=(2.1, 2.0))
+    turned = says(1.23, 1.27, macro=(2.1, 2.0))
+    assert "2.1000 against 2.0000, the other way round: S2L loses by 0.1000 (5.0%). S2L is better on 0 of 2 sources" in turned
+    alike = says(1.23, 1.27, macro=(2.0, 2.1))
+    assert "2.0000 against 2.1000: S2L wins by 0.1000 (4.8%). S2L is better on 2 of 2 sources" in alike
+    assert "sources" not in says(1.23, 1.27), "one source is no other view"
+    losses = {"selected": {"a": 1.0, "b": 3.0}, "random": {"a": 2.0, "b": 2.0}}
+    found = {model: {"loss_per_token": 2.0, "loss_macro": 2.0, "loss_by_source": losses[model]} for model in losses}
+    uneven = " ".join(verdict(selection | {"sources": {"a": {"pool": 100}, "b": {"pool": 300}}}, found))
+    assert "by their rows in the pool, 2.5000 against 2.0000: S2L loses by 0.5000 (25.0%)." in uneven
     assert "no conclusion" in says(1.23, 1.27)
     assert "no target" in verdict(selection, None)[0]
     nothing = {"loss_per_token": None, "loss_macro": None}

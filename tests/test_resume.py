@@ -40,7 +40,7 @@ from s2l_ray.storage.layout import TOKENIZER
 from s2l_ray.storage.places import Storage
 from s2l_ray.target import TargetJob, train_target
 from s2l_ray.training.adapters import with_adapters
-from s2l_ray.training.batches import data_order, num_steps
+from s2l_ray.training.batches import data_order, subset_steps
 from s2l_ray.training.models import make_model
 from s2l_ray.training.token_pools import pool_tokens
 from s2l_ray.training.token_rows import RowLimit, TokenRows
@@ -382,8 +382,8 @@ def plain_training(bench: Bench, config: TargetConfig = ZERO) -> tuple[list[floa
     """The same recipe as a loop in plain torch on one process: the losses of the steps, and the model."""
     pool = pool_tokens(bench.examples, bench.tokenizer, RowLimit.of(config), keep=set(bench.ids))
     ids, tokens = pool.row_ids, pool.tokens
-    order = data_order(ids, config.epochs, config.global_batch_size, config.seed)
-    steps = num_steps(len(ids), config.epochs, config.global_batch_size)
+    steps = subset_steps(max(len(bench.ids), len(ids)), config.epochs, config.global_batch_size)
+    order = data_order(ids, steps, config.global_batch_size, config.seed)
     model = make_model(config, bench.tokenizer).train()
     model = model if config.lora is None else with_adapters(model, config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -100,7 +100,7 @@ def test_the_target_sees_the_rows_that_the_proxy_saw(examples, tokenizer, tmp_pa
 
 def test_the_rows_of_one_conversation_are_trained_on_in_different_steps(examples, tokenizer, tmp_path):
     pool = parts_of(examples, tokenizer, tmp_path).pool()
-    order = data_order(pool.row_ids, 1, 1, 42)
+    order = data_order(pool.row_ids, len(pool.row_ids), 1, 42)
     split = [row for row, name in enumerate(pool.row_ids) if name.startswith("id-2-5#")]
     places = sorted(int(np.flatnonzero(order == row)[0]) for row in split)
     assert len(split) == 3

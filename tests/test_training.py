@@ -36,17 +36,17 @@ def proxy(**values: object) -> ProxyConfig:
 
 
 def test_every_epoch_sees_every_example_once_in_another_order():
-    order = data_order(IDS, epochs=3, global_batch=10, seed=1)
+    order = data_order(IDS, num_steps(len(IDS), 3, 10), 10, seed=1)
     epochs = order.reshape(3, 50)
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs.tolist())
     assert epochs[0].tolist() != epochs[1].tolist()
 
 
 def test_the_order_depends_on_seed_and_ids_and_not_on_positions():
-    order = [IDS[i] for i in data_order(IDS, 1, 10, seed=1)]
+    order = [IDS[i] for i in data_order(IDS, num_steps(len(IDS), 1, 10), 10, seed=1)]
     shuffled = IDS[::-1]
-    assert [shuffled[i] for i in data_order(shuffled, 1, 10, seed=1)] == order
-    assert [IDS[i] for i in data_order(IDS, 1, 10, seed=2)] != order
+    assert [shuffled[i] for i in data_order(shuffled, num_steps(len(shuffled), 1, 10), 10, seed=1)] == order
+    assert [IDS[i] for i in data_order(IDS, num_steps(len(IDS), 1, 10), 10, seed=2)] != order
 
 
 def test_the_papers_run_has_6141_steps():

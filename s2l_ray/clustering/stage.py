@@ -77,10 +77,12 @@ def cluster(
     return cluster_store(TrajectoryStore.of(found, seed), config, num_threads)
 
 
-def cluster_store(store: TrajectoryStore, config: ClusteringConfig, num_threads: int | None = None) -> Clustering:
+def cluster_store(
+    store: TrajectoryStore, config: ClusteringConfig, num_threads: int | None = None, *, sources_are_files: bool = False
+) -> Clustering:
     """The groups of the rows of a store, in memory, and the group of every row as arrays."""
     with SearchThreads(num_threads) as pool:
-        grouping = group(store, config, Engine("memory", pool))
+        grouping = group(store, config, Engine("memory", pool), sources_are_files=sources_are_files)
     blocks, labels, distances = zip(*grouping.assignments(), strict=True)
     return Clustering(
         **vars(grouping.groups()),

@@ -5,13 +5,14 @@ as it is written. Every section is a frozen value whose fields explain themselve
 name: what decides its result. `machines` (where and how fast) and `plan` (assumptions of the price list) change no result and
 are in no fingerprint.
 
-Read `section` (what all share), `sections` and `training` (a class per stage), `machines`, `run` (how they fit together),
-`shipped` (those that come with the package), `parsing` (from a file), `messages` (what is wrong with it), `recipes` (what of it
-decides each stage's result), `schema` (for editors), `completion` (for the shell).
+Read `section` (what all share), `sections` and `training` (a class per stage), `generated` (corpora), `machines`, `run` (how
+they fit together), `shipped` (those that come with the package), `parsing` (from a file), `messages` (what is wrong with it),
+`recipes` (what of it decides each stage's result), `schema` (for editors), `completion` (for the shell).
 """
 
 # ruff: noqa: F401
 # mypy: implicit-reexport
+from s2l_ray.config.generated import Imperfections, MimicRadiologyDataset, ReasoningGym, ReasoningGymDataset
 from s2l_ray.config.machines import GroupingConfig, MachinesConfig, TargetWorkerConfig, TrainingWorkerConfig, WorkerConfig
 from s2l_ray.config.parsing import checked, load_config, parse_config
 from s2l_ray.config.run import RunConfig
@@ -20,9 +21,6 @@ from s2l_ray.config.sections import (
     ClusteringConfig,
     EvaluationConfig,
     ExamplesConfig,
-    MimicRadiologyDataset,
-    ReasoningGym,
-    ReasoningGymDataset,
     ReportConfig,
     SelectionConfig,
     TrajectoriesConfig,

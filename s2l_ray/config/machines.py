@@ -87,3 +87,4 @@ class MachinesConfig(Section):
     clustering: GroupingConfig = GroupingConfig()
     target: TargetWorkerConfig = TargetWorkerConfig()
     evaluation: WorkerConfig = WorkerConfig()
+    compare: WorkerConfig = WorkerConfig()

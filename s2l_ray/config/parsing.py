@@ -43,7 +43,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a config is a mapping of sections, found {type(values).__name__}.")
     for override in overrides or []:
-        _apply_override(values, override)
+        apply_override(values, override)
     return parse_config(values, where=str(path))
 
 
@@ -69,7 +69,7 @@ def checked(section: type[AnySection], **values: Any) -> AnySection:
         raise ConfigError("\n".join(lines)) from None
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
     """Put `section.field=value` into the plain values: the value as it stands for a field of text, else read as YAML."""
     key, equals, text = override.partition("=")
     if not equals or not key:

@@ -61,7 +61,7 @@ SCHEMAS = {
     "trajectories": 4,
     "clustering": 4,
     "selection": 5,
-    "target": 3,
-    "evaluation": 3,
+    "target": 4,
+    "evaluation": 4,
 }
 """Raised when the same recipe gives another result than before."""

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from s2l_ray.config.comparing import CompareConfig
 from s2l_ray.config.machines import MachinesConfig
 from s2l_ray.config.section import Positive, Section
 from s2l_ray.config.sections import (
@@ -49,6 +50,7 @@ class RunConfig(Section):
     report: ReportConfig = ReportConfig()
     machines: MachinesConfig = MachinesConfig()
     plan: PlanConfig = PlanConfig()
+    compare: CompareConfig | None = None
 
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default_factory=list)
     """Where the trainings of the proxy and of the target also report their losses (`pip install 's2l_ray[trackers]'`)."""
@@ -78,6 +80,11 @@ class RunConfig(Section):
             raise ValueError(f"machines.target.offload={offload} needs target.zero_stage {needed}, found {zero_stage}")
         if self.clustering.features == "profile" and not self.trajectories.statistics:
             raise ValueError("clustering.features=profile needs what trajectories.statistics=true records. Set both")
+        recorded = {"ifd": "without_prompt", "rds_plus": "embeddings"}.get(self.selection.method)
+        if recorded is not None and not getattr(self.trajectories, recorded):
+            raise ValueError(
+                f"selection.method={self.selection.method} needs what trajectories.{recorded}=true records. Set both"
+            )
         if self.clustering.stratify_by not in (None, "auto", "source"):
             raise ValueError(
                 f"clustering.stratify_by='{self.clustering.stratify_by}': a run knows strata by 'source'. Set "

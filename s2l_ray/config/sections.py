@@ -8,45 +8,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from s2l_ray.config.generated import MimicRadiologyDataset, ReasoningGymDataset
+from s2l_ray.config.methods import FOLLOW_S2L, OF_S2L_ALONE, Method
 from s2l_ray.config.section import Fraction, Positive, Precision, Section
 
 FORMATS = {".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 """How a file of a corpus is read, by its suffix."""
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 """What may follow such a suffix, but for Parquet, which compresses itself."""
-
-
-class ReasoningGym(Section):
-    """An embedded corpus: real procedural tasks with verifiable answers, made offline by reasoning-gym."""
-
-    tasks: dict[str, dict[str, Any]] = Field(min_length=1)
-    """Task name -> its parameters, `size` (how many examples) among them. The name becomes the source."""
-
-    seed: int = 0
-    """Seed of the task generators."""
-
-    @field_validator("tasks")
-    @classmethod
-    def _sizes_are_given(cls, tasks: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        for name, parameters in tasks.items():
-            size = parameters.get("size")
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"task '{name}' needs size, the number of examples, as an integer above 0")
-        return tasks
-
-
-class ReasoningGymDataset(Section):
-    """`dataset: {reasoning_gym: {...}}`."""
-
-    reasoning_gym: ReasoningGym
-
-
-class MimicRadiologyDataset(Section):
-    """`dataset: {mimic_radiology: PATH}`."""
-
-    mimic_radiology: str
-    """MIMIC-III's table of notes, NOTEEVENTS.csv or NOTEEVENTS.csv.gz: a path or URI. Its radiology reports become findings to
-    be summarised as an impression."""
 
 
 class ExamplesConfig(Section):
@@ -105,6 +74,14 @@ class ExamplesConfig(Section):
     """Share of the prompts kept for evaluation, chosen by a hash of the prompt with its numbers masked, so that
     near-copies of one prompt stay on one side. Split off before the budget is counted."""
 
+    held_out_per_source: int = Field(0, ge=0)
+    """At least so many rows of every source are held out: beyond `held_out_fraction`, the prompts with the lowest hashes, but
+    no prompt that would take more than half of the source. A prompt that is held out for one source is held out for all."""
+
+    validation_fraction: Fraction = 0.0
+    """Share of the prompts kept for tuning (learning rates, say), chosen by the highest hashes: so it changes no held-out row.
+    They are in no budget, and no stage trains or evaluates on them."""
+
     on_bad_row: Literal["error", "drop"] = "error"
     """What a row that cannot be read or understood does: stop the run with a message that names it, or be dropped and
     counted by reason and source. A row that the tokenizer's chat template refuses counts as one, too."""
@@ -129,6 +106,14 @@ class ExamplesConfig(Section):
                 template_fields(template)
         if self.prompt_template_if_empty is not None and self.prompt_template is None:
             raise ValueError("prompt_template_if_empty needs prompt_template, too")
+        return self
+
+    @model_validator(mode="after")
+    def _some_rows_are_left(self) -> ExamplesConfig:
+        if self.held_out_fraction + self.validation_fraction >= 1:
+            raise ValueError(
+                "held_out_fraction and validation_fraction leave nothing to choose from: give less than 1 together"
+            )
         return self
 
 
@@ -252,8 +237,10 @@ class ClusteringConfig(Section):
 class SelectionConfig(Section):
     """How many examples, and how they are sampled from the groups."""
 
-    method: Literal["s2l"] = "s2l"
-    """Shares of every group, small groups first (METHOD: water-filling)."""
+    method: Method = "s2l"
+    """How the subset is chosen. s2l: shares of every group, small groups first (METHOD: water-filling). The others, which
+    `s2l compare --arms` explains, are its rivals: with them what follows but the budgets and the seed has no effect and is
+    refused."""
 
     allocation: Annotated[float, Field(ge=0, le=1)] = 0.0
     """A group's quota grows with its size to this power, capped by its size. 0: equal shares (the paper); 1: shares as in the
@@ -283,6 +270,15 @@ class SelectionConfig(Section):
 
     seed: int = 0
     """Seed of the priorities inside a group."""
+
+    @model_validator(mode="after")
+    def _others_have_no_groups(self) -> SelectionConfig:
+        given = [name for name in OF_S2L_ALONE if getattr(self, name) != type(self).model_fields[name].default]
+        if self.method not in FOLLOW_S2L and given:
+            raise ValueError(f"method={self.method} has no use for {', '.join(given)}. Leave that out, or choose method=s2l")
+        if self.method != "s2l" and self.draw == "spread":
+            raise ValueError(f"method={self.method} follows an order, and draw=spread has none. Choose draw=random")
+        return self
 
     @model_validator(mode="after")
     def _spread_has_no_order(self) -> SelectionConfig:
@@ -330,6 +326,10 @@ class SelectionConfig(Section):
 
 class EvaluationConfig(Section):
     """What is measured on the held-out rows, and against which controls."""
+
+    split: Literal["held_out", "validation"] = "held_out"
+    """Which rows are evaluated on. validation (see `examples.validation_fraction`): for whatever is tuned, such as a learning
+    rate, so that the held-out rows stay unseen."""
 
     random_control: bool = False
     """Also train a target on a random subset of the same size and steps. Doubles the price of the target."""

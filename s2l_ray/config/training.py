@@ -33,6 +33,9 @@ class Scratch(Section):
     tie_embeddings: bool = False
     """Share input and output embeddings."""
 
+    seed: int | None = None
+    """Seed of the random weights; without it the training's own `seed`."""
+
     @model_validator(mode="after")
     def _heads_divide_hidden(self) -> Scratch:
         if self.hidden % self.heads:

@@ -23,30 +23,26 @@ import pyarrow.parquet as pq
 from s2l_ray.config import RunConfig
 from s2l_ray.config.recipes import predicts_texts
 from s2l_ray.evaluation.bert_scores import BertScore
-from s2l_ray.evaluation.generation import generate, run_tasks
-from s2l_ray.evaluation.scores import scorers, summarize
+from s2l_ray.evaluation.generation import run_tasks
+from s2l_ray.evaluation.held_out import COUNTED, HeldOut, evaluate_rows
+from s2l_ray.evaluation.scores import summarize
 from s2l_ray.examples.ids import priorities
-from s2l_ray.examples.reading import read_held_out
+from s2l_ray.examples.reading import read_evaluated
 from s2l_ray.progress import get_log
 from s2l_ray.runtime.pool import Unit, UnitWorker, do_units
 from s2l_ray.runtime.workers import Workers
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.drafts import Draft, table_bytes
-from s2l_ray.storage.layout import METRICS, MODEL_FOLDERS, MODEL_RECORD, PREDICTIONS
+from s2l_ray.storage.layout import METRICS, MODEL_FOLDERS, MODEL_RECORD, PREDICTIONS, ROW_LOSSES
 from s2l_ray.storage.stages import Context
-from s2l_ray.training.losses import example_losses
 from s2l_ray.training.models import load_model, make_model
-from s2l_ray.training.token_pools import check_refused, row_counts
-from s2l_ray.training.token_rows import RowLimit
+from s2l_ray.training.token_pools import row_counts
 from s2l_ray.training.tokenizers import target_tokenizer
-from s2l_ray.training.tokens import PartTokens, RefusedExample, encode_table, generation_prompt, num_answers
+from s2l_ray.training.tokens import RefusedExample
 
 UNTRAINED = "untrained"
 # The part name of a unit that runs the tasks of the lm-evaluation-harness.
 TASKS = "tasks"
-TOKENS_PER_BATCH = 4096
-# The field of a unit's schema metadata with what was counted of its held-out rows.
-COUNTED = b"counted"
 _log = get_log("evaluation")
 
 
@@ -69,7 +65,7 @@ def build(context: Context) -> Artifact:
     examples, published = inputs["examples"], inputs["target"].manifest["files"]
     workers = Workers.resolve(context.machines, one_per_cpu=True)
     models = [UNTRAINED, *(name for name, folder in MODEL_FOLDERS.items() if f"{folder}/{MODEL_RECORD}" in published)]
-    parts = [part for part in examples.parts() if read_held_out(examples, part, ["example_id"]).num_rows]
+    parts = evaluated_parts(config, examples)
     _log.info("%s on %d held-out examples", ", ".join(models), examples.summary["held_out"])
     job = EvaluationJob(config, inputs, choose_generated(config, examples, parts))
     units = [Unit(model, part) for model in models for part in [*parts, *([TASKS] if config.evaluation.tasks else [])]]
@@ -87,6 +83,10 @@ def _write_results(context: Context, models: list[str], parts: list[str]) -> dic
         _log.warning(
             "there is no held-out row with a response token, so no loss and no answer is measured: "
             "raise examples.held_out_fraction, or target.max_tokens where prompts alone are that long"
+        )
+    if rows[UNTRAINED]:
+        draft.write_table(
+            ROW_LOSSES, pa.concat_tables(_row_losses(model, table) for model in models for table in tables[model])
         )
     metrics = {}
     for model in models:
@@ -109,6 +109,12 @@ def _read_unit(draft: Draft, unit: Unit) -> pa.Table:
     return pq.read_table(io.BytesIO(draft.work.read(unit.path)))
 
 
+def _row_losses(model: str, table: pa.Table) -> pa.Table:
+    """A model's losses, row by row: what two models are compared by."""
+    columns = table.select(["example_id", "source", "loss", "num_response_tokens"]).replace_schema_metadata(None)
+    return columns.add_column(0, "model", pa.array([model] * len(table), pa.string()))
+
+
 def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
     """A unit's rows; texts only of those that were scored, of which there are few."""
     has_scores = table["scores"].is_valid()
@@ -117,10 +123,17 @@ def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
         yield row | {"scores": None}
 
 
+def evaluated_parts(config: RunConfig, examples: Artifact) -> list[str]:
+    """The parts of the examples with rows to evaluate on."""
+    split = config.evaluation.split
+    return [part for part in examples.parts() if read_evaluated(examples, part, split, ["example_id"]).num_rows]
+
+
 def choose_generated(config: RunConfig, examples: Artifact, parts: list[str]) -> frozenset[str]:
     """The held-out ids to generate answers for: of every source the `max_generations` of lowest priority."""
     chosen: set[str] = set()
-    tables = [read_held_out(examples, part, ["example_id", "source"]) for part in parts]
+    split = config.evaluation.split
+    tables = [read_evaluated(examples, part, split, ["example_id", "source"]) for part in parts]
     by_source: dict[str, list[str]] = defaultdict(list)
     for table in tables:
         for example_id, source in zip(table["example_id"].to_pylist(), table["source"].to_pylist(), strict=True):
@@ -136,15 +149,6 @@ def prediction(model: str, row: dict[str, Any], with_texts: bool) -> dict[str, A
     names = ("example_id", "source", *(("prompt", "reference", "prediction") if with_texts else ()))
     kept = {name: row[name] for name in names}
     return {"model": model, **kept, "scores": json.loads(row["scores"])}
-
-
-def last_answer(row: dict[str, Any], num_answers: int) -> str:
-    """What the response to a row's last prompt should be: of a conversation the last of so many learned answers."""
-    if row.get("messages") is None:
-        return str(row["response"])
-    messages = json.loads(row["messages"])
-    answers = [one.get("content") or "" for one in messages if one["role"] == "assistant" and one.get("weight", 1) != 0]
-    return str(answers[min(num_answers, len(answers)) - 1])
 
 
 # --- on a worker ---------------------------------------------------------------------------------------------------
@@ -176,50 +180,6 @@ class Evaluator(UnitWorker):
     def _evaluate(self, part: str, model: Any) -> bytes:
         if part == TASKS:
             return json.dumps(run_tasks(model, self._tokenizer, self.job.config.evaluation.tasks)).encode()
-        config: RunConfig = self.job.config
-        table = read_held_out(self.job.inputs["examples"], part)
-        found = encode_table(self._tokenizer, table, RowLimit.of(config.target))
-        check_refused(found.refused, config.examples)
-        table = table.filter(pc.is_in(table["example_id"], found.example_ids))
-        losses = example_losses(
-            model, found.tokens, tokens_per_batch=TOKENS_PER_BATCH, precision=config.target.precision, owners=found.owners
-        )
-        rows = table.to_pylist()
-        for number, row in enumerate(rows if "messages" in table.column_names else ()):
-            row["response"] = last_answer(row, num_answers(found.tokens, found.owners, number))
-        predictions, scores = self._answer(model, rows, found)
-        columns = {
-            "example_id": table["example_id"],
-            "source": table["source"],
-            "loss": pa.array(losses),
-            "num_response_tokens": pa.array(found.num_labels),
-            "prompt": table["prompt"],
-            "reference": pa.array([row["response"] for row in rows], pa.string()),
-            "prediction": pa.array(predictions, pa.string()),
-            "scores": pa.array(scores, pa.string()),
-        }
-        scored = pa.table(columns).replace_schema_metadata(
-            {COUNTED: json.dumps({"changed": found.changed, "refused": found.refused})}
-        )
+        held_out = HeldOut.read(self.job.config, self.job.inputs["examples"], [part], self._tokenizer)
+        scored = evaluate_rows(model, self._tokenizer, held_out, self.job.config, self.job.generated_ids, self._bert_score)
         return table_bytes(scored)
-
-    def _answer(self, model: Any, rows: list[dict[str, Any]], found: PartTokens) -> tuple[list[str | None], list[str | None]]:
-        """Generated responses and their scores as JSON, None where a row has none."""
-        predictions: list[str | None] = [None] * len(rows)
-        scores: list[str | None] = [None] * len(rows)
-        score = scorers(self.job.config)
-        wanted = [i for i, row in enumerate(rows) if row["example_id"] in self.job.generated_ids] if score else []
-        lasts = (np.searchsorted(found.owners, wanted, "right") - 1).tolist()  # of an example's several rows the last
-        prompts = [generation_prompt(*found.tokens[row]) for row in lasts]
-        responses = generate(model, self._tokenizer, prompts, self.job.config.evaluation.max_new_tokens)
-        scored = {i: score(rows[i], text) if score else {} for i, text in zip(wanted, responses, strict=True)}
-        answers = dict(zip(wanted, responses, strict=True))
-        summaries = [i for i, of_row in scored.items() if "rougeL" in of_row]
-        if summaries and self._bert_score is not None:
-            alike = self._bert_score([answers[i] for i in summaries], [rows[i]["response"] for i in summaries])
-            for i, value in zip(summaries, alike, strict=True):
-                scored[i]["bert_score"] = value
-        for i, of_row in scored.items():
-            if of_row:
-                predictions[i], scores[i] = answers[i], json.dumps(of_row)
-        return predictions, scores

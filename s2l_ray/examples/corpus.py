@@ -109,7 +109,8 @@ def corpus_identity(given: ExamplesConfig, run: Storage | None = None) -> str:
     if isinstance(config.dataset, ReasoningGymDataset):
         from importlib import metadata
 
-        recipe = config.dataset.reasoning_gym.model_dump(mode="json")
+        gym = config.dataset.reasoning_gym
+        recipe = gym.model_dump(mode="json", exclude=None if gym.imperfections else {"imperfections"})
         return f"reasoning_gym:{digest([recipe, metadata.version('reasoning-gym')])}"
     if isinstance(config.dataset, MimicRadiologyDataset):
         files = find_files(config.dataset.mimic_radiology)
@@ -150,7 +151,7 @@ def _sha256(file: CorpusFile) -> str:
 
 
 # What else decides the examples of a corpus whose fields are known.
-_OF_KNOWN_FIELDS = ("where", "held_out_fraction", "rows_per_part")
+_OF_KNOWN_FIELDS = ("where", "held_out_fraction", "held_out_per_source", "validation_fraction", "rows_per_part")
 
 
 def examples_recipe(config: ExamplesConfig, corpus: str) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def _cut_generated(gym: ReasoningGym, step: int) -> Iterator[Shard]:
     for task, parameters in gym.tasks.items():
         for start in range(0, parameters["size"], step):
             stop = min(start + step, parameters["size"])
-            yield (GeneratedRows(task, {"seed": gym.seed} | parameters, start, stop),)
+            yield (GeneratedRows(task, {"seed": gym.seed} | parameters, start, stop, gym.imperfections),)
 
 
 def _cut_hub(dataset: str, config: ExamplesConfig) -> Iterator[Shard]:

@@ -17,7 +17,8 @@ from s2l_ray.errors import DataError
 from s2l_ray.examples.columns import Columns
 from s2l_ray.examples.conversations import LearnedText
 from s2l_ray.examples.dropped import FILTERED, Dropped
-from s2l_ray.examples.hashes import DIGEST_BYTES, canonical_json, digest_of, split_of
+from s2l_ray.examples.hashes import DIGEST_BYTES, POOL, canonical_json, digest_of, prompt_hash, split_of
+from s2l_ray.examples.imperfections import may_be_wrong
 from s2l_ray.examples.layouts import IF_LEFT_OUT, Layout, missing_field, row_reader
 from s2l_ray.examples.row_problems import NOTHING_TO_LEARN, RowProblem, kind_in_words, require_unicode
 from s2l_ray.examples.rows import MISSING, BadRow, CorpusRows
@@ -34,9 +35,10 @@ class Examples:
     """The examples in some rows, in their order."""
 
     table: pa.Table
-    """example_id, source, prompt, response, split, messages and tools (null but for conversations), two hashes of
-    DIGEST_BYTES, `content` (equal for exact copies) and `row` (equal for rows that are equal in every field), and the row as
-    it was: `row_json` or `original` (see `CorpusRows.own`)."""
+    """example_id, source, prompt, response, split, messages and tools (null but for conversations), `prompt_hash` (null where
+    the row stays in the pool), two
+    hashes of DIGEST_BYTES, `content` (equal for exact copies) and `row` (equal for rows that are equal in every field), and
+    the row as it was: `row_json` or `original` (see `CorpusRows.own`)."""
     dropped: Dropped
     columns: Columns
 
@@ -90,6 +92,9 @@ def _table(
     rows: CorpusRows, kept: list[int], texts: list[LearnedText], labels: list[tuple[str | None, str]], config: ExamplesConfig
 ) -> pa.Table:
     digests = [content_digest(text) for text in texts]
+    hashes = [_hash_for_split(text.prompt, config) for text in texts]
+    fractions = config.held_out_fraction, config.validation_fraction
+    splits = [POOL if hashed is None else split_of(hashed, *fractions) for hashed in hashes]
     ids = [given or digest.hex() for (given, _), digest in zip(labels, digests, strict=True)]
     own_name, own = rows.own(kept)
     return pa.table(
@@ -98,7 +103,8 @@ def _table(
             "source": pa.array([source for _, source in labels], pa.string()),
             "prompt": pa.array([text.prompt for text in texts], pa.string()),
             "response": pa.array([text.response for text in texts], pa.string()),
-            "split": pa.array([split_of(text.prompt, config.held_out_fraction) for text in texts], pa.string()),
+            "split": pa.array(splits, pa.string()),
+            "prompt_hash": pa.array(hashes, pa.uint64()),
             "messages": pa.array([text.messages for text in texts], pa.string()),
             "tools": pa.array([text.tools for text in texts], pa.string()),
             "content": pa.array(digests, pa.binary(DIGEST_BYTES)),
@@ -106,6 +112,14 @@ def _table(
             own_name: own,
         }
     )
+
+
+def _hash_for_split(prompt: str, config: ExamplesConfig) -> int | None:
+    """The hash that decides a row's split; None where the row stays in the pool whatever is asked for."""
+    hashed = prompt_hash(prompt)
+    gym = config.dataset.reasoning_gym if isinstance(config.dataset, ReasoningGymDataset) else None
+    is_kept = gym is not None and gym.imperfections and gym.imperfections.wrong_answers and may_be_wrong(hashed)
+    return None if is_kept else hashed
 
 
 def content_digest(text: LearnedText) -> bytes:

@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 DIGEST_BYTES = 10  # 20 hexadecimal digits: two of ten million contents share a digest in one of 10**10 corpora
-POOL, HELD_OUT = "pool", "held_out"
+POOL, HELD_OUT, VALIDATION = "pool", "held_out", "validation"
 
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), default=str)
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
@@ -29,11 +29,18 @@ def masked(prompt: str) -> str:
     return " ".join(_NUMBER.sub("#", prompt).casefold().split())
 
 
-def split_of(prompt: str, held_out_fraction: float) -> str:
-    """`pool` or `held_out`; the same for prompts that differ only in numbers, case or white space.
+def prompt_hash(prompt: str) -> int:
+    """64 bits; the same for prompts that differ only in numbers, case or white space. All that a split goes by."""
+    return int.from_bytes(hashlib.blake2b(masked(prompt).encode(), digest_size=8).digest())
 
-    A hash of the masked prompt is a number in [0, 1). Below the fraction it is held out, so a larger fraction holds out the
-    same prompts and more; 0 holds out none.
+
+def split_of(hashed: int, held_out_fraction: float, validation_fraction: float = 0.0) -> str:
+    """`pool`, `held_out` or `validation` for the `prompt_hash` of a row.
+
+    The hash is a number in [0, 1]. Below the first fraction it is held out, so a larger fraction holds out the same prompts and
+    more; the second is taken from the other end, so that it changes no held-out row. 0 takes none.
     """
-    number = int.from_bytes(hashlib.blake2b(masked(prompt).encode(), digest_size=8).digest()) / 2**64
-    return HELD_OUT if number < held_out_fraction else POOL
+    number = hashed / 2**64
+    if number < held_out_fraction:
+        return HELD_OUT
+    return VALIDATION if validation_fraction and number >= 1 - validation_fraction else POOL

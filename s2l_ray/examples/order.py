@@ -14,9 +14,9 @@ import itertools
 import json
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,7 @@ RANGE_ROWS = 131_072
 READERS = 8
 # The driver puts up to this many rows in order sooner than a worker would start.
 ROWS_DONE_HERE = 8192
-INDEX_COLUMNS = ["example_id", "source", "split", "content", "row"]
+INDEX_COLUMNS = ["example_id", "source", "split", "prompt_hash", "content", "row"]
 
 
 # --- pure core ---------------------------------------------------------------------------------------------------
@@ -94,6 +94,14 @@ def count_splits(kept: pa.Table) -> list[tuple[str, str, int]]:
     """Source, split and number of rows."""
     counted = kept.group_by(["source", "split"]).aggregate([([], "count_all")]).to_pylist()
     return [(row["source"], row["split"], row["count_all"]) for row in counted]
+
+
+def by_source(counts: Mapping[tuple[str, str], int]) -> dict[str, dict[str, int]]:
+    """Rows by split, by source in order of name, from the rows of each source and split."""
+    sources: dict[str, dict[str, int]] = {}
+    for (source, split), rows in sorted(counts.items()):
+        sources.setdefault(source, {POOL: 0, HELD_OUT: 0})[split] = rows
+    return sources
 
 
 class SeenContents:
@@ -204,7 +212,7 @@ class DropSeen:
 
     def _without_seen(self, number: int, facts: RangeFacts, seen: SeenContents) -> RangeFacts:
         """A range without what was seen before. Its rows get another file, so that the task can be done again."""
-        kept = _read(self.work, facts.path)
+        kept = read_range(self.work, facts.path)
         is_new = seen.add(kept["content"])
         if is_new.all():
             return facts
@@ -213,7 +221,8 @@ class DropSeen:
         return dataclasses.replace(facts, path=path, num_kept=kept.num_rows, counts=count_splits(kept))
 
 
-def _read(work: Storage, path: str) -> pa.Table:
+def read_range(work: Storage, path: str) -> pa.Table:
+    """Source, split, hashes and addresses of the rows of a range that are kept."""
     return pq.read_table(io.BytesIO(work.read(path)))
 
 
@@ -228,6 +237,8 @@ class Addresses:
     paths: tuple[str, ...]
     ends: tuple[int, ...]
     """The number of rows up to the end of every range."""
+    held_out: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64), compare=False)
+    """The hashes of the prompts that are held out beyond those whose split says so, ascending (see `splits`)."""
 
     @property
     def num_rows(self) -> int:
@@ -238,7 +249,7 @@ class Addresses:
         range_of_row = np.searchsorted(self.ends, rows, side="right")
         tables = []
         for number in np.unique(range_of_row):
-            table = _read(self.work, self.paths[number]).select(["shard", "position"])
+            table = read_range(self.work, self.paths[number]).select(["shard", "position"])
             begin = self.ends[number] - table.num_rows
             tables.append(table.take(pa.array(rows[range_of_row == number] - begin)))
         return pa.concat_tables(tables)
@@ -250,7 +261,7 @@ class Order:
 
     addresses: Addresses
     sources: dict[str, dict[str, int]]
-    """Rows in the pool and held out, by source in order of name."""
+    """Rows by split, by source in order of name."""
     num_duplicates: int
 
     @classmethod
@@ -259,12 +270,9 @@ class Order:
         counts: Counter[tuple[str, str]] = Counter()
         for facts in ranges:
             counts.update({(source, split): rows for source, split, rows in facts.counts})
-        sources: dict[str, dict[str, int]] = {}
-        for (source, split), rows in sorted(counts.items()):
-            sources.setdefault(source, {POOL: 0, HELD_OUT: 0})[split] = rows
         ends = itertools.accumulate(facts.num_kept for facts in ranges)
         addresses = Addresses(work, tuple(facts.path for facts in ranges), tuple(ends))
-        return cls(addresses, sources, sum(facts.num_read for facts in ranges) - addresses.num_rows)
+        return cls(addresses, by_source(counts), sum(facts.num_read for facts in ranges) - addresses.num_rows)
 
 
 # --- on the driver -----------------------------------------------------------------------------------------------

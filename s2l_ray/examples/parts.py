@@ -15,6 +15,7 @@ from s2l_ray.config import WorkerConfig
 from s2l_ray.examples.columns import struct_from_arrow, struct_from_values
 from s2l_ray.examples.order import Addresses
 from s2l_ray.examples.shards import take_rows
+from s2l_ray.examples.splits import with_held_out
 from s2l_ray.progress import get_log, track
 from s2l_ray.runtime.data import run_tasks
 from s2l_ray.storage.drafts import Draft, table_bytes
@@ -118,7 +119,7 @@ class _WriteParts:
         tables = []
         for shard in np.unique(shards_M):
             table = take_rows(self.addresses.work, int(shard), np.sort(positions_M[shards_M == shard]))
-            tables.append(self.columns.of(table))
+            tables.append(self.columns.of(with_held_out(table, self.addresses.held_out)))
         # The tables are in order of shard and position; the row at place i of that order belongs at by_address_M[i].
         by_address_M = np.lexsort((positions_M, shards_M))
         return pa.concat_tables(tables).take(pa.array(np.argsort(by_address_M)))

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from s2l_ray.config import Imperfections
 from s2l_ray.errors import ConfigError, DataError
+from s2l_ray.examples.imperfections import ImperfectRows
 from s2l_ray.examples.rows import ROWS_AT_A_TIME, CorpusRows, Records, TableRows
 from s2l_ray.storage.hub import hub_problem
 
@@ -86,6 +88,7 @@ class GeneratedRows:
     parameters: dict[str, Any]
     start: int
     stop: int
+    imperfections: Imperfections | None = None
 
     @property
     def size(self) -> int:
@@ -93,14 +96,22 @@ class GeneratedRows:
 
     def read(self) -> Iterator[CorpusRows]:
         generator = self._generator()
-        records = []
-        for index in range(self.start, self.stop):
+
+        def record(index: int) -> dict[str, Any]:
             example = generator[index]
             metadata = json.dumps(example["metadata"], default=str, ensure_ascii=False)
             answer = "" if example["answer"] is None else str(example["answer"])
-            records.append(
-                {"question": example["question"], "answer": answer, "source": self.name, "index": index, "metadata": metadata}
-            )
+            return {
+                "question": example["question"],
+                "answer": answer,
+                "source": self.name,
+                "index": index,
+                "metadata": metadata,
+            }
+
+        if self.imperfections is not None:
+            record = ImperfectRows(record, self.imperfections, f"{self.parameters.get('seed')}:{self.name}").record
+        records = [record(index) for index in range(self.start, self.stop)]
         yield Records(records, lambda row: f"{self.name} example {self.start + row:,}", self.name)
 
     def _generator(self) -> Any:

@@ -1,4 +1,4 @@
-"""What other stages read of the finished examples: the pool, the held-out rows, and the corpus's own columns of chosen rows."""
+"""What other stages read of the finished examples: the rows of each split, and the corpus's own columns of chosen rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from s2l_ray.errors import ArtifactError
-from s2l_ray.examples.hashes import HELD_OUT, POOL
+from s2l_ray.examples.hashes import HELD_OUT, POOL, VALIDATION
 from s2l_ray.examples.ids import name_examples
 from s2l_ray.storage.artifacts import Artifact
 
@@ -29,6 +29,22 @@ def read_held_out(artifact: Artifact, part: str, columns: list[str] | None = Non
     Raises ArtifactError where the part is missing or damaged.
     """
     return _read_split(artifact, part, HELD_OUT, columns)
+
+
+def read_validation(artifact: Artifact, part: str, columns: list[str] | None = None) -> pa.Table:
+    """The rows of a part kept for tuning, perhaps none; all columns unless some are named.
+
+    Raises ArtifactError where the part is missing or damaged.
+    """
+    return _read_split(artifact, part, VALIDATION, columns)
+
+
+def read_evaluated(artifact: Artifact, part: str, split: str, columns: list[str] | None = None) -> pa.Table:
+    """The rows of a part that models are evaluated on: `split` is `held_out` or `validation`.
+
+    Raises ArtifactError where the part is missing or damaged.
+    """
+    return _read_split(artifact, part, split, columns)
 
 
 def _read_split(artifact: Artifact, part: str, split: str, columns: list[str] | None) -> pa.Table:

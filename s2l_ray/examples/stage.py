@@ -5,7 +5,7 @@ the work in three passes, so that nothing has to be sorted at once, and the driv
 
 1. `shards`: each shard of the corpus is read, checked, given ids and written to the scratch directory in order of id;
 2. `order`: each range of ids is put in order from the ids and hashes in the shards, duplicates are dropped, and the place of
-   every row that is kept is written down;
+   every row that is kept is written down; `splits` holds out more of sources that have few held-out rows;
 3. `parts`: each task gathers the rows of some parts from the shards and writes them.
 
 A finished shard or part is not made again. The parts have the same bytes however the corpus is cut, ordered or resumed.
@@ -22,11 +22,12 @@ from s2l_ray.errors import DataError
 from s2l_ray.examples.columns import Columns, join_columns
 from s2l_ray.examples.cutting import cut_corpus
 from s2l_ray.examples.dropped import DUPLICATE, Dropped
-from s2l_ray.examples.hashes import HELD_OUT, POOL
+from s2l_ray.examples.hashes import HELD_OUT, POOL, VALIDATION
 from s2l_ray.examples.llama_factory import resolved
 from s2l_ray.examples.order import Order, order_rows
 from s2l_ray.examples.parts import PartColumns, rows_per_part, write_parts
 from s2l_ray.examples.shards import ShardIndex, read_shards
+from s2l_ray.examples.splits import hold_out_per_source
 from s2l_ray.progress import get_log
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.records import digest
@@ -49,6 +50,8 @@ def build(context: Context) -> Artifact:
     dropped = Dropped.joined(index.dropped for index in indexes)
     _check_bad_rows(dropped, sum(sum(index.sizes) for index in indexes), config)
     order = order_rows(indexes, config, workers, work)
+    if config.held_out_per_source:
+        order = hold_out_per_source(order, config.held_out_per_source, workers)
     columns = join_columns(index.columns for index in indexes)
     _check_fields(columns, config)
     made = PartColumns(
@@ -96,7 +99,8 @@ def _corpus_facts(indexes: Sequence[ShardIndex], columns: Columns, made: PartCol
 def _summary(order: Order, dropped: Dropped, config: ExamplesConfig) -> dict[str, Any]:
     """The stage's counts, which are logged. Raises DataError if there is nothing to learn from."""
     num_rows = order.addresses.num_rows
-    num_pool, num_held_out = (sum(counts[split] for counts in order.sources.values()) for split in (POOL, HELD_OUT))
+    in_split = sum((Counter(counts) for counts in order.sources.values()), Counter[str]())
+    num_pool, num_held_out, num_validation = in_split[POOL], in_split[HELD_OUT], in_split[VALIDATION]
     found = dropped.by_reason + Counter({DUPLICATE: order.num_duplicates})
     counts = dict(sorted(found.items()))
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
@@ -105,19 +109,25 @@ def _summary(order: Order, dropped: Dropped, config: ExamplesConfig) -> dict[str
         raise DataError(f"examples.dataset: the corpus is empty: {left}.")
     if not num_pool:
         raise DataError(
-            f"examples.held_out_fraction={config.held_out_fraction}: all {num_held_out:,} rows are held out. Lower it."
+            f"examples.held_out_fraction={config.held_out_fraction}: all {num_held_out + num_validation:,} rows are held out. "
+            "Lower it."
         )
     if config.held_out_fraction and not num_held_out:
         _log.warning(
             f"no row is held out at examples.held_out_fraction={config.held_out_fraction}: prompts that differ only in numbers "
             "stay together, and there are few others. Raise it, or there will be no loss on held-out rows."
         )
-    splits = f"{num_pool:,} in the pool + {num_held_out:,} held out" if config.held_out_fraction else "all in the pool"
+    others = {HELD_OUT: num_held_out} if config.held_out_fraction or config.held_out_per_source else {}
+    others |= {VALIDATION: num_validation} if config.validation_fraction else {}
+    words = {HELD_OUT: "held out", VALIDATION: "for validation"}
+    splits = " + ".join([f"{num_pool:,} in the pool", *(f"{count:,} {words[split]}" for split, count in others.items())])
+    splits = splits if others else "all in the pool"
     _log.info(f"{num_rows:,} rows, {splits}; dropped: {reasons or 'none'}")
     return {
         "rows": num_rows,
         POOL: num_pool,
         HELD_OUT: num_held_out,
+        **({VALIDATION: num_validation} if config.validation_fraction else {}),
         "dropped": counts,
         "dropped_by_source": {source: dict(sorted(found.items())) for source, found in sorted(dropped.by_source.items())},
         "first_dropped": dropped.first,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from s2l_ray.config import RunConfig, ScratchModel, TrainedTokenizer, TrainingConfig
+from s2l_ray.config import ExamplesConfig, ReasoningGymDataset, RunConfig, ScratchModel, TrainedTokenizer, TrainingConfig
 from s2l_ray.pipeline import Decision
 from s2l_ray.plan.accelerators import ACCELERATORS, UTILISATION
 
@@ -73,7 +73,7 @@ def costs_of(config: RunConfig, sizes: Sizes, accelerator: str | None) -> dict[s
         "evaluation": config.target.precision,
     }
     return {
-        name: Cost(operations[name], stored[name], _seconds(operations[name], accelerator, precision.get(name, "float32")))
+        name: Cost(operations[name], stored[name], seconds_of(operations[name], accelerator, precision.get(name, "float32")))
         for name in operations
     }
 
@@ -88,7 +88,8 @@ def _product(*factors: float | None) -> float | None:
     return product
 
 
-def _seconds(operations: float | None, accelerator: str | None, precision: str) -> float | None:
+def seconds_of(operations: float | None, accelerator: str | None, precision: str) -> float | None:
+    """Seconds on one accelerator of that kind; None where either is not known."""
     if operations is None or accelerator is None:
         return None
     bfloat16, float32, _ = ACCELERATORS[accelerator]
@@ -131,8 +132,8 @@ def sizes_of(config: RunConfig, decisions: list[Decision], notes: list[str]) -> 
             f"Tokens per example: about {tokens} from {SAMPLE_ROWS} rows at {CHARACTERS_PER_TOKEN} characters a token."
         )
     if held_out is None and rows is not None:
-        held_out = rows * config.examples.held_out_fraction
-        rows = round(rows - held_out)
+        held_out = max(rows * config.examples.held_out_fraction, min(rows / 2, _held_out_by_source(config.examples)))
+        rows = round(rows * (1 - config.examples.validation_fraction) - held_out)
     proxy = finished.get("proxy", {}).get("num_parameters") or _parameters(
         config.proxy, config.proxy, config.plan.proxy_parameters
     )
@@ -145,6 +146,12 @@ def sizes_of(config: RunConfig, decisions: list[Decision], notes: list[str]) -> 
         + (f" ({target / proxy:.0f}x)." if proxy and target else ".")
     )
     return Sizes(rows, None if tokens is None else min(tokens, limit), proxy, target, held_out)
+
+
+def _held_out_by_source(config: ExamplesConfig) -> int:
+    """Rows held out because every source has so many, as far as the config names the sources."""
+    dataset = config.dataset
+    return config.held_out_per_source * (len(dataset.reasoning_gym.tasks) if isinstance(dataset, ReasoningGymDataset) else 1)
 
 
 def _count(number: float | None) -> str:

@@ -9,7 +9,7 @@ from s2l_ray.config import RunConfig
 from s2l_ray.errors import ConfigError, DataError
 from s2l_ray.pipeline import STAGES, Decision, decide
 from s2l_ray.plan.accelerators import ACCELERATORS, ACCELERATORS_PER_NODE, UTILISATION, size
-from s2l_ray.plan.costs import Cost, costs_of, sizes_of
+from s2l_ray.plan.costs import Cost, Sizes, costs_of, sizes_of
 from s2l_ray.plan.target_memory import memory_lines, num_accelerators_of, resume_point_lines
 from s2l_ray.runtime.session import run_places
 from s2l_ray.storage.hub import resolve_revisions
@@ -28,6 +28,8 @@ class Plan:
 
     notes: list[str]
     price_per_hour: float | None
+    sizes: Sizes
+    accelerator: str | None
 
     @property
     def is_refused(self) -> bool:
@@ -102,7 +104,7 @@ def make_plan(
         )
     if config.evaluation.random_control:
         notes.append("The target counts twice: evaluation.random_control trains a second one on a random subset.")
-    return Plan(config.name, place.uri, decisions, costs, memory, notes, price)
+    return Plan(config.name, place.uri, decisions, costs, memory, notes, price, sizes, accelerator)
 
 
 def _strata_lines(config: RunConfig, decisions: list[Decision]) -> list[str]:

@@ -185,6 +185,11 @@ class Facts:
     texts: Texts
     versions: Mapping[str, str]
     config: str | None
+    comparison: Any = None
+    """Of `compare/`, where one is finished (ComparisonFacts)."""
+
+    premise: Any = None
+    """What S2L's premise came to, where it was measured (PremiseFacts)."""
 
     def missing(self, *names: str) -> list[StageStatus]:
         """Those of the stages that are not finished."""

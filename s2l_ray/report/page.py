@@ -14,7 +14,9 @@ from typing import Any
 
 from s2l_ray.errors import ArtifactError
 from s2l_ray.progress import duration, get_log
+from s2l_ray.report.comparison import difference_text, gap_text, over_rows_text
 from s2l_ray.report.facts import NUM_PLOTTED_SOURCES, Facts
+from s2l_ray.report.premise import explained_figure
 from s2l_ray.report.reading import read_facts
 from s2l_ray.report.wording import NONE, percent
 from s2l_ray.storage.layout import MANIFEST, PAGE, STAGE_NAMES
@@ -50,7 +52,8 @@ def render(facts: Facts) -> str:
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"count": count, "percent": percent, "quantity": quantity, "signed": signed, "duration": duration}
-    environment.filters["csp_hash"] = csp_hash
+    environment.filters |= {"csp_hash": csp_hash, "difference": difference_text, "gap": gap_text}
+    environment.filters["over_rows"] = over_rows_text
     # Ours, not the corpus's: apart from the figures the only two strings that go in unescaped.
     style, plotly_js = Markup((_HERE / "style.css").read_text(encoding="utf-8")), Markup(get_plotlyjs())  # noqa: S704
     return environment.get_template("page.html").render(
@@ -74,6 +77,10 @@ def figures(facts: Facts) -> dict[str, Any]:
         "proxy_loss": plots.losses(facts.proxy_losses) if any(facts.proxy_losses.values()) else None,
         "target_loss": plots.losses(facts.target_losses) if any(facts.target_losses.values()) else None,
     }
+    if facts.premise is not None:
+        made["premise"] = explained_figure(facts.premise)
+    if facts.comparison is not None:
+        made |= facts.comparison.figures()
     # Plotly escapes < by itself today; the page must not depend on it.
     return {name: Markup(figure.to_json().replace("<", "\\u003c")) for name, figure in made.items() if figure}  # noqa: S704
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 GREY, BLUE, ORANGE, GREEN = "#949494", "#1c86c7", "#e69f00", "#009e73"
+PALE, VERMILLION = "#c4c4c4", "#d55e00"
 ROLE_COLOURS = {"preparing": GREY, "choosing": BLUE, "target": ORANGE, "evaluating": GREEN}
 # From low to high loss: blue over purple to vermillion, about equally bright.
 LEVEL_COLOURS = ["#1c86c7", "#4a80c4", "#7579bb", "#9a71ab", "#b56a93", "#c86675", "#d36451", "#d55e00"]
@@ -37,7 +38,7 @@ def cost(costs: Sequence[StageSeconds]) -> go.Figure:
     """Seconds per stage, coloured by what they were spent on."""
     import plotly.graph_objects as go
 
-    figure = _figure(height=60 + 34 * len(costs))
+    figure = empty_figure(height=60 + 34 * len(costs))
     for role, colour in ROLE_COLOURS.items():
         chosen = [c for c in costs if c.role == role]
         figure.add_trace(
@@ -67,7 +68,7 @@ def group_curves(groups: GroupCurves) -> go.Figure:
     """
     import plotly.graph_objects as go
 
-    figure = _figure(height=440)
+    figure = empty_figure(height=440)
     by_level = sorted(range(len(groups.sizes_K)), key=lambda k: groups.levels_K[k])
     num_colours = len(LEVEL_COLOURS)
     for colour in range(num_colours):
@@ -101,7 +102,7 @@ def group_sizes(groups: GroupCurves) -> go.Figure:
     """Size and quota of every group, the largest first; logarithmic where sizes differ much."""
     import plotly.graph_objects as go
 
-    figure = _figure(height=340)
+    figure = empty_figure(height=340)
     order = sorted(range(len(groups.sizes_K)), key=lambda k: (-groups.sizes_K[k], k))
     ranks = list(range(1, len(order) + 1))
     series: list[tuple[str, Sequence[int], str]] = [("examples in the group", groups.sizes_K, GREY)]
@@ -134,7 +135,7 @@ def principal_components(shares_T: Sequence[float]) -> go.Figure:
     """Share of the trajectories' variance in each principal component, the largest first."""
     import plotly.graph_objects as go
 
-    figure = _figure(height=300)
+    figure = empty_figure(height=300)
     components = list(range(1, len(shares_T) + 1))
     text = [f"{share:.1%}" for share in shares_T] if len(shares_T) <= 8 else None
     hover = "component %{x}: %{y:.2%}<extra></extra>"
@@ -158,7 +159,7 @@ def source_shares(sources: Sequence[Source]) -> go.Figure:
         ("random", ORANGE, [s.random_fraction for s in shown]),
     ]
     series = [row for row in series if any(value is not None for value in row[2])]
-    figure = _figure(height=110 + (18 * len(series) + 14) * len(shown))
+    figure = empty_figure(height=110 + (18 * len(series) + 14) * len(shown))
     for name, colour, fractions in series:
         figure.add_trace(
             go.Bar(
@@ -183,7 +184,7 @@ def losses(curves: Mapping[str, Sequence[Sequence[float]]]) -> go.Figure:
     """Loss over optimizer steps; `selected` and `random` keep their colours, points apart from a curve are markers."""
     import plotly.graph_objects as go
 
-    figure = _figure(height=340)
+    figure = empty_figure(height=340)
     colours = {"selected": BLUE, "random": ORANGE, "training loss": GREY, "every example, at the checkpoints": BLUE}
     for name, points in curves.items():
         if points:
@@ -205,13 +206,31 @@ def losses(curves: Mapping[str, Sequence[Sequence[float]]]) -> go.Figure:
     return figure
 
 
+def explained_variance(models: Sequence[str], shares: Sequence[Mapping[str, float | None]]) -> go.Figure:
+    """Share of the gradients' variance that groups and sources explain, and random groups; a block of bars for each model."""
+    import plotly.graph_objects as go
+
+    figure = empty_figure(height=110 + 84 * len(models))
+    colours = (BLUE, GREY, PALE, ORANGE, VERMILLION, GREEN)
+    for name, colour in zip(shares[0], colours, strict=True):
+        if any(of_model[name] is not None for of_model in shares):
+            hover = "%{y}<br>" + name + ": %{x:.1%}<extra></extra>"
+            values = [of_model[name] for of_model in shares]
+            bars = go.Bar(orientation="h", y=list(models), x=values, marker_color=colour, name=name, hovertemplate=hover)
+            figure.add_trace(bars)
+    figure.update_layout(barmode="group", bargap=0.25)
+    figure.update_xaxes(title_text="share of the gradients' variance", tickformat=".0%", rangemode="tozero")
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    return figure
+
+
 def _group_text(groups: GroupCurves, k: int) -> str:
     """What a group is called in a hover label, with its size and quota."""
     quota = "" if groups.quotas_K is None else f", {groups.quotas_K[k]:,} chosen"
     return f"{label(groups.names_K[k], 60)}: {groups.sizes_K[k]:,} examples{quota}"
 
 
-def _figure(height: int) -> go.Figure:
+def empty_figure(height: int) -> go.Figure:
     """An empty figure in the page's look: transparent, legend above, no template (whose colours are for one background)."""
     import plotly.graph_objects as go
 

@@ -20,7 +20,9 @@ import pyarrow.parquet as pq
 import yaml
 
 from s2l_ray.errors import ArtifactError
+from s2l_ray.report.comparison import ComparisonFacts
 from s2l_ray.report.facts import Facts, GroupCurves, GroupTexts, Member, StageStatus, Text, Texts
+from s2l_ray.report.premise import read_premise
 from s2l_ray.report.wording import (
     MODELS,
     STAGES,
@@ -80,6 +82,8 @@ def read_facts(run: Storage) -> Facts:
         texts=shown,
         versions=_versions(artifacts.values()),
         config=without_credentials(yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=100)) if config else None,
+        comparison=ComparisonFacts.read(run),
+        premise=read_premise(run),
     )
 
 

@@ -44,7 +44,8 @@ def verdict(selection: Summary | None, metrics: Mapping[str, Any] | None) -> lis
     if selection is None:
         return ["Nothing has been chosen yet: this run is unfinished."]
     chosen, pool = selection["rows"], selection["pool"]
-    start = f"S2L chose {chosen:,} of {pool:,} examples ({chosen / pool:.1%})" if pool else f"S2L chose {chosen:,} examples"
+    who = _chooser(selection)
+    start = f"{who} chose {chosen:,}{f' of {pool:,}' if pool else ''} examples{f' ({chosen / pool:.1%})' if pool else ''}"
     loss = {name: values["loss_per_token"] for name, values in (metrics or {}).items() if values["loss_per_token"] is not None}
     if "selected" not in loss:
         reason = (
@@ -55,24 +56,57 @@ def verdict(selection: Summary | None, metrics: Mapping[str, Any] | None) -> lis
     if "untrained" in loss:
         reaches += f" ({loss['untrained']:.4f} before training)"
     if "random" not in loss:
-        return [f"{reaches}.", "Without a random subset of the same size beside it, this does not say whether S2L helped."]
+        return [f"{reaches}.", f"Without a random subset of the same size beside it, this does not say whether {who} helped."]
     advantage = loss["random"] - loss["selected"]
     lines = [
-        f"{reaches}, against {loss['random']:.4f} for a random subset of the same size: {_outcome(advantage, loss['random'])}."
+        f"{reaches}, against {loss['random']:.4f} for a random subset of the same size: "
+        f"{_outcome(who, advantage, loss['random'])}."
     ]
-    macro = metrics["random"]["loss_macro"] - metrics["selected"]["loss_macro"] if metrics else 0.0
-    if macro * advantage < 0:
-        lines.append(f"Averaged over sources, so that each counts the same, it is the other way round: {_outcome(macro)}.")
+    lines += _by_source(who, metrics or {}, advantage, selection.get("sources") or {})
     lines.append("One training run of each: another seed may turn it round, so this is no conclusion about the method.")
     return lines
 
 
-def _outcome(advantage: float, reference: float | None = None) -> str:
+def _chooser(selection: Summary) -> str:
+    """What chose the subset, in a sentence."""
+    method = selection.get("method", "s2l")
+    return "S2L" if method == "s2l" else f"'{method}'"
+
+
+def _by_source(who: str, metrics: Mapping[str, Any], advantage: float, sources: Mapping[str, Any]) -> list[str]:
+    """The result averaged over sources, alike and by their rows in the pool, where there are several.
+
+    Held-out rows need not have the shares of the pool (`examples.held_out_per_source`), so each may differ from the first.
+    """
+    macro, by_source = ({name: metrics[name].get(key) for name in metrics} for key in ("loss_macro", "loss_by_source"))
+    if len(by_source.get("selected") or ()) < 2 or None in (macro["selected"], macro["random"]):
+        return []
+    wins = sum(by_source["selected"][name] < loss for name, loss in by_source["random"].items())
+    gain = macro["random"] - macro["selected"]
+    turned = ", the other way round" if gain * advantage < 0 else ""
+    lines = [
+        f"Averaged over sources, so that each counts the same, {macro['selected']:.4f} against {macro['random']:.4f}{turned}: "
+        f"{_outcome(who, gain, macro['random'])}. {who} is better on {wins} of {len(by_source['random'])} sources."
+    ]
+    pool = [sources.get(name, {}).get("pool", 0) for name in by_source["random"]]
+    if sum(pool):
+        selected, random = (
+            float(np.average([by_source[model][name] for name in by_source["random"]], weights=pool))
+            for model in ("selected", "random")
+        )
+        lines.append(
+            f"Averaged over sources by their rows in the pool, {selected:.4f} against {random:.4f}: "
+            f"{_outcome(who, random - selected, random)}."
+        )
+    return lines
+
+
+def _outcome(who: str, advantage: float, reference: float | None = None) -> str:
     """Who wins and by how much; below what four decimals show it is a draw."""
     if abs(advantage) < 0.00005:
         return "a draw"
     share = "" if not reference else f" ({abs(advantage) / reference:.1%})"
-    return f"S2L {'wins' if advantage > 0 else 'loses'} by {abs(advantage):.4f}{share}"
+    return f"{who} {'wins' if advantage > 0 else 'loses'} by {abs(advantage):.4f}{share}"
 
 
 def measures(metrics: Mapping[str, Any], held_out: Mapping[str, int]) -> list[Measure]:
@@ -162,7 +196,8 @@ def sources(examples: Summary | None, selection: Summary | None) -> list[Source]
 def quality(clustering: Summary, selection: Summary) -> list[tuple[str, str]]:
     """How good the groups are, in plain words: (what, value). What was not measured is left out."""
     known = {**clustering, **clustering.get("diagnostics", {})}
-    known |= {name: selection.get(name) for name in ("stability", "allocation", "draw")}
+    if selection.get("method", "s2l") == "s2l":
+        known |= {name: selection.get(name) for name in ("stability", "allocation", "draw")}
     pool, ends = known.get("rows"), [ENDS.get(end, end) for end in known.get("ended_by", [])]
     until = f", until {' or '.join(ends)}" if ends else ""
     sample = f" on {known['sampled_rows']:,} examples" if known.get("sampled_rows", pool) != pool else ""

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from s2l_ray.selectors import S2L, SELECTORS
 from s2l_ray.storage.artifacts import Artifact
 
 MARK = "written by s2l_ray"
@@ -70,9 +71,7 @@ def describe(
         [
             f"# {num_chosen:,} examples of {summary['pool']:,}, chosen by s2l_ray",
             "",
-            f"Chosen by {_METHOD}: a small model was trained on all examples, their losses along that training",
-            f"were put into {summary['num_clusters']:,} groups by k-means, and every group gives {_share(summary)}",
-            "`cluster_id` is an example's group, `weight` the size of that group over the number taken from it.",
+            *_method(summary),
             "",
             f"- Corpus: {_corpus(inputs.get('examples'), dataset)}",
             f"- Small model: {_model(proxy)}",
@@ -113,6 +112,24 @@ def _model(proxy: Artifact | None) -> str:
         model = model.rstrip("/").rpartition("/")[2]
     parameters = f"{proxy.summary['num_parameters']:,} parameters" if "num_parameters" in proxy.summary else ""
     return ", ".join(filter(None, [_escaped(model) if isinstance(model, str) else "from scratch", parameters]))
+
+
+def _method(summary: Mapping[str, Any]) -> list[str]:
+    chosen = SELECTORS[summary.get("method", S2L)]
+    if chosen.name == S2L:
+        return [
+            f"Chosen by {_METHOD}: a small model was trained on all examples, their losses along that training",
+            f"were put into {summary['num_clusters']:,} groups by k-means, and every group gives {_share(summary)}",
+            "`cluster_id` is an example's group, `weight` the size of that group over the number taken from it.",
+        ]
+    paper = f" ([arXiv {chosen.paper}](https://arxiv.org/abs/{chosen.paper}))" if chosen.paper else ""
+    aware = ["The validation rows, which are of the kind that the target is evaluated on, had a part in the choice."]
+    weight = "the number of examples that it stands for" if chosen.strata else "1: this choice estimates nothing"
+    return [
+        f"Method `{chosen.name}`{paper}, another than SmallToLarge. {chosen.about}",
+        *(aware if chosen.is_target_aware else []),
+        f"`cluster_id` is an example's group by k-means on the losses of a small model, `weight` {weight}.",
+    ]
 
 
 def _share(summary: Mapping[str, Any]) -> str:

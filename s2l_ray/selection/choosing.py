@@ -85,12 +85,17 @@ def choose(
         order_M = selection_order(found["cluster_id"].to_numpy(), keys_of(found), sharing, num_wanted)
         num_first = 0
         if len(sizes_S):
-            is_first_M = ranks(found["source"].to_numpy(), found["priority"].to_numpy()) < min_per_source
-            order_M, num_first = order_M[np.argsort(~is_first_M[order_M], kind="stable")], int(is_first_M.sum())
-        counts = [_num_taken(budget, found, order_M[:num_wanted], num_rows, num_first) for budget in budgets]
+            order_M, num_first = minimum_first(order_M, found, min_per_source)
+        counts = [num_taken(budget, found, order_M[:num_wanted], num_rows, num_first) for budget in budgets]
         if None not in counts:
             return [found.take(pa.array(np.sort(order_M[:count]))) for count in counts]
         num_wanted = min(num_rows, 2 * num_wanted)
+
+
+def minimum_first(order_M: Integers, rows: pa.Table, min_per_source: int) -> tuple[Integers, int]:
+    """An order with the rows of lowest priority of each source before all others, and how many these are."""
+    is_first_M = ranks(rows["source"].to_numpy(), rows["priority"].to_numpy()) < min_per_source
+    return order_M[np.argsort(~is_first_M[order_M], kind="stable")], int(is_first_M.sum())
 
 
 def keys_of(rows: pa.Table) -> NDArray[np.uint64]:
@@ -169,8 +174,9 @@ def _num_below(found: pa.Table, column: str, cuts_K: NDArray[np.uint64]) -> Inte
     return np.bincount(groups_M[found["priority"].to_numpy() <= cuts_K[groups_M]], minlength=len(cuts_K))
 
 
-def _num_taken(budget: Budget, found: pa.Table, order_M: Integers, num_rows: int, num_first: int) -> int | None:
-    """How many rows of the order a budget takes; None where the order, known so far only, ends before it."""
+def num_taken(budget: Budget, found: pa.Table, order_M: Integers, num_rows: int, num_first: int) -> int | None:
+    """How many rows of an order of the table `found` a budget takes; None where the order, known so far only, ends before
+    it."""
     if not isinstance(budget, dict):
         count = num_examples(budget, num_rows)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,14 @@ from s2l_ray.runtime.session import connect_ray
 from s2l_ray.selection.card import describe, front_matter
 from s2l_ray.selection.choosing import Budget
 from s2l_ray.selection.subset_rows import FetchRows, SubsetRows
-from s2l_ray.selection.subsets import Selection, Subset, choose_subsets, random_rows, stability
+from s2l_ray.selection.subsets import Selection, Subset, check_columns, choose_subsets, random_rows, stability
+from s2l_ray.selectors import S2L
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.drafts import Draft
 from s2l_ray.storage.layout import ASSIGNMENTS, CARD, RANDOM, SELECTED, as_written, further_subset
 from s2l_ray.storage.stages import Context
 from s2l_ray.trajectories.files import streamed
+from s2l_ray.trajectories.measured import given_measurements
 from s2l_ray.trajectories.sorting import SortedTable
 from s2l_ray.trajectories.store import BLOCK_ROWS, NUM_RESPONSE_TOKENS, Trajectories, TrajectoryStore
 
@@ -42,6 +45,7 @@ def select(
     losses: Any,
     *,
     budget: Budget,
+    method: str = "s2l",
     num_clusters: int = 100,
     levels: list[int] | None = None,
     seed: int = 0,
@@ -58,21 +62,23 @@ def select(
     allocation: float = 0.0,
     allocation_of_strata: float = 0.0,
     draw: str = "random",
+    measurements: Mapping[str, Any] | None = None,
 ) -> Selection:
     """A balanced subset of examples by the losses of a small model: grouped by k-means, then a share of each group.
 
     `losses` is anything of shape (N, T), in nats; ids are row numbers unless given. `budget` is a number of examples, a
-    fraction of N below 1, or `{"tokens": n}`, which needs `num_response_tokens` (one per row). `sources` (one per row) are
-    the strata where there are several, and share `num_clusters`; `stratify_by` (one per row) are others, with `num_clusters`
-    groups in each; None: no strata. The budget is shared over the strata first. `min_per_source` goes by `sources`; without
-    them the strata are the sources. `levels`, such as [1000, 100, 20], take the place of `num_clusters`. `statistics` are for
-    `features="profile"`, as in `cluster`. `seed` feeds both steps. The others are as in the sections `clustering` and
-    `selection` of a config.
+    fraction of N below 1, or `{"tokens": n}`, which needs `num_response_tokens` (one per row). `sources` (one per row) are the
+    strata where there are several, and share `num_clusters`; `stratify_by` (one per row) are others, with `num_clusters` groups
+    in each; None: no strata. The budget is shared over the strata first. `min_per_source` goes by `sources`, else by strata.
+    `levels`, such as [1000, 100, 20], take the place of `num_clusters`. `statistics` are for `features="profile"`, as in
+    `cluster`; `measurements` for methods that need `loss_without_prompt` (N,), `embedding` (N, H) or `validation_embedding`
+    (V, H). `seed` feeds both steps. The others are as in the sections `clustering` and `selection` of a config.
 
     Raises DataError naming the ids of ragged, missing or non-finite losses, ConfigError for an argument out of range.
     """
     config = checked(
         SelectionConfig,
+        method=method,
         budget=budget,
         defer_groups_up_to=defer_groups_up_to,
         min_per_source=min_per_source,
@@ -81,29 +87,44 @@ def select(
         draw=draw,
         seed=seed,
     )
-    by = stratify_by if stratify_by is None or _is_auto(stratify_by) else "stratum"
+    strata = None if _is_auto(stratify_by) else stratify_by
     grouping = checked(
         ClusteringConfig,
-        num_clusters=levels[0] if levels else num_clusters,
-        levels=levels,
+        **({"levels": levels} if levels else {"num_clusters": num_clusters}),
         num_iterations=num_iterations,
         num_restarts=num_restarts,
         features=features,
-        stratify_by=by,
+        stratify_by=stratify_by if strata is None else "stratum",
         seed=seed,
     )
-    columns = {"stratum": stratify_by} if by == "stratum" else {}
-    sources = columns.get("stratum") if sources is None else sources
-    store = TrajectoryStore.of(Trajectories.of(losses, example_ids, sources, num_response_tokens, columns, statistics), seed)
+    store = _in_memory(losses, example_ids, sources, num_response_tokens, strata, statistics, measurements, seed)
+    check_columns(config, store)
     groups = cluster_store(store, grouping)
-    return choose_subsets(store, lambda: _in_blocks(groups), groups, config, grouping)[0].selection
+    return choose_subsets(store, lambda: in_blocks(groups), groups, config, grouping)[0].selection
+
+
+def _in_memory(
+    losses: Any,
+    ids: Any,
+    sources: Any,
+    tokens: Any,
+    strata: Any,
+    statistics: Mapping[str, Any] | None,
+    measurements: Mapping[str, Any] | None,
+    seed: int,
+) -> TrajectoryStore:
+    columns = {} if strata is None else {"stratum": strata}
+    found = Trajectories.of(losses, ids, strata if sources is None else sources, tokens, columns, statistics)
+    given = given_measurements(measurements or {}, ids, len(found))
+    return replace(TrajectoryStore.of(found, seed), measurements=given)
 
 
 def _is_auto(strata: Any) -> bool:
     return isinstance(strata, str) and strata == AUTO
 
 
-def _in_blocks(groups: Clustering) -> Iterator[tuple[Ints, Floats]]:
+def in_blocks(groups: Clustering) -> Iterator[tuple[Ints, Floats]]:
+    """Groups in memory as a store streams them: the group of every row and its distance, block by block."""
     for start in range(0, len(groups.cluster_ids_N), BLOCK_ROWS):
         yield groups.cluster_ids_N[start : start + BLOCK_ROWS], groups.distances_N[start : start + BLOCK_ROWS]
 
@@ -168,7 +189,7 @@ def publish_selection(
             control_rows = SubsetRows.fetch(control, fetch_rows, scratch / "random", pool)
             _write(draft, RANDOM, control_rows, control, np.full(len(control), len(store) / len(control)))
     summary = _summary(store, subsets[0], control) | {"columns": rows.names, "added_columns": rows.added}
-    summary |= config.model_dump(include={"allocation", "allocation_of_strata", "draw"})
+    summary |= config.model_dump(include={"method", "allocation", "allocation_of_strata", "draw"})
     summary["stability"] = stability(clustering, groups, config, len(subsets[0].selection))
     summary["budgets"] = [
         {"budget": one.selection.budget, "rows": len(one.selection), "file": path}
@@ -182,7 +203,7 @@ def publish_selection(
     draft.write(CARD, card.encode())
     for one in subsets:
         _log.info(
-            "%s of %s examples from %d groups (quotas %s to %s)",
+            f"%s of %s examples {'' if config.method == S2L else f'by {config.method}, '}from %d groups (quotas %s to %s)",
             *(f"{len(one.selection):,}", f"{len(store):,}", groups.num_clusters),
             *(f"{one.selection.quotas_K.min():,}", f"{one.selection.quotas_K.max():,}"),
         )

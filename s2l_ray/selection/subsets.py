@@ -18,11 +18,22 @@ from s2l_ray.clustering.threads import SearchThreads
 from s2l_ray.config import ClusteringConfig, SelectionConfig
 from s2l_ray.errors import ConfigError
 from s2l_ray.examples.ids import priorities, priority_cut
-from s2l_ray.selection.choosing import NO_TOKENS, Budget, choose, num_examples, select_rows
-from s2l_ray.selection.quotas import Integers, Sharing
+from s2l_ray.selection.choosing import (
+    NO_TOKENS,
+    Budget,
+    choose,
+    keys_of,
+    minimum_first,
+    num_examples,
+    num_taken,
+    select_rows,
+)
+from s2l_ray.selection.quotas import Integers, Sharing, selection_order
 from s2l_ray.selection.spreading import spread
+from s2l_ray.selectors import S2L, SELECTORS, SOURCES, Pool, Selector
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.layout import RESTARTS
+from s2l_ray.trajectories.loss_columns import losses_matrix
 from s2l_ray.trajectories.store import NUM_RESPONSE_TOKENS, TrajectoryStore
 
 Assignments = Callable[[], Iterator[tuple[Ints, Floats]]]
@@ -70,7 +81,9 @@ class Subset:
 
 
 def check_columns(config: SelectionConfig, store: TrajectoryStore) -> None:
-    """Raise ConfigError where a budget or a minimum needs a column that is not there: before anything is grouped."""
+    """Raise ConfigError where the method, a budget or a minimum needs what is not there: before anything is grouped."""
+    several = [SOURCES] if _has_sources(store) else []
+    SELECTORS[config.method].check([*several, *filter(store.has, [NUM_RESPONSE_TOKENS]), *store.measurements], store.num_points)
     if config.min_per_source and "source" not in store.names:
         raise ConfigError("selection.min_per_source: these trajectories have no column source. Add it, or leave this out.")
     if any(isinstance(budget, dict) for budget in (config.budget, *config.more_budgets)) and not store.has(NUM_RESPONSE_TOKENS):
@@ -86,6 +99,8 @@ def choose_subsets(
     """
     check_columns(config, store)
     budgets: list[Budget] = [config.budget, *config.more_budgets]  # type: ignore[list-item]
+    if config.method != S2L:
+        return chosen_by(SELECTORS[config.method], store, assigned, groups, config, budgets)
 
     def rows() -> Iterator[pa.Table]:
         return _pool(store, assigned, lambda block: store.priorities(block, config.seed), config.draw == "central")
@@ -113,6 +128,63 @@ def choose_subsets(
     return [_subset(budget, table, groups, rows_KS) for budget, table in zip(budgets, tables, strict=True)]
 
 
+def chosen_by(
+    method: Selector,
+    store: TrajectoryStore,
+    assigned: Assignments,
+    groups: Groups,
+    config: SelectionConfig,
+    budgets: list[Budget],
+) -> list[Subset]:
+    """The subsets of another selector, with all rows' numbers in memory. Raises ConfigError where it needs what is not
+    there."""
+    pool, rows = pool_of(store, assigned, groups, config, method)
+    order_N = method.order(pool)
+    strata_N = None if method.strata is None else method.strata(pool)
+    found = []
+    for budget in budgets:
+        count = num_taken(budget, rows, order_N, len(rows), 0)
+        assert count is not None, "the order has all rows"
+        taken_M = np.sort(order_N[:count])
+        table, weights_M = rows.take(pa.array(taken_M)).combine_chunks(), np.ones(count)
+        if strata_N is not None:
+            strata_M = strata_N[taken_M]
+            weights_M = np.bincount(strata_N)[strata_M] / np.bincount(strata_M)[strata_M]
+        cluster_ids_M = table["cluster_id"].to_numpy()
+        quotas_K = np.bincount(cluster_ids_M, minlength=groups.num_clusters)
+        ids = table["example_id"].combine_chunks()
+        found.append(Subset(Selection(ids, cluster_ids_M, weights_M, quotas_K, groups.sizes_K, budget), table))
+    return found
+
+
+def pool_of(
+    store: TrajectoryStore, assigned: Assignments, groups: Groups, config: SelectionConfig, method: Selector
+) -> tuple[Pool, pa.Table]:
+    """What a selector sees of a store, and the same rows as `Subset.rows` has them."""
+    seed = f"random-{config.seed}"
+    rows = pa.concat_tables(_pool(store, assigned, lambda block: priorities(block["example_id"], seed))).combine_chunks()
+    priorities_N = rows["priority"].to_numpy()
+    losses_NT = np.concatenate([losses_matrix(block) for block in store.blocks("losses")])
+
+    def shared(groups_N: Integers, allocation: float) -> Integers:
+        return selection_order(groups_N, priorities_N, Sharing(np.bincount(groups_N), allocation=allocation))
+
+    def by_s2l() -> Integers:
+        blocks = _pool(store, assigned, lambda block: store.priorities(block, config.seed), config.draw == "central")
+        table = pa.concat_tables(blocks)
+        order_N = selection_order(table["cluster_id"].to_numpy(), keys_of(table), sharing_of(groups, config))
+        return minimum_first(order_N, table, config.min_per_source)[0] if config.min_per_source else order_N
+
+    columns = {name: rows[name].to_numpy() for name in (NUM_RESPONSE_TOKENS,) if name in rows.column_names}
+    columns |= {name: read() for name, read in store.measurements.items() if name in method.needs}
+    sources_N = rows["source"].to_numpy().astype(np.int64) if _has_sources(store) else None
+    return Pool(losses_NT, priorities_N, shared, by_s2l, groups.num_clusters, sources_N, columns), rows
+
+
+def _has_sources(store: TrajectoryStore) -> bool:
+    return "source" in store.names and len(store.names_of("source")) > 1
+
+
 def sharing_of(groups: Groups, config: SelectionConfig) -> Sharing:
     """How a budget is shared over these groups."""
     return Sharing(
@@ -137,12 +209,12 @@ def random_rows(store: TrajectoryStore, assigned: Assignments, count: int, seed:
 def stability(clustering: Artifact, groups: Groups, config: SelectionConfig, num_chosen: int) -> dict[str, Any] | None:
     """How much of a subset of `num_chosen` examples stays the same when the grouping starts from another seed: the mean share
     that the subsets of two restarts have in common, on a sample. None for one restart, for levels of groups (of which the
-    restarts have the lowest alone) and for draws that go by distances.
+    restarts have the lowest alone), for draws that go by distances and for methods that do not share over groups.
 
     The priorities inside the groups stay the same, so that much would be common for any groups: `without_groups` is the
     share that the rows of lowest priority, without any groups, have in common with these subsets.
     """
-    if RESTARTS not in clustering.manifest["files"] or groups.parents or config.draw != "random":
+    if RESTARTS not in clustering.manifest["files"] or groups.parents or config.draw != "random" or config.method != S2L:
         return None
     table = clustering.read_table(RESTARTS)
     order_N = priorities(table["example_id"], config.seed)

@@ -29,11 +29,16 @@ CENTROIDS, FEATURE_CENTROIDS, RESTARTS = "centroids.npy", "feature_centroids.npy
 SELECTED, RANDOM, CARD = "selected.parquet", "random.parquet", "README.md"
 MODEL_FOLDERS, MODEL_RECORD = {"selected": "model", "random": "random_model"}, "model.json"
 """Subset -> the folder of the target trained on it, in training order; the file there that is written last."""
-METRICS, PREDICTIONS = "metrics.json", "predictions.jsonl"
+METRICS, PREDICTIONS, ROW_LOSSES = "metrics.json", "predictions.jsonl", "losses.parquet"
 PAGE = "index.html"
 
 # Beside the stages: what trackers keep in files. No stage reads it.
 TRACKERS = "trackers"
+
+# Beside the stages, too: the cells of a comparison, each in a directory of its own, trajectories of other seeds, the table.
+COMPARE, SEED_RUNS = "compare", "seeds"
+CELL_LOSSES, CELL_SUBSET = "losses.parquet", "subset.parquet"
+TABLE, TABLE_MARKDOWN, PREMISE = "table.json", "table.md", "premise.json"
 
 # Scratch of the run, and below it what several stages use.
 WORK, TAG = ".work", "CACHEDIR.TAG"
@@ -102,8 +107,9 @@ _STAGE_FILES = {
     "clustering": "|".join([ASSIGNMENTS + _PART, *map(re.escape, (CENTROIDS, FEATURE_CENTROIDS, RESTARTS))]),
     "selection": rf"(selected(-(tokens-)?[0-9.e+-]+)?|random)\.(parquet|jsonl)|{re.escape(CARD)}",
     "target": rf"({'|'.join(MODEL_FOLDERS.values())})/({_MODEL_FILE}|{re.escape(MODEL_RECORD)})",
-    "evaluation": f"{re.escape(METRICS)}|{re.escape(PREDICTIONS)}",
+    "evaluation": "|".join(map(re.escape, (METRICS, PREDICTIONS, ROW_LOSSES))),
     "report": re.escape(PAGE),
+    COMPARE: "|".join(map(re.escape, (CELL_LOSSES, CELL_SUBSET))),
 }
 _MARKS = f"{re.escape(MANIFEST)}|{re.escape(BUILDING)}"
 _UNRENAMED = r"\.[0-9a-f]{8}\.tmp"
@@ -112,7 +118,8 @@ _UNRENAMED = r"\.[0-9a-f]{8}\.tmp"
 
 def is_stage_file(stage: str, name: str) -> bool:
     """Whether a stage writes files of this name into its directory."""
-    return re.fullmatch(rf"({_STAGE_FILES.get(stage, '(?!)')}|{_MARKS})({_UNRENAMED})?", name) is not None
+    files = _STAGE_FILES.get(stage.partition("/")[0], "(?!)")  # a cell of a comparison is one of many
+    return re.fullmatch(rf"({files}|{_MARKS})({_UNRENAMED})?", name) is not None
 
 
 def is_unrenamed(stage: str, name: str) -> bool:

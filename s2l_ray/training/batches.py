@@ -71,9 +71,15 @@ def check_steps(steps: int, section: str) -> None:
         )
 
 
-def data_order(example_ids: list[str], epochs: float, global_batch: int, seed: int) -> np.ndarray:
-    """Row numbers in training order, int64 (num_steps * global_batch,): one hash permutation per epoch, one after the other."""
-    length = num_steps(len(example_ids), epochs, global_batch) * global_batch
+def subset_steps(num_examples: int, epochs: float, global_batch: int) -> int:
+    """Optimizer steps on a subset: the batches of all its epochs, the last one filled up. Examples that the target loses to
+    their length do not shorten it: subsets of one size are trained equally long."""
+    return math.ceil(round(num_examples * epochs / global_batch, 9))
+
+
+def data_order(example_ids: list[str], steps: int, global_batch: int, seed: int) -> np.ndarray:
+    """Row numbers in training order, int64 (steps * global_batch,): a hash permutation for each epoch, one after the other."""
+    length = steps * global_batch if example_ids else 0
     passes = [
         np.argsort(priorities(example_ids, f"{seed}-epoch-{epoch}"), kind="stable")
         for epoch in range(math.ceil(length / max(1, len(example_ids))))

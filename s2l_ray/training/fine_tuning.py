@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from s2l_ray.config import TrainingWorkerConfig
+from s2l_ray.runtime.process import give_back_freed_memory
 from s2l_ray.storage.places import cache
 from s2l_ray.storage.records import digest
 from s2l_ray.training.adapters import base_of
@@ -26,6 +28,7 @@ from s2l_ray.training.trackers import Tracking, reporting
 from s2l_ray.training.training_run import TrainingRun
 from s2l_ray.training.zero import UNIVERSAL, with_batches
 
+TIDY_STEPS = 16
 WeightedRow = tuple[np.ndarray, np.ndarray, float]
 
 
@@ -48,8 +51,7 @@ def fine_tune(
     transformers' Trainer, whose `state.log_history` has the losses. Raises ConfigError where there are more workers than rows
     in a batch, and where a tracker cannot be used.
     """
-    import ray.train
-    from transformers import PrinterCallback, Trainer
+    import ray.train.torch
 
     from s2l_ray.training.resume_points import Recorder, resume_point
 
@@ -66,21 +68,58 @@ def fine_tune(
             deepspeed = deepspeed | {"checkpoint": {"load_universal": True}}
         if deepspeed is None and checkpoint is not None:
             _load_weights(model, checkpoint)
-        places = length_balanced_order(run.order, run.tokens.lengths, plan)
-        weights = None if run.weights is None else batch_weights(places, run.weights, plan)
-        trainer = (Trainer if weights is None else _weighted(Trainer))(
-            model=model,
-            args=_arguments(run, plan, folder, deepspeed, reports),
-            train_dataset=TrainingRows(run.tokens, places, weights),
-            processing_class=tokenizer,
-            data_collator=Collator(accepts_logits_to_keep(base_of(model))),
-            compute_loss_func=token_mean_loss,
-            callbacks=[Recorder(run, folder, events, on_keep, machines.checkpoint_every_minutes)],
-        )
-        trainer.remove_callback(PrinterCallback)
+        arguments = _arguments(run, plan, folder, ray.train.torch.get_device().type, deepspeed, reports)
+        recorder = Recorder(run, folder, events, on_keep, machines.checkpoint_every_minutes)
+        trainer = _trainer(run, model, tokenizer, plan, arguments, [recorder])
         trainer.train(resume_from_checkpoint=checkpoint)
     shutil.rmtree(folder, ignore_errors=True)  # each node's own; all its workers are past the last step
     return trainer
+
+
+def fine_tune_here(
+    run: TrainingRun, model: Any, tokenizer: Any, device: str, device_batch_size: int | str, callbacks: Sequence[Any] = ()
+) -> Any:
+    """The same training in this process alone, outside of a fit and without resume points: for a model that takes seconds.
+
+    `device`: `cpu` or `cuda`. `callbacks`: the Trainer's. Returns transformers' Trainer.
+    """
+    plan = BatchPlan.of(run.config.global_batch_size, 1, device_batch_size)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = _arguments(run, plan, Path(folder), device, None, {"report_to": "none"})
+        trainer = _trainer(run, model, tokenizer, plan, arguments, [*callbacks])
+        trainer.train()
+    return trainer
+
+
+def _trainer(run: TrainingRun, model: Any, tokenizer: Any, plan: BatchPlan, arguments: Any, callbacks: list[Any]) -> Any:
+    from transformers import PrinterCallback, Trainer, TrainerCallback
+
+    places = length_balanced_order(run.order, run.tokens.lengths, plan)
+    weights = None if run.weights is None else batch_weights(places, run.weights, plan)
+    trainer = (Trainer if weights is None else _weighted(Trainer))(
+        model=model,
+        args=arguments,
+        train_dataset=TrainingRows(run.tokens, places, weights),
+        processing_class=tokenizer,
+        data_collator=Collator(accepts_logits_to_keep(base_of(model))),
+        compute_loss_func=token_mean_loss,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    if arguments.use_cpu:
+        trainer.add_callback(_tidying(TrainerCallback))
+    return trainer
+
+
+def _tidying(callback: Any) -> Any:
+    """A callback of the Trainer that keeps the memory of a training on CPUs from growing."""
+
+    class Tidying(callback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+            if state.global_step % TIDY_STEPS == 0:
+                give_back_freed_memory()
+
+    return Tidying
 
 
 def _load_weights(model: Any, checkpoint: str) -> None:
@@ -113,13 +152,16 @@ def _node_folder(run: TrainingRun) -> Path:
 
 
 def _arguments(
-    run: TrainingRun, plan: BatchPlan, folder: Path, deepspeed: dict[str, Any] | None, reports: dict[str, Any]
+    run: TrainingRun,
+    plan: BatchPlan,
+    folder: Path,
+    device: str,
+    deepspeed: dict[str, Any] | None,
+    reports: dict[str, Any],
 ) -> Any:
-    import ray.train.torch
     from transformers import TrainingArguments
 
-    config = run.config
-    on_gpu = ray.train.torch.get_device().type == "cuda"
+    config, on_gpu = run.config, device == "cuda"
     steps = len(run.order) // config.global_batch_size
     is_offloaded = deepspeed is not None and "offload_optimizer" in deepspeed["zero_optimization"]
     return TrainingArguments(

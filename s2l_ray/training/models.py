@@ -66,7 +66,8 @@ def make_model(config: TrainingConfig, tokenizer: Any) -> Any:
     if isinstance(config.model, ScratchModel):
         # A round number of rows makes the output layer's matrix product faster.
         vocab_size = -(-len(tokenizer) // 64) * 64
-        torch.manual_seed(config.seed)
+        of_weights = config.model.scratch.seed
+        torch.manual_seed(config.seed if of_weights is None else of_weights)
         return AutoModelForCausalLM.from_config(scratch_config(config.model.scratch, vocab_size, tokenizer.eos_token_id))
     return load_model(config.model, tokenizer, revision=config.revision, trust_remote_code=config.trust_remote_code)
 

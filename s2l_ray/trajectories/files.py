@@ -34,7 +34,8 @@ from s2l_ray.trajectories.loss_columns import (
     points_column,
     token_count_column,
 )
-from s2l_ray.trajectories.parts import Part, parts_of, place_name
+from s2l_ray.trajectories.measured import measurements_of
+from s2l_ray.trajectories.parts import Part, find_artifact, parts_of, place_name
 from s2l_ray.trajectories.sorting import sort_by_id
 from s2l_ray.trajectories.store import Names, Trajectories, TrajectoryStore
 
@@ -73,7 +74,9 @@ def open_trajectories(
         raise error if str(error).startswith(where) else DataError(f"{where}: {error}") from error
     num_points = rows.schema.field("losses").type.list_size
     _log.info("%s trajectories of %d points from %d files", f"{rows.num_rows:,}", num_points, len(parts))
-    return TrajectoryStore(rows, num_points, {name: found.values for name, found in names.items()}, seed)
+    measured = measurements_of(parts, find_artifact(source) if isinstance(source, str) else source, lambda: _integers_of(parts))
+    found_names = {name: found.values for name, found in names.items()}
+    return TrajectoryStore(rows, num_points, found_names, seed, measurements=measured)
 
 
 @contextlib.contextmanager

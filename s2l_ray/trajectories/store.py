@@ -189,6 +189,9 @@ class TrajectoryStore:
     tokens_N: NDArray[np.int32] | None = None
     """Token counts instead of those in `rows`: another tokenizer's."""
 
+    measurements: Mapping[str, Callable[[], NDArray[np.float32]]] = field(default_factory=dict)
+    """What else is measured of the rows and read on demand: see `measured`."""
+
     @classmethod
     def of(cls, trajectories: Trajectories, seed: int | None = None) -> TrajectoryStore:
         """Trajectories in memory as a store, without a copy of the losses, with the priorities of a seed if one is given."""

@@ -1,0 +1,71 @@
+"""What a comparison leaves beside its cells: `table.json`, from which the page is drawn, and `table.md`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import numpy as np
+
+from s2l_ray.compare.arms import FULL, ablated
+from s2l_ray.compare.cells import CellSpec, read_cell
+from s2l_ray.compare.costs import Measured, costs_of, spent_on
+from s2l_ray.compare.table import Comparison, compare_cells
+from s2l_ray.config import RunConfig
+from s2l_ray.config.comparing import CompareConfig
+from s2l_ray.storage.artifacts import Artifact
+from s2l_ray.storage.layout import COMPARE, SCHEMA, TABLE, TABLE_MARKDOWN
+from s2l_ray.storage.places import Storage
+from s2l_ray.storage.provenance import provenance
+from s2l_ray.training.models import num_parameters
+
+
+def write_results(
+    config: RunConfig, specs: Sequence[CellSpec], budgets: Sequence[int], place: Storage, finished: dict[str, Artifact]
+) -> Comparison:
+    """The table of the finished cells, written."""
+    compare = config.compare or CompareConfig()
+    artifacts = [(one, Artifact.read(place.child(one.key.stage))) for one in specs]
+    measured = sizes_of(config, finished, artifacts)
+    by_row = {
+        (one.arm, one.budget): spent_on(
+            config, measured, None if one.arm == FULL else one.config.selection.method, one.examples
+        )
+        for one in specs
+    }
+    comparison = compare_cells(
+        [read_cell(one, artifact) for one, artifact in artifacts],
+        primary=compare.primary,
+        budgets=budgets,
+        redo_from=compare.redo_from,
+        costs=costs_of(config, measured, budgets[0])
+        | {"by_row": [{"arm": arm, "budget": budget, **asdict(spent)} for (arm, budget), spent in by_row.items()]},
+        ablations={
+            field: [(value, ablated(field, value).name) for value in values] for field, values in compare.ablations.items()
+        },
+    )
+    storage = place.child(COMPARE)
+    fingerprints = {one.name: artifact.fingerprint for one, artifact in artifacts}
+    storage.write_json(
+        TABLE, {"schema": SCHEMA, **comparison.to_json(), "fingerprints": fingerprints, "provenance": provenance()}
+    )
+    storage.write(TABLE_MARKDOWN, comparison.markdown().encode())
+    return comparison
+
+
+def sizes_of(config: RunConfig, finished: dict[str, Artifact], cells: Sequence[tuple[CellSpec, Artifact]] = ()) -> Measured:
+    """Sizes and times as this comparison found them. Raises ConfigError where the target's size cannot be known."""
+    proxy, trajectories = finished["proxy"], finished["trajectories"]
+    of_cells = [artifact.summary for one, artifact in cells if one.arm != FULL]
+    batch = config.target.global_batch_size
+    seconds = [found["training_seconds"] / (found["steps"] * batch) for found in of_cells]
+    target = of_cells[0]["num_parameters"] if of_cells else num_parameters(config.target, proxy.summary.get("vocab_size"))
+    return Measured(
+        pool=finished["examples"].summary["pool"],
+        pool_tokens=float(trajectories.summary["tokens"]),
+        num_points=len(trajectories.summary["steps"]),
+        proxy_parameters=float(proxy.summary["num_parameters"]),
+        target_parameters=float(target or proxy.summary["num_parameters"]),
+        proxy_seconds=sum(one.manifest["provenance"]["seconds"] for one in (proxy, trajectories)),
+        target_seconds_per_example=float(np.median(seconds)) if seconds else None,
+    )

@@ -1,0 +1,197 @@
+"""Arms x budgets x seeds -> one table: what is missing is trained, seed by seed; the same call again goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from s2l_ray.compare.arms import COST_MATCHED, FULL, Arm, arms_of
+from s2l_ray.compare.cells import CellSpec, budgets_of, missing, publish, read_bytes_table, seeded, spec
+from s2l_ray.compare.costs import cost_matched
+from s2l_ray.compare.fits import fit_alone, losses_of_run
+from s2l_ray.compare.premise import measure_premise
+from s2l_ray.compare.premise_wording import premise_text
+from s2l_ray.compare.results import sizes_of, write_results
+from s2l_ray.compare.subsets import Groups, is_of_all, opened, subsets, trajectories_of, whole_pool
+from s2l_ray.compare.table import Comparison
+from s2l_ray.compare.worker import FACTS, CellsJob, CellWorker
+from s2l_ray.config import RunConfig
+from s2l_ray.config.comparing import CompareConfig
+from s2l_ray.evaluation.stage import choose_generated, evaluated_parts
+from s2l_ray.pipeline import run
+from s2l_ray.progress import duration, get_log
+from s2l_ray.runtime.pool import Unit, do_units
+from s2l_ray.runtime.session import connect_ray, run_places
+from s2l_ray.runtime.workers import Workers
+from s2l_ray.storage.artifacts import Artifact
+from s2l_ray.storage.drafts import table_bytes
+from s2l_ray.storage.layout import CELL_LOSSES, COMPARE
+from s2l_ray.storage.lock import exclusive
+from s2l_ray.storage.ownership import scratch_of
+from s2l_ray.storage.places import Storage
+from s2l_ray.training.models import num_parameters
+
+UNIT_FILE = CELL_LOSSES
+# `compare.fit: auto` trains a target of more parameters than this by a fit of its own.
+TOGETHER_PARAMETERS = 200e6
+_log = get_log("compare")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cells:
+    """All cells of a comparison."""
+
+    arms: list[Arm]
+    budgets: list[int]
+    specs: list[CellSpec]
+    """Seed by seed; those of all data first."""
+
+
+def compare(config: RunConfig, run_dir: str | None = None, *, reuse: str | None = None) -> Comparison:
+    """The comparison that a config's section `compare` asks for, over the run's trajectories; builds what is missing.
+
+    Returns the `Comparison`, which is also in `compare/table.json` and `table.md`. Raises ConfigError for arms and budgets that
+    cannot be, ArtifactError where a finished cell has another recipe (naming the fields), and what a run raises.
+    """
+    config = config.model_copy(update={"compare": config.compare or CompareConfig()})
+    finished = run(config, run_dir, until="trajectories", reuse=reuse)
+    place, _ = run_places(config.name, run_dir, reuse)
+    connect_ray()
+    with exclusive(place) as still_held:
+        return _compare(config, place, finished, still_held)
+
+
+def check_premise(config: RunConfig, run_dir: str | None = None, *, reuse: str | None = None) -> str:
+    """Whether examples that learn alike have like gradients here, in a dozen lines; `compare/premise.json` has all figures.
+
+    Builds what is missing of the run. Raises what `measure_premise` and a run raise.
+    """
+    finished = run(config, run_dir, until="clustering", reuse=reuse)
+    place, _ = run_places(config.name, run_dir, reuse)
+    connect_ray()
+    with exclusive(place):
+        return premise_text(measure_premise(config, finished, place, config.machines.compare))
+
+
+def _compare(config: RunConfig, place: Storage, finished: dict[str, Artifact], still_held: Callable[[], None]) -> Comparison:
+    begun = time.monotonic()
+    cells = plan_cells(config, place, finished)
+    todo = missing(cells.specs, place)
+    _log.info("%d cells of %d arms, %d of them to be trained", len(cells.specs), len(cells.arms), len(todo))
+    work = scratch_of(place).child(COMPARE)
+    choose(config, cells, todo, place, finished, work)
+    todo = [one for one in todo if not _taken_from_run(one, config, place, work)]
+    if todo and trains_together(config):
+        _train_together(config, todo, place, finished, work, still_held)
+    else:
+        arms = {arm.name: arm for arm in cells.arms}
+        for one in todo:
+            still_held()
+            own = None if is_of_all(one) else trajectories_of(config, arms[one.arm], one.seed, place, finished)
+            fit_alone(one, own, place, work)
+    work.delete()
+    comparison = write_results(config, cells.specs, cells.budgets, place, finished)
+    _log.info("finished in %s", duration(time.monotonic() - begun))
+    return comparison
+
+
+def plan_cells(config: RunConfig, place: Storage, finished: dict[str, Artifact]) -> Cells:
+    """All cells, seed by seed. Trains the proxies of other seeds that are not there. Raises what `compare` raises."""
+    compare, examples = config.compare or CompareConfig(), finished["examples"]
+    pool = examples.summary["pool"]
+    arms = arms_of(config, [name for name, counts in examples.summary["sources"].items() if counts["pool"]])
+    budgets = budgets_of(config, pool)
+    everything = {"examples": examples, "proxy": finished["proxy"]}
+    sizes = sizes_of(config, finished)
+    full = Arm(FULL, {})
+    specs = [spec(seeded(config, full, seed), FULL, pool, seed, everything) for seed in range(compare.full_seeds)]
+    for seed in range(compare.seeds):
+        for arm in arms:
+            chosen = seeded(config, arm, seed)
+            inputs = {"examples": examples, "trajectories": trajectories_of(config, arm, seed, place, finished)}
+            for budget in budgets:
+                examples_of = cost_matched(config, sizes, budget) if arm.name == COST_MATCHED else budget
+                specs.append(spec(chosen, arm.name, budget, seed, inputs, examples_of))
+    return Cells(arms, budgets, specs)
+
+
+def choose(
+    config: RunConfig,
+    cells: Cells,
+    todo: Sequence[CellSpec],
+    place: Storage,
+    finished: dict[str, Artifact],
+    work: Storage,
+) -> None:
+    """Write the subset of each cell that is to be trained into scratch."""
+    wanted = [one for one in todo if not work.exists(f"{one.unit}.parquet")]
+    arms = {arm.name: arm for arm in cells.arms}
+    for one in filter(is_of_all, wanted):
+        work.write(f"{one.unit}.parquet", table_bytes(whole_pool(finished["examples"])))
+    for seed in sorted({one.seed for one in wanted}):
+        of_seed = [one for one in wanted if one.seed == seed and not is_of_all(one)]
+        by_store: dict[str, list[CellSpec]] = {}
+        for one in of_seed:
+            by_store.setdefault(one.key.inputs["trajectories"], []).append(one)
+        for group in by_store.values():
+            trajectories = trajectories_of(config, arms[group[0].arm], seed, place, finished)
+            with opened(trajectories, scratch_of(place), group[0].config.selection.seed) as store:
+                _choose_from(store, group, Groups(store, config.examples.sources_are_files), work)
+
+
+def _choose_from(store: Any, wanted: Sequence[CellSpec], groups: Groups, work: Storage) -> None:
+    for arm in dict.fromkeys(one.arm for one in wanted):
+        of_arm = [one for one in wanted if one.arm == arm]
+        tables = subsets(of_arm[0].config, [one.examples for one in of_arm], store, groups)
+        for one, table in zip(of_arm, tables, strict=True):
+            work.write(f"{one.unit}.parquet", table_bytes(table))
+
+
+def trains_together(config: RunConfig) -> bool:
+    """Whether many targets are trained in each worker process."""
+    compare = config.compare or CompareConfig()
+    if compare.fit != "auto" or config.target.lora is not None:
+        return compare.fit == "together"
+    size = None if isinstance(config.target.model, str) else 0
+    if size is None:
+        size = num_parameters(config.target, None)
+    return size is not None and size <= TOGETHER_PARAMETERS
+
+
+def _train_together(
+    config: RunConfig,
+    todo: Sequence[CellSpec],
+    place: Storage,
+    finished: dict[str, Artifact],
+    work: Storage,
+    still_held: Callable[[], None],
+) -> None:
+    examples, by_unit = finished["examples"], {one.unit: one for one in todo}
+    parts = evaluated_parts(config, examples)
+    job = CellsJob(examples, finished["proxy"], by_unit, work, parts, choose_generated(config, examples, parts))
+    workers = Workers.resolve(config.machines.compare, one_per_cpu=True)
+
+    def publish_finished() -> bool:
+        still_held()
+        for unit in [unit for unit in by_unit if work.exists(f"{unit}/{UNIT_FILE}")]:
+            one = by_unit.pop(unit)
+            evaluated = read_bytes_table(work.read(f"{unit}/{UNIT_FILE}"))
+            facts = json.loads(evaluated.schema.metadata[FACTS])
+            publish(one, place, read_bytes_table(work.read(f"{unit}.parquet")), evaluated, facts)
+        return False
+
+    do_units("compare", [Unit(one.unit, UNIT_FILE) for one in todo], CellWorker, job, work, workers, stop=publish_finished)
+    publish_finished()
+
+
+def _taken_from_run(one: CellSpec, config: RunConfig, place: Storage, work: Storage) -> bool:
+    """Whether the run itself has trained this cell's target: then its losses become the cell."""
+    found = losses_of_run(one, config, place)
+    if found is None:
+        return False
+    evaluated, facts = found
+    publish(one, place, read_bytes_table(work.read(f"{one.unit}.parquet")), evaluated, facts)
+    return True

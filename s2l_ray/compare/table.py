@@ -1,0 +1,366 @@
+"""The comparison as one table: a row per arm and budget, with everything that an outsider needs to compute it again."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from s2l_ray.compare.arms import FULL, RANDOM
+from s2l_ray.compare.statistics import (
+    ACCURACY,
+    LEVEL,
+    MACRO,
+    TOKENS,
+    Cell,
+    Difference,
+    Floats,
+    GapClosed,
+    HeldOutLosses,
+    Row,
+    detectable_difference,
+    gap_closed,
+    holm,
+    paired,
+)
+from s2l_ray.compare.verdict import verdict
+from s2l_ray.errors import DataError
+
+LOSSES = (TOKENS, MACRO)
+WIDTH, ARM_WIDTH = 100, 28
+"""Columns of the terminal's table, and of the arms' names in it."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A finished comparison."""
+
+    primary: str
+    budgets: list[int]
+    seeds: int
+    redo_from: str
+    num_held_out: int
+    rows: list[Row]
+    cells: list[dict[str, Any]]
+    """Arm, budget, seed, both losses, accuracy, steps, tokens of each cell."""
+
+    verdict: list[str]
+    """One sentence, and where another arm is clearly better than random and the primary one a second that names it."""
+
+    detectable: float | None
+    """The smallest difference per token to random that these seeds would have seen, by the primary arm's own variance."""
+
+    costs: dict[str, Any] = field(default_factory=dict)
+    ablations: dict[str, list[tuple[Any, str]]] = field(default_factory=dict)
+
+    def row(self, arm: str, budget: int) -> Row | None:
+        """An arm's row at a budget."""
+        return next((row for row in self.rows if (row.arm, row.budget) == (arm, budget)), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, complete: the report's section is drawn from them alone."""
+        primary = self.row(self.primary, self.budgets[0])
+        deviation = primary.differences[TOKENS].deviation if primary and primary.differences else None
+        return asdict(self) | {"pilot_deviation": deviation}
+
+    def text(self) -> str:
+        """The table for a terminal, of `WIDTH` columns at most."""
+        header = ["", "by token", "to random", "by source", "to random", "gap", "tokens"]
+        lines = [header, *(_shown(row) for row in self.rows)]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+        shown = [
+            "  ".join(_aligned(value, width, i) for i, (value, width) in enumerate(zip(line, widths, strict=True))).rstrip()
+            for line in lines
+        ]
+        titles = [f"{row.budget:,} examples" if row.arm != FULL else f"all {row.budget:,} examples" for row in self.rows]
+        table = [shown[0]]
+        for place, (title, line) in enumerate(zip(titles, shown[1:], strict=True)):
+            table += [line] if place and titles[place - 1] == title else [title, line]
+        words = [*self.notes(), "", *self.verdict]
+        wrapped = [textwrap.fill(line, WIDTH, subsequent_indent="  ", drop_whitespace=True) for line in words]
+        return "\n".join(["", *table, "", *wrapped])
+
+    def markdown(self) -> str:
+        """The same for a page."""
+        loss = ["to random [95%]", "over rows [95%]", "p"]
+        names = ["loss per token", *loss, "averaged over sources", *loss, "gap closed (tokens / sources)", "accuracy"]
+        header = ["arm", "budget", *names, "response tokens", "steps", "cost with selection", "seeds", "diverged"]
+        lines = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
+        spent = {(one["arm"], one["budget"]): one for one in self.costs.get("by_row", [])}
+        lines += [f"| {' | '.join(_shown_in_full(row, spent.get((row.arm, row.budget))))} |" for row in self.rows]
+        return "\n".join([*lines, "", *self.notes(), "", *(f"**{sentence}**" for sentence in self.verdict), ""])
+
+    def notes(self) -> list[str]:
+        """What the table does not say by itself."""
+        again = {
+            "proxy": "proxy, losses, groups, subset and target",
+            "clustering": "groups, subset and target, from one proxy's losses",
+            "selection": "subset and target, from one grouping",
+            "target": "the target alone, on one subset",
+        }[self.redo_from]
+        notes = [
+            f"{self.num_held_out:,} held-out rows, {self.seeds} seeds; each seed redoes {again}. In nats; less is better.",
+            "Intervals: Student's over seeds, 95%. *: differs from random at the 5% level (with Holm's correction; "
+            f"{self.primary} at the first budget is the question, and its losses are not corrected).",
+            *self._about_gaps(),
+        ]
+        trained = Counter((cell["arm"], cell["budget"]) for cell in self.cells)
+        lost = [
+            f"{row.diverged} of {trained[row.arm, row.budget]} of {row.arm} at {row.budget:,}"
+            for row in self.rows
+            if row.diverged
+        ]
+        if lost:
+            notes.append(f"diverged, and in no mean: {'; '.join(lost)}. Differences are over the pairs of which neither has.")
+        costs = self.costs.get("lines", [])
+        return [*notes, *costs]
+
+    def _about_gaps(self) -> list[str]:
+        """Why a share of the gap has no interval, or is not there."""
+        full = [row for row in self.rows if row.arm == FULL and row.seeds]
+        gaps = [gap for row in self.rows for gap in row.gap_closed.values()]
+        if not full:
+            return []
+        unclear = "[?]: all data is not clearly better than random, so that any share of the gap may be true."
+        absent = "A gap of -: all data is no better than random, so that there is none to close."
+        return [*[unclear] * any(gap and gap.low is None for gap in gaps), *[absent] * any(gap is None for gap in gaps)]
+
+
+def compare_cells(
+    cells: Sequence[Cell],
+    *,
+    primary: str,
+    budgets: Sequence[int],
+    redo_from: str,
+    costs: dict[str, Any] | None = None,
+    ablations: dict[str, list[tuple[Any, str]]] | None = None,
+) -> Comparison:
+    """The table of finished cells; those with a loss that is not finite are marked as diverged. Raises DataError where random
+    or the primary arm is missing, has one seed or fewer than two finite pairs, or cells were evaluated on different rows."""
+    _check(cells, primary, budgets)
+    losses = HeldOutLosses.of(cells)
+    cells = [replace(one, diverged=one.diverged or not np.isfinite(losses.losses[one.name]).all()) for one in cells]
+    found = {cell.name: {kind: losses.mean(losses.losses[cell.name], kind) for kind in LOSSES} for cell in cells}
+    arms = list(dict.fromkeys(cell.arm for cell in cells if cell.arm != FULL))
+    full = [cell for cell in cells if cell.arm == FULL]
+    of_full = {kind: np.array([found[cell.name][kind] for cell in full if not cell.diverged]) for kind in LOSSES}
+    rows = []
+    for budget in budgets:
+        pairs = {arm: _pairs(cells, arm, budget) for arm in arms}
+        by_rows = _over_rows(losses, pairs)
+        rows += [_row(arm, budget, cells, pairs[arm], found, of_full, by_rows.get(arm)) for arm in arms]
+    if full:
+        rows.append(_row(FULL, full[0].budget, cells, [], found, of_full, None))
+    rows = _corrected(rows, primary, budgets[0])
+    head = next(row for row in rows if (row.arm, row.budget) == (primary, budgets[0]))
+    if not head.differences:
+        raise DataError(
+            f"compare: fewer than two pairs of {primary} and random at {budgets[0]:,} examples have finite losses "
+            f"({head.diverged} diverged). Lower target.learning_rate."
+        )
+    detectable = detectable_difference(head.differences[TOKENS].deviation, head.seeds)
+    return Comparison(
+        primary=primary,
+        budgets=list(budgets),
+        seeds=max(cell.seed for cell in cells if cell.arm == RANDOM) + 1,
+        redo_from=redo_from,
+        num_held_out=len(losses.tokens_R),
+        rows=rows,
+        cells=[_plain(cell, found[cell.name]) for cell in cells],
+        verdict=verdict(rows, head, detectable),
+        detectable=detectable,
+        costs=costs or {},
+        ablations=ablations or {},
+    )
+
+
+def _check(cells: Sequence[Cell], primary: str, budgets: Sequence[int]) -> None:
+    names = {cell.name for cell in cells}
+    if len(names) < len(cells):
+        raise DataError("compare: an arm occurs twice with one budget and seed. Remove one of the cells.")
+    for cell in cells:
+        rival = f"{RANDOM}-{cell.budget}-seed{cell.seed}"
+        if cell.arm != FULL and rival not in names:
+            raise DataError(f"compare: the cell {cell.name} has no rival {rival}. Train that, or leave the cell out.")
+    own = [cell.seed for cell in cells if (cell.arm, cell.budget) == (primary, budgets[0])]
+    if not own:
+        raise DataError(f"compare: no cell of the primary arm {primary} at {budgets[0]:,} examples. Train it, or name another.")
+    if len(own) < 2:
+        paired(own)
+
+
+def _pairs(cells: Sequence[Cell], arm: str, budget: int) -> list[tuple[Cell, Cell]]:
+    """An arm's cells at a budget, each with random's of the same seed; without those of which one has diverged."""
+    of_random = {cell.seed: cell for cell in cells if (cell.arm, cell.budget) == (RANDOM, budget)}
+    own = sorted((cell for cell in cells if (cell.arm, cell.budget) == (arm, budget)), key=lambda cell: cell.seed)
+    together = [(cell, of_random[cell.seed]) for cell in own]
+    return [pair for pair in together if not any(cell.diverged for cell in pair)]
+
+
+def _over_rows(losses: HeldOutLosses, pairs: Mapping[str, list[tuple[Cell, Cell]]]) -> dict[str, dict[str, Floats]]:
+    """For each arm but random the intervals over held-out rows, by loss."""
+    arms = [arm for arm, found in pairs.items() if found and arm != RANDOM]
+    if not arms:
+        return {}
+    of_arm = [np.mean([losses.losses[a.name] - losses.losses[b.name] for a, b in pairs[arm]], axis=0) for arm in arms]
+    intervals = losses.bootstrap(np.array(of_arm))
+    return {arm: {kind: intervals[kind][place] for kind in LOSSES} for place, arm in enumerate(arms)}
+
+
+def _row(
+    arm: str,
+    budget: int,
+    cells: Sequence[Cell],
+    pairs: list[tuple[Cell, Cell]],
+    found: Mapping[str, Mapping[str, float]],
+    of_full: Mapping[str, Floats],
+    by_rows: Mapping[str, Floats] | None,
+) -> Row:
+    own = [cell for cell in cells if (cell.arm, cell.budget) == (arm, budget)]
+    finite = [cell for cell in own if not cell.diverged]
+    answers = [cell.accuracy for cell in finite if cell.accuracy is not None]
+    means: dict[str, float | None] = {
+        kind: float(np.mean([found[cell.name][kind] for cell in finite])) if finite else None for kind in LOSSES
+    }
+    means[ACCURACY] = float(np.mean(answers)) if answers else None
+    differences: dict[str, Difference] = {}
+    gaps: dict[str, GapClosed | None] = {}
+    if arm not in (RANDOM, FULL) and len(pairs) > 1:
+        for kind in LOSSES:
+            own_K, random_K = (np.array([found[pair[side].name][kind] for pair in pairs]) for side in (0, 1))
+            low, high = (float(value) for value in by_rows[kind]) if by_rows is not None else (None, None)
+            differences[kind] = replace(paired(own_K - random_K), low_rows=low, high_rows=high)
+            gaps[kind] = gap_closed(random_K, own_K, of_full[kind]) if len(of_full[kind]) else None
+        scored = [(a.accuracy, b.accuracy) for a, b in pairs if a.accuracy is not None and b.accuracy is not None]
+        if len(scored) > 1:
+            differences[ACCURACY] = paired([a - b for a, b in scored])
+    return Row(
+        arm=arm,
+        budget=budget,
+        seeds=len(finite) if arm in (RANDOM, FULL) else len(pairs),
+        diverged=len(own) - len(finite),
+        steps=own[0].steps,
+        supervised_tokens=float(np.mean([cell.supervised_tokens for cell in own])),
+        means=means,
+        differences=differences,
+        gap_closed=gaps,
+    )
+
+
+def _corrected(rows: list[Row], primary: str, budget: int) -> list[Row]:
+    """The rows with Holm's correction over all their differences in loss, but for those of the primary contrast; and over all
+    differences in accuracy."""
+    others = [row for row in rows if row.differences and (row.arm, row.budget) != (primary, budget)]
+    contrasts = [(row, kind) for row in others for kind in LOSSES]
+    corrected = iter(holm([row.differences[kind].p for row, kind in contrasts]))
+    by_row = {
+        (row.arm, row.budget): row.differences
+        | {kind: replace(row.differences[kind], p_holm=next(corrected)) for kind in LOSSES}
+        for row in others
+    }
+    rows = [replace(row, differences=by_row.get((row.arm, row.budget), row.differences)) for row in rows]
+    scored = iter(holm([row.differences[ACCURACY].p for row in rows if ACCURACY in row.differences]))
+    return [
+        replace(row, differences=row.differences | {ACCURACY: replace(row.differences[ACCURACY], p_holm=next(scored))})
+        if ACCURACY in row.differences
+        else row
+        for row in rows
+    ]
+
+
+def _plain(cell: Cell, losses: Mapping[str, float]) -> dict[str, Any]:
+    names = ("arm", "budget", "seed", "accuracy", "supervised_tokens", "steps", "diverged")
+    finite = {kind: value if np.isfinite(value) else None for kind, value in losses.items()}
+    return {name: getattr(cell, name) for name in names} | finite
+
+
+# --- words ---------------------------------------------------------------------------------------------------------
+
+
+def _aligned(value: str, width: int, column: int) -> str:
+    return value.ljust(width) if column in (0, 2, 4) else value.rjust(width)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _difference(found: Difference | None) -> str:
+    if found is None:
+        return ""
+    p = found.p if found.p_holm is None else found.p_holm
+    return f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]{'*' if p < LEVEL else ''}"
+
+
+def _short_difference(found: Difference | None) -> str:
+    if found is None:
+        return ""
+    p = found.p if found.p_holm is None else found.p_holm
+    return f"{found.mean:+.4f} \N{PLUS-MINUS SIGN}{found.high - found.mean:.4f}{'*' if p < LEVEL else ''}"
+
+
+def _counted(number: float) -> str:
+    """A number of five characters at most."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}" if number < 999.5 * size else f"{number / size:.0f}{unit}"
+    return f"{number:.0f}"
+
+
+def _gap(found: GapClosed | None) -> str:
+    if found is None:
+        return "-"
+    if found.low is None:
+        return f"{found.share:.0%} [?]"
+    return f"{found.share:.0%} [{found.low:.0%}, {found.high:.0%}]"
+
+
+def _name(row: Row) -> str:
+    lost = f" ({row.diverged} diverged)" if row.diverged else ""
+    return f"{row.arm}{lost}"
+
+
+def _shown(row: Row) -> list[str]:
+    # The end of a long name: arms of an ablation differ there.
+    name = _name(row)
+    return [
+        f"  {name}" if len(name) <= ARM_WIDTH - 2 else f"  \N{HORIZONTAL ELLIPSIS}{name[3 - ARM_WIDTH :]}",
+        _number(row.means[TOKENS]),
+        _short_difference(row.differences.get(TOKENS)),
+        _number(row.means[MACRO]),
+        _short_difference(row.differences.get(MACRO)),
+        _short_gap(row.gap_closed[MACRO]) if MACRO in row.gap_closed else "",
+        _counted(row.supervised_tokens),
+    ]
+
+
+def _short_gap(found: GapClosed | None) -> str:
+    return "-" if found is None else f"{found.share:.0%}{' [?]' if found.low is None else ''}"
+
+
+def _shown_in_full(row: Row, spent: Mapping[str, Any] | None) -> list[str]:
+    cells = [_name(row), f"{row.budget:,}"]
+    for kind in LOSSES:
+        found = row.differences.get(kind)
+        over = "" if found is None or found.low_rows is None else f"[{found.low_rows:+.4f}, {found.high_rows:+.4f}]"
+        p = "" if found is None else f"{found.p:.2g}" if found.p_holm is None else f"{found.p_holm:.2g} (Holm)"
+        cells += [_number(row.means[kind]), _difference(found), over, p]
+    gaps = " / ".join(_gap(row.gap_closed[kind]) for kind in LOSSES) if row.gap_closed else ""
+    accuracy = "-" if row.means[ACCURACY] is None else f"{row.means[ACCURACY]:.3f}"
+    if ACCURACY in row.differences:
+        accuracy += f" ({_difference(row.differences[ACCURACY])})"
+    cost = "" if spent is None else cost_words(spent)
+    return [
+        *(*cells, gaps, accuracy, f"{row.supervised_tokens:,.0f}", f"{row.steps:,}", cost),
+        *(str(row.seeds), str(row.diverged)),
+    ]
+
+
+def cost_words(spent: Mapping[str, Any]) -> str:
+    """Operations, hours and money as far as they are known."""
+    units = {"operations": "{:.2e} operations", "hours": "{:,.3g} hours", "money": "{:,.2f} in money"}
+    return ", ".join(words.format(spent[name]) for name, words in units.items() if spent[name] is not None)

@@ -1,0 +1,74 @@
+"""The comparison's answer in one sentence, for somebody who has to decide what to train on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from s2l_ray.compare.statistics import LEVEL, MACRO, TOKENS, Difference, Row
+
+WORDS = {TOKENS: "over tokens", MACRO: "averaged over sources"}
+
+
+def verdict(rows: Sequence[Row], primary: Row, detectable: float) -> list[str]:
+    """One sentence about the primary arm against random in both losses, and where another arm of its budget is better than
+    both, clearly in one loss and not worse in the other, a second that names the best of these."""
+    name = "S2L" if primary.arm == "s2l" else primary.arm
+    signs = {kind: _sign(primary.differences[kind]) for kind in WORDS}
+    found = {kind: primary.differences[kind] for kind in WORDS}
+    better = _better(rows, primary)
+    both = f"{_amount(found[TOKENS])} per token and {_amount(found[MACRO])} averaged over sources"
+    if signs[TOKENS] == signs[MACRO] == -1:
+        sentence = f"{name} is better than random here: by {both}{_share(primary)}."
+    elif signs[TOKENS] == signs[MACRO] == 1:
+        advice = f"{name} is worse than random here" if better else f"Take random: {name} is worse here"
+        sentence = f"{advice}, by {both}."
+    elif not any(signs.values()):
+        sentence = (
+            f"No difference between {name} and random that this comparison could see (it would have seen {detectable:.3f} nats "
+            "per token)."
+        )
+    else:
+        parts = [f"{_word(signs[kind])} {WORDS[kind]} ({_amount(found[kind])})" for kind in WORDS]
+        sentence = f"{name} against random: {parts[0]}, {parts[1]}."
+    return [sentence, *better]
+
+
+def _sign(found: Difference) -> int:
+    """-1 where the arm is better than random at the 5% level, 1 where it is worse, else 0."""
+    p = found.p if found.p_holm is None else found.p_holm
+    return 0 if p >= LEVEL else -1 if found.mean < 0 else 1
+
+
+def _word(sign: int) -> str:
+    return {-1: "better", 0: "no difference to be seen", 1: "worse"}[sign]
+
+
+def _amount(found: Difference) -> str:
+    low, high = sorted(map(abs, (found.low, found.high))) if found.low * found.high > 0 else (found.low, found.high)
+    shown = abs(found.mean) if found.low * found.high > 0 else found.mean
+    return f"{shown:.3f} nats (95% interval {low:.3f} to {high:.3f})"
+
+
+def _share(row: Row) -> str:
+    shares = {kind: row.gap_closed.get(kind) for kind in WORDS}
+    known = [f"{one.share:.0%} of the gap to all data {WORDS[kind]}" for kind, one in shares.items() if one is not None]
+    return f"; {' and '.join(known)}" if known else ""
+
+
+def _better(rows: Sequence[Row], primary: Row) -> list[str]:
+    """The arm to take instead, if there is one."""
+
+    def beats(row: Row) -> bool:
+        signs = [_sign(row.differences[kind]) for kind in WORDS]
+        below = all(
+            row.differences[kind].high < primary.differences[kind].low for kind in WORDS if _sign(row.differences[kind]) < 0
+        )
+        return min(signs) == -1 and max(signs) < 1 and below
+
+    others = [row for row in rows if row.budget == primary.budget and row.differences and row.arm != primary.arm]
+    better = sorted((row for row in others if beats(row)), key=lambda row: row.differences[MACRO].mean)
+    if not better:
+        return []
+    best = better[0]
+    amounts = f"{_amount(best.differences[TOKENS])} per token and {_amount(best.differences[MACRO])} averaged over sources"
+    return [f"{best.arm} is better than both: than random by {amounts}{_share(best)}. Take that."]
