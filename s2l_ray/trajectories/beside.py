@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from s2l_ray.config import RunConfig
+from s2l_ray.examples.reading import read_validation
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.training.embeddings import example_embeddings
 from s2l_ray.training.losses import example_losses
@@ -18,7 +18,7 @@ from s2l_ray.training.token_rows import RowLimit
 from s2l_ray.training.tokens import PartTokens, encode_table, without_prompts
 from s2l_ray.trajectories.loss_columns import EMBEDDING, LOSS_WITHOUT_PROMPT, points_column
 
-# What ends the name of a checkpoint in a unit of these, and the split of the examples whose embeddings stand alone.
+# What ends the name of a checkpoint in a unit of these: the pool's, and the validation split's.
 BESIDE, VALIDATION = "beside", "validation"
 
 
@@ -45,9 +45,7 @@ def columns_beside(model: Any, tokenizer: Any, read: PartTokens, config: RunConf
 
 def validation_rows(model: Any, tokenizer: Any, examples: Artifact, part: str, config: RunConfig) -> pa.Table:
     """The validation rows of a part, perhaps none: example_id, source, embedding."""
-    table = examples.read_table(part)
-    table = table.filter(pc.equal(table["split"], VALIDATION)).combine_chunks()
-    read = encode_table(tokenizer, table, RowLimit.of(config.proxy))
+    read = encode_table(tokenizer, read_validation(examples, part), RowLimit.of(config.proxy))
     check_refused(read.refused, config.examples)
     columns = {"example_id": read.example_ids.cast(pa.string()), "source": read.sources.cast(pa.string())}
     return pa.table(columns | {EMBEDDING: _embeddings(model, read, config)})
