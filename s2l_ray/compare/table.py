@@ -158,7 +158,7 @@ def compare_cells(
     pool: Mapping[str, int] | None = None,
 ) -> Comparison:
     """The table of finished cells; those with a loss that is not finite are marked as diverged. Raises DataError where random
-    or the primary arm is missing or has one seed, or cells were evaluated on different rows. `pool`: rows of each source there."""
+    or the primary arm is missing or has one seed, or cells were evaluated on different rows. `pool`: rows by source."""
     _check(cells, primary, budgets)
     losses = HeldOutLosses.of(cells, pool)
     cells = [replace(one, diverged=one.diverged or not np.isfinite(losses.losses[one.name]).all()) for one in cells]
