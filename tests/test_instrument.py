@@ -28,7 +28,7 @@ from scipy import stats
 from s2l_ray.compare.arms import FULL, RANDOM, Arm, arms_of
 from s2l_ray.compare.cells import CellSpec, publish, read_cell, seeded, spec
 from s2l_ray.compare.statistics import MACRO, TOKENS, Cell, HeldOutLosses
-from s2l_ray.compare.subsets import Groups, opened, subsets, whole_pool
+from s2l_ray.compare.subsets import StoreGroups, opened, subsets, whole_pool
 from s2l_ray.compare.table import Comparison, compare_cells
 from s2l_ray.compare.worker import FACTS, CellsJob, CellWorker
 from s2l_ray.config import RunConfig, parse_config
@@ -158,7 +158,7 @@ class Bench:
         if one.arm == FULL:
             return whole_pool(self.finished["examples"])
         with opened(self.finished["trajectories"], self.place.child("scratch"), one.config.selection.seed) as store:
-            return subsets(one.config, [one.budget], store, Groups(store, False))[0]
+            return subsets(one.config, [one.budget], store, StoreGroups(store, False))[0]
 
     def _trained(self, one: CellSpec, subset: pa.Table) -> Artifact:
         work = self.place.child("work")
@@ -360,7 +360,7 @@ def of_random(values_N: np.ndarray, budget: int) -> float:
 def test_at_allocation_one_a_mean_varies_at_most_as_of_random_whatever_the_groups(
     sizes: list[int], fraction: float, distance: float, seed: int
 ) -> None:
-    """Groups of exactly their shares leave out what lies between groups; within them nothing can be worse but for quotas being
+    """StoreGroups of exactly their shares leave out what lies between groups; within them nothing can be worse but for quotas being
     whole and for groups being small (a variance with N - 1 below): this bound holds for every partition, the worst included."""
     generator, number = np.random.default_rng(seed), sum(sizes)
     groups_N = generator.permutation(np.repeat(np.arange(len(sizes)), sizes))
