@@ -176,7 +176,7 @@ def config(data: Path, work: Path, mixture: str) -> dict[str, Any]:
         "selection": {"budget": 0.1},
         "target": {
             "model": str(pretrained / "target" / "model"),
-            "epochs": 3,
+            "epochs": 2,
             "learning_rate": 1.0e-3,
             **TARGET,
         },
@@ -192,7 +192,7 @@ def rates(values: dict[str, Any], place: Path) -> None:
 
     run(parse_config(values), str(place), until="trajectories")
     values["evaluation"] |= {"split": "validation"}
-    values["compare"] |= {"arms": ["s2l"], "seeds": 2, "full_seeds": 0, "redo_from": "target"}
+    values["compare"] |= {"arms": ["source_balanced"], "primary": "source_balanced", "seeds": 2, "full_seeds": 0, "redo_from": "target"}
     for rate in RATES:
         values["target"] |= {"learning_rate": rate}
         found = compare(parse_config(values), str(place.with_name(f"{place.name}-rate-{rate:g}")), reuse=str(place))

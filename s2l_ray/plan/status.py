@@ -8,7 +8,7 @@ from s2l_ray.errors import ConfigError
 from s2l_ray.pipeline import STAGES
 from s2l_ray.progress import duration
 from s2l_ray.storage.artifacts import Artifact
-from s2l_ray.storage.layout import BUILDING, RUN, STAGE_NAMES, WORK
+from s2l_ray.storage.layout import BUILDING, COMPARE, MANIFEST, RUN, STAGE_NAMES, TABLE, WORK
 from s2l_ray.storage.places import Storage
 from s2l_ray.trajectories.units import unit_grid
 
@@ -18,7 +18,19 @@ def status_text(run_dir: str) -> str:
     place = Storage(run_dir)
     if not any(place.exists(name) for name in (RUN, WORK, *STAGE_NAMES)):
         raise ConfigError(f"{place.uri}: there is no run. Give the directory of --run-dir.")
-    return "\n".join([place.uri, "", *(line for stage in STAGES for line in _stage_lines(place, stage.name))])
+    lines = [line for stage in STAGES for line in _stage_lines(place, stage.name)]
+    return "\n".join([place.uri, "", *lines, *_comparison_lines(place)])
+
+
+def _comparison_lines(place: Storage) -> Iterator[str]:
+    """How many cells of a comparison are there, and what its table says; nothing where none was begun."""
+    compared = place.child(COMPARE)
+    cells = [name for name in compared.names(recursive=True) if name.endswith(f"/{MANIFEST}") and name.count("/") == 1]
+    table = compared.read_json(TABLE)
+    if cells or table:
+        yield f"{COMPARE:<13} {'finished' if table else 'unfinished':<11} {len(cells)} cells"
+    for sentence in (table or {}).get("verdict", []):
+        yield f"{'':<13} {sentence}"
 
 
 def _stage_lines(place: Storage, name: str) -> Iterator[str]:
