@@ -192,7 +192,13 @@ def rates(values: dict[str, Any], place: Path) -> None:
 
     run(parse_config(values), str(place), until="trajectories")
     values["evaluation"] |= {"split": "validation"}
-    values["compare"] |= {"arms": ["source_balanced"], "primary": "source_balanced", "seeds": 2, "full_seeds": 0, "redo_from": "target"}
+    values["compare"] |= {
+        "arms": ["source_balanced"],
+        "primary": "source_balanced",
+        "seeds": 2,
+        "full_seeds": 0,
+        "redo_from": "target",
+    }
     for rate in RATES:
         values["target"] |= {"learning_rate": rate}
         found = compare(parse_config(values), str(place.with_name(f"{place.name}-rate-{rate:g}")), reuse=str(place))

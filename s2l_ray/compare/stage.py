@@ -47,7 +47,7 @@ class Cells:
     arms: list[Arm]
     budgets: list[int]
     specs: list[CellSpec]
-    """Seed by seed; those of all data first."""
+    """Seed by seed, so that what is interrupted has whole pairs; those of all data last."""
 
 
 def compare(config: RunConfig, run_dir: str | None = None, *, reuse: str | None = None) -> Comparison:
@@ -107,7 +107,7 @@ def plan_cells(config: RunConfig, place: Storage, finished: dict[str, Artifact])
     everything = {"examples": examples, "proxy": finished["proxy"]}
     sizes = sizes_of(config, finished)
     full = Arm(FULL, {})
-    specs = [spec(seeded(config, full, seed), FULL, pool, seed, everything) for seed in range(compare.full_seeds)]
+    specs: list[CellSpec] = []
     for seed in range(compare.seeds):
         for arm in arms:
             chosen = seeded(config, arm, seed)
@@ -115,6 +115,7 @@ def plan_cells(config: RunConfig, place: Storage, finished: dict[str, Artifact])
             for budget in budgets:
                 examples_of = cost_matched(config, sizes, budget) if arm.name == COST_MATCHED else budget
                 specs.append(spec(chosen, arm.name, budget, seed, inputs, examples_of))
+    specs += [spec(seeded(config, full, seed), FULL, pool, seed, everything) for seed in range(compare.full_seeds)]
     return Cells(arms, budgets, specs)
 
 
