@@ -364,7 +364,7 @@ def of_random(values_N: np.ndarray, budget: int) -> float:
 def test_at_allocation_one_a_mean_varies_at_most_as_of_random_whatever_the_groups(
     sizes: list[int], fraction: float, distance: float, seed: int
 ) -> None:
-    """StoreGroups of exactly their shares leave out what lies between groups; within them nothing can be worse but for quotas being
+    """Groups of exactly their shares leave out what lies between groups; within them nothing can be worse but for quotas being
     whole and for groups being small (a variance with N - 1 below): this bound holds for every partition, the worst included."""
     generator, number = np.random.default_rng(seed), sum(sizes)
     groups_N = generator.permutation(np.repeat(np.arange(len(sizes)), sizes))
