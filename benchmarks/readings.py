@@ -177,7 +177,7 @@ def config(data: Path, work: Path, mixture: str) -> dict[str, Any]:
         "target": {
             "model": str(pretrained / "target" / "model"),
             "epochs": 2,
-            "learning_rate": 1.0e-3,
+            "learning_rate": 2.0e-3,
             **TARGET,
         },
         "evaluation": {"max_generations": 0},
