@@ -139,7 +139,8 @@ def choose(
             by_store.setdefault(one.key.inputs["trajectories"], []).append(one)
         for group in by_store.values():
             trajectories = trajectories_of(config, arms[group[0].arm], seed, place, finished)
-            with opened(trajectories, scratch_of(place), group[0].config.selection.seed) as store:
+            profiles = any(one.config.clustering.features == "profile" for one in group)
+            with opened(trajectories, scratch_of(place), group[0].config.selection.seed, profiles=profiles) as store:
                 _choose_from(store, group, StoreGroups(store, config.examples.sources_are_files), work)
 
 

@@ -46,9 +46,9 @@ def trajectories_of(config: RunConfig, arm: Arm, seed: int, place: Storage, fini
 
 
 @contextmanager
-def opened(trajectories: Artifact, work: Storage, seed: int) -> Iterator[TrajectoryStore]:
-    """Trajectories as a store, with the priorities of a seed."""
-    with streamed(trajectories, work, seed=seed) as (store, _):
+def opened(trajectories: Artifact, work: Storage, seed: int, *, profiles: bool = False) -> Iterator[TrajectoryStore]:
+    """Trajectories as a store, with the priorities of a seed; `profiles`: with the statistics of `features: profile`, too."""
+    with streamed(trajectories, work, seed=seed, statistics=profiles) as (store, _):
         yield store
 
 
