@@ -22,7 +22,7 @@ from s2l_ray.config import RunConfig
 from s2l_ray.config.comparing import CompareConfig
 from s2l_ray.evaluation.stage import choose_generated, evaluated_parts
 from s2l_ray.pipeline import run
-from s2l_ray.progress import duration, get_log
+from s2l_ray.progress import duration, get_log, quiet
 from s2l_ray.runtime.pool import Unit, do_units
 from s2l_ray.runtime.session import connect_ray, run_places
 from s2l_ray.runtime.workers import Workers
@@ -82,7 +82,8 @@ def _compare(config: RunConfig, place: Storage, finished: dict[str, Artifact], s
     todo = missing(cells.specs, place)
     _log.info("%d cells of %d arms, %d of them to be trained", len(cells.specs), len(cells.arms), len(todo))
     work = scratch_of(place).child(COMPARE)
-    choose(config, cells, todo, place, finished, work)
+    with quiet(("trajectories", "clustering")):
+        choose(config, cells, todo, place, finished, work)
     todo = [one for one in todo if not _taken_from_run(one, config, place, work)]
     if todo and trains_together(config):
         _train_together(config, todo, place, finished, work, still_held)
