@@ -74,10 +74,7 @@ ARMS = [
     "source_matched",
     "source_and_length_matched",
     "s2l",
-    "s2l_allocation_0.5",
     "s2l_allocation_1",
-    "s2l_weighted",
-    "s2l_whitened",
     "s2l_profile",
     "s2l_inside_sources",
 ]
@@ -181,7 +178,7 @@ def config(data: Path, work: Path, mixture: str) -> dict[str, Any]:
             **TARGET,
         },
         "evaluation": {"max_generations": 0},
-        "compare": {"arms": ARMS, "budgets": [0.1], "seeds": 8, "full_seeds": 3, "redo_from": "clustering"},
+        "compare": {"arms": ARMS, "budgets": [0.1], "seeds": 8, "full_seeds": 1, "redo_from": "clustering"},
         "machines": MACHINES,
     }
 
