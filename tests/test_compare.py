@@ -19,7 +19,8 @@ from s2l_ray.compare.cells import CellSpec, budgets_of, seeded
 from s2l_ray.compare.stage import compare
 from s2l_ray.config import RunConfig, parse_config
 from s2l_ray.errors import ArtifactError, ConfigError, DataError
-from s2l_ray.storage.layout import CELL_LOSSES, CELL_SUBSET, COMPARE, MANIFEST, TABLE
+from s2l_ray.pipeline import run
+from s2l_ray.storage.layout import CELL_LOSSES, CELL_SUBSET, COMPARE, MANIFEST, ROW_LOSSES, TABLE
 from s2l_ray.storage.places import Storage
 
 ONE = {"num_workers": 1, "cpus_per_worker": 1}
@@ -307,6 +308,22 @@ def test_the_command_line_prints_the_table_and_its_sentence(place, folder, capsy
     assert not end.value.code
     assert all(arm in printed for arm in ("random", "source_balanced", "source_matched", "s2l", "full"))
     assert "each seed" in printed
+
+
+@pytest.mark.slow
+def test_targets_that_the_run_has_trained_anyway_are_cells(folder, ray_session):
+    """The run's subset and its random control, of the first budget and the run's own seeds, are not trained twice."""
+    made = config(folder, evaluation={"random_control": True}, compare={"arms": ["s2l"], "full_seeds": 0})
+    found = run(made, str(folder / "with-targets"))
+    compare(made, str(folder / "with-targets"))
+    own = found["evaluation"].read_table(ROW_LOSSES).to_pandas()
+    for arm, model in (("s2l", "selected"), ("random", "random")):
+        cell = folder / "with-targets" / COMPARE / f"{arm}-24-seed0"
+        taken = pq.read_table(cell / CELL_LOSSES).to_pandas()
+        assert (own[own.model == model].loss.to_numpy() == taken.loss.to_numpy()).all()
+        facts = json.loads((cell / MANIFEST).read_text())["summary"]
+        assert facts["steps"] == found["target"].summary["total_steps"]
+        assert facts["supervised_tokens"] == found["target"].summary["supervised_tokens"][model]
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from s2l_ray.compare.arms import COST_MATCHED, FULL, Arm, arms_of
 from s2l_ray.compare.cells import CellSpec, budgets_of, missing, publish, read_bytes_table, seeded, spec
 from s2l_ray.compare.costs import cost_matched
 from s2l_ray.compare.fits import fit_alone, losses_of_run
-from s2l_ray.compare.premise import measure_premise
+from s2l_ray.compare.premise import PremiseSettings, measure_premise
 from s2l_ray.compare.premise_wording import premise_text
 from s2l_ray.compare.results import sizes_of, write_results
 from s2l_ray.compare.subsets import StoreGroups, is_of_all, opened, subsets, trajectories_of, whole_pool
@@ -72,8 +72,9 @@ def check_premise(config: RunConfig, run_dir: str | None = None, *, reuse: str |
     finished = run(config, run_dir, until="clustering", reuse=reuse)
     place, _ = run_places(config.name, run_dir, reuse)
     connect_ray()
+    settings = PremiseSettings(on_target=(config.compare or CompareConfig()).premise_on_target)
     with exclusive(place):
-        return premise_text(measure_premise(config, finished, place, config.machines.compare))
+        return premise_text(measure_premise(config, finished, place, config.machines.compare, settings))
 
 
 def _compare(config: RunConfig, place: Storage, finished: dict[str, Artifact], still_held: Callable[[], None]) -> Comparison:

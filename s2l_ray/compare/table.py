@@ -126,7 +126,9 @@ class Comparison:
         if lost:
             notes.append(f"diverged, and in no mean: {'; '.join(lost)}. Differences are over the pairs of which neither has.")
         if all(row.means[ACCURACY] is None for row in self.rows):
-            notes.append("No accuracy: no answer that can be verified was generated (evaluation.answer_pattern, max_generations)")
+            notes.append(
+                "No accuracy: no answer that can be verified was generated (evaluation.answer_pattern, max_generations)"
+            )
         costs = self.costs.get("lines", [])
         return [*notes, *costs]
 

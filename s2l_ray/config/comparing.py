@@ -57,6 +57,9 @@ class CompareConfig(Section):
     """Standard deviation over seeds of the paired difference to random, in nats per token, from which `s2l plan` computes what
     the comparison could see until two seeds of its own are there. (Measured in `benchmarks/results/compare`.)"""
 
+    premise_on_target: bool = False
+    """With `--premise`: also the gradients of the untrained target, which cost as much more as it is larger."""
+
     curation: Curation | None = None
     """What a person would need to look the pool through instead, for the table of costs."""
 
