@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -16,6 +17,7 @@ from s2l_ray.compare.arms import FULL, RANDOM
 from s2l_ray.compare.statistics import (
     ACCURACY,
     MACRO,
+    POOL,
     TOKENS,
     Cell,
     Difference,
@@ -375,3 +377,11 @@ def test_of_several_better_arms_the_best_by_source_is_named() -> None:
     primary = row_of("s2l", UNCLEAR, UNCLEAR)
     others = [row_of("longest", FAR_BETTER, FAR_BETTER), row_of("ifd", FAR_BETTER, (-0.9, -0.8))]
     assert verdict([primary, *others], primary, 0.03)[1].startswith("ifd is better than both")
+
+
+def test_balance_is_not_advised_where_the_target_will_meet_the_pool_s_shares() -> None:
+    head, balanced = row_of("s2l", UNCLEAR, UNCLEAR), row_of("source_balanced", BETTER, BETTER)
+    assert verdict([head, balanced], head, 0.1)[1].endswith("Take that.")
+    worse = Difference(0.15, 0.1, 0.2, 0.05, 0.01, 5)
+    differing = dataclasses.replace(balanced, differences=balanced.differences | {POOL: worse})
+    assert "Take that where every source is to count alike" in verdict([head, differing], head, 0.1)[1]

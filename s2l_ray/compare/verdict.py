@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from s2l_ray.compare.statistics import LEVEL, MACRO, TOKENS, Difference, Row
+from s2l_ray.compare.statistics import LEVEL, MACRO, POOL, TOKENS, Difference, Row
 
 WORDS = {TOKENS: "over tokens", MACRO: "averaged over sources"}
 
@@ -76,4 +76,14 @@ def _better(rows: Sequence[Row], primary: Row) -> list[str]:
         return []
     best = better[0]
     amounts = f"{_amount(best.differences[TOKENS])} per token and {_amount(best.differences[MACRO])} averaged over sources"
-    return [f"{best.arm} is better than both: than random by {amounts}{_share(best)}. Take that."]
+    return [f"{best.arm} is better than both: than random by {amounts}{_share(best)}. {_advice(best)}"]
+
+
+def _advice(best: Row) -> str:
+    """When to take the better arm: not where the target will meet rows like the pool's, if it is worse there."""
+    found = best.differences.get(POOL)
+    if found is None or _sign(found) < 1:
+        return "Take that."
+    return (
+        f"Take that where every source is to count alike; with sources weighed as in the pool it is worse, by {_amount(found)}."
+    )
