@@ -380,7 +380,7 @@ def test_of_several_better_arms_the_best_by_source_is_named() -> None:
 
 
 def test_balance_is_not_advised_where_the_target_will_meet_the_pool_s_shares() -> None:
-    head, balanced = row_of("s2l", UNCLEAR, UNCLEAR), row_of("source_balanced", BETTER, BETTER)
+    head, balanced = row_of("s2l", (-0.05, 0.2), (-0.05, 0.2)), row_of("source_balanced", BETTER, BETTER)
     assert verdict([head, balanced], head, 0.1)[1].endswith("Take that.")
     worse = Difference(0.15, 0.1, 0.2, 0.05, 0.01, 5)
     differing = dataclasses.replace(balanced, differences=balanced.differences | {POOL: worse})
