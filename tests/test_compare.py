@@ -139,10 +139,12 @@ def test_an_ablation_is_an_arm_for_each_value_of_a_field(tmp_path):
         ({"arms": ["s2l", {"b": {"machines.target.num_workers": 3}}]}, "cannot differ between arms"),
         ({"arms": ["s2l", {"b": {"examples.split": "test"}}]}, "cannot differ between arms"),
         ({"arms": ["s2l", {"../b": {"clustering.num_clusters": 3}}]}, "is no name for an arm"),
-        ({"arms": ["s2l", {"full": {"clustering.num_clusters": 3}}]}, "is no name for an arm"),
+        ({"arms": ["s2l", {"full": {"clustering.num_clusters": 3}}]}, "the name 'full' is taken"),
         ({"arms": ["source_matched"]}, "compare.primary: no arm 's2l'"),
         ({"arms": ["s2l", "s2l_profile"]}, r"compare.arms: s2l_profile: (.|\n)*trajectories.statistics=true"),
-        ({"primary": "random"}, "compare.primary: no arm 'random'"),
+        ({"primary": "random"}, "compare.primary: random is what the others are compared to"),
+        ({"arms": ["s2l", {"b": {}}]}, "'b' changes nothing"),
+        ({"arms": ["s2l", {"b": {"selection.budget": 9}}]}, "selection.budget is the comparison's"),
     ],
 )
 def test_an_arm_that_cannot_be_is_refused_by_name(tmp_path, section, message):

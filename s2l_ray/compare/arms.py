@@ -92,15 +92,20 @@ def arms_of(config: RunConfig, sources: Sequence[str]) -> list[Arm]:
     arms = {name: _known(name) for name in always}
     for one in wanted:
         for name, settings in ({one: None} if isinstance(one, str) else one).items():
-            arms[name] = _known(name) if settings is None else Arm(_checked(name), settings)
+            arms[name] = _known(name) if settings is None else Arm(_checked(name), _of_one_s_own(name, settings))
     for field, values in compare.ablations.items():
         for value in values:
             arm = ablated(field, value)
             arms[arm.name] = arm
-    if compare.primary not in arms or compare.primary == RANDOM:
-        raise ConfigError(f"compare.primary: no arm '{compare.primary}' to compare to random. Arms: {', '.join(arms)}.")
     for arm in arms.values():
         arm.config(config)
+    if compare.primary == RANDOM:
+        raise ConfigError("compare.primary: random is what the others are compared to. Name another arm.")
+    if compare.primary not in arms:
+        raise ConfigError(
+            f"compare.primary: no arm '{compare.primary}' to compare to random. Add it to compare.arms, or name one of: "
+            f"{', '.join(name for name in arms if name != RANDOM)}."
+        )
     return list(arms.values())
 
 
@@ -142,7 +147,18 @@ def _known(name: str) -> Arm:
     return Arm(name, settings)
 
 
+def _of_one_s_own(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    if not settings:
+        raise ConfigError(f"compare.arms: '{name}' changes nothing. Give it settings, such as {{clustering.num_clusters: 20}}.")
+    budgets = [field for field in settings if field in ("selection.budget", "selection.more_budgets")]
+    if budgets:
+        raise ConfigError(f"compare.arms: {name}: {budgets[0]} is the comparison's, for all arms alike. Set compare.budgets.")
+    return settings
+
+
 def _checked(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][\w.=+-]*", name) or name in {FULL, RANDOM}:
+    if name in {FULL, RANDOM}:
+        raise ConfigError(f"compare.arms: the name '{name}' is taken. Give your own arm another.")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.=+-]*", name):
         raise ConfigError(f"compare.arms: '{name}' is no name for an arm of your own: letters, digits and _ . = + - alone.")
     return name

@@ -20,9 +20,11 @@ from s2l_ray.compare.table import Comparison
 from s2l_ray.compare.worker import FACTS, CellsJob, CellWorker
 from s2l_ray.config import RunConfig
 from s2l_ray.config.comparing import CompareConfig
+from s2l_ray.errors import ConfigError
 from s2l_ray.evaluation.stage import choose_generated, evaluated_parts
 from s2l_ray.pipeline import run
 from s2l_ray.progress import duration, get_log, quiet
+from s2l_ray.report.page import build_report
 from s2l_ray.runtime.pool import Unit, do_units
 from s2l_ray.runtime.session import connect_ray, run_places
 from s2l_ray.runtime.workers import Workers
@@ -96,6 +98,7 @@ def _compare(config: RunConfig, place: Storage, finished: dict[str, Artifact], s
             fit_alone(one, own, place, work)
     work.delete()
     comparison = write_results(config, cells.specs, cells.budgets, place, finished)
+    build_report(place.uri)
     _log.info("finished in %s", duration(time.monotonic() - begun))
     return comparison
 
@@ -104,6 +107,11 @@ def plan_cells(config: RunConfig, place: Storage, finished: dict[str, Artifact])
     """All cells, seed by seed. Trains the proxies of other seeds that are not there. Raises what `compare` raises."""
     compare, examples = config.compare or CompareConfig(), finished["examples"]
     pool = examples.summary["pool"]
+    if not evaluated_parts(config, examples):
+        raise ConfigError(
+            f"compare: no {config.evaluation.split} row to evaluate on. Set examples.held_out_per_source (100, say), "
+            "held_out_fraction or validation_fraction."
+        )
     arms = arms_of(config, [name for name, counts in examples.summary["sources"].items() if counts["pool"]])
     budgets = budgets_of(config, pool)
     everything = {"examples": examples, "proxy": finished["proxy"]}

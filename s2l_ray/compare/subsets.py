@@ -41,7 +41,7 @@ def trajectories_of(config: RunConfig, arm: Arm, seed: int, place: Storage, fini
     found = Artifact.find(own.child("trajectories"))
     if found is None:
         _log.info("%s: a proxy of its own", name)
-    with quiet(("run", "examples")):
+    with quiet(("run", "examples") if found is None else ("run", "examples", "proxy", "trajectories")):
         return run(chosen, own.uri, until="trajectories", reuse=place.uri)["trajectories"]
 
 

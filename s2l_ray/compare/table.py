@@ -113,9 +113,11 @@ class Comparison:
         notes = [
             f"{self.num_held_out:,} held-out rows, {self.seeds} seeds; each seed redoes {again}. In nats; less is better.",
             "Intervals: Student's over seeds, 95%. *: differs from random at the 5% level (with Holm's correction; "
-            f"{self.primary} at the first budget is the question, and its losses are not corrected).",
+            f"{self.primary} at the first budget is the question, and its losses are not corrected): with many "
+            "contrasts an interval clear of 0 may have none.",
             *self._about_gaps(),
             *self._about_pool(),
+            *self._about_equals(),
         ]
         trained = Counter((cell["arm"], cell["budget"]) for cell in self.cells)
         lost = [
@@ -127,10 +129,18 @@ class Comparison:
             notes.append(f"diverged, and in no mean: {'; '.join(lost)}. Differences are over the pairs of which neither has.")
         if all(row.means[ACCURACY] is None for row in self.rows):
             notes.append(
-                "No accuracy: no answer that can be verified was generated (evaluation.answer_pattern, max_generations)"
+                "No accuracy: no answer that can be verified was generated (evaluation.answer_pattern, max_generations)."
             )
         costs = self.costs.get("lines", [])
         return [*notes, *costs]
+
+    def _about_equals(self) -> list[str]:
+        """Arms whose cells have the losses of another's: they chose the same rows."""
+        found: dict[tuple[Any, ...], list[str]] = {}
+        for arm in dict.fromkeys(cell["arm"] for cell in self.cells if cell["arm"] != FULL and not cell["diverged"]):
+            losses = tuple((one["budget"], one["seed"], one[TOKENS], one[MACRO]) for one in self.cells if one["arm"] == arm)
+            found.setdefault(losses, []).append(arm)
+        return [f"The same subsets here, and so the same losses: {', '.join(arms)}." for arms in found.values() if arms[1:]]
 
     def _about_pool(self) -> list[str]:
         """The third loss, for the primary arm and what is better."""
