@@ -12,11 +12,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from s2l_ray.config.completion import settings
+from s2l_ray.config.methods import Method
 
+METHODS = get_args(Method)
 S2L = [sys.executable, "-c", "from s2l_ray.cli import main; main()"]
 
 
@@ -54,7 +57,7 @@ def test_a_section_inside_a_section_is_reached():
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [
-        ("selection.method=", ["selection.method=s2l"]),
+        ("selection.method=s", [f"selection.method={name}" for name in METHODS if name.startswith("s")]),
         ("clustering.features=r", ["clustering.features=raw", "clustering.features=reduction"]),
         ("target.zero_stage=", [f"target.zero_stage={stage}" for stage in range(4)]),
         ("evaluation.random_control=", ["evaluation.random_control=true", "evaluation.random_control=false"]),
@@ -73,7 +76,7 @@ def test_values_that_can_be_listed_are(typed, offered):
 def test_the_last_key_is_offered_with_what_it_takes_so_that_no_space_follows():
     assert names("selection.budg") == ["selection.budget=", "selection.budget=INTEGER|NUMBER"]
     assert names("clustering.eng") == []
-    assert names("selection.meth") == ["selection.method=", "selection.method=s2l"]
+    assert names("selection.meth") == ["selection.method=", *(f"selection.method={name}" for name in METHODS)]
 
 
 def test_help_is_one_short_line():
@@ -92,7 +95,7 @@ def test_bash_completes_keys_and_values():
 
 def test_bash_completes_values_although_it_cuts_words_at_equals():
     before = ("s2l", "run", "quickstart", "--set", "clustering.features", "=")
-    assert complete_bash(*before) == ["raw", "reduction", "shape", "whitened"]
+    assert complete_bash(*before) == ["raw", "reduction", "shape", "whitened", "profile"]
     assert complete_bash(*before, "r") == ["raw", "reduction"]
 
 
@@ -118,7 +121,7 @@ def test_a_real_bash_completes_and_puts_no_space_behind_equals(tmp_path):
         bash.type("s2l run quickstart --set selection.bud\t", "selection.budget=")
         bash.type("0.1 --set clustering.tr\t", "0.1 --set clustering.training_rows=")
         bash.type("null --set selection.meth\t", "selection.method=")
-        bash.type("s\t", "s2l ")
+        bash.type("s2\t", "s2l ")
 
 
 class Bash:

@@ -32,7 +32,7 @@ from s2l_ray.compare.subsets import StoreGroups, opened, subsets, whole_pool
 from s2l_ray.compare.table import Comparison, compare_cells
 from s2l_ray.compare.worker import FACTS, CellsJob, CellWorker
 from s2l_ray.config import RunConfig, parse_config
-from s2l_ray.examples.hashes import split_of
+from s2l_ray.examples.hashes import prompt_hash, split_of
 from s2l_ray.examples.ids import priorities
 from s2l_ray.examples.reading import read_held_out
 from s2l_ray.pipeline import run
@@ -78,7 +78,7 @@ def planted_rows() -> list[dict[str, Any]]:
         source = "big" if generator.random() < 0.75 else "small"
         number, letters, key = int(generator.integers(10)), word(3), int(generator.integers(len(answers[source])))
         other = (key + 1 + int(generator.integers(len(answers[source]) - 1))) % len(answers[source])
-        if split_of(f"{letters} {number} {answers[source][key][0]}", HELD_OUT) != "pool":
+        if split_of(prompt_hash(f"{letters} {number} {answers[source][key][0]}"), HELD_OUT) != "pool":
             add("held out", number, letters, source, key, key)
         elif counts["clean"] < wanted["clean"]:
             add("clean", number, letters, source, key, key)
