@@ -232,7 +232,7 @@ def test_an_oracle_wins_most(planted):
 
 def test_a_selector_that_collects_the_noise_is_worse_than_random_and_its_sentence_says_so(planted, bench):
     found = planted("least_confidence")
-    assert found.verdict[0].startswith("Take random: least_confidence is worse here")
+    assert found.verdict[0].startswith("least_confidence is worse than random here")
     assert found.verdict[1].startswith("oracle is better than both")
     assert kinds(bench, "least_confidence")["noise"] > SEEDS * NOISE * 0.9
 
