@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,7 +62,7 @@ class Arm:
 
 def with_settings(config: RunConfig, settings: Settings, where: str) -> RunConfig:
     """A config with other values at dotted fields. Raises ConfigError for a field that there is not, or a wrong value."""
-    values = copy.deepcopy(config.model_dump(mode="json", exclude_unset=True))
+    values = config.model_dump(mode="json", exclude_unset=True)
     for field, value in settings.items():
         *sections, name = field.split(".")
         place = values

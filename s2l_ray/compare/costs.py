@@ -122,7 +122,7 @@ def costs_of(config: RunConfig, measured: RunSizes, budget: int) -> dict[str, An
         for name, (operations, seconds) in spent.items()
     ]
     items.insert(2, _selection(config, measured))
-    curation = (config.compare.curation if config.compare else None) or None
+    curation = config.compare.curation if config.compare else None
     items += [] if curation is None else [_reviewed(curation, measured.pool)]
     saved = full - subset
     break_even = (training + scoring) / saved if saved > 0 else None

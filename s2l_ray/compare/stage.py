@@ -36,7 +36,6 @@ from s2l_ray.storage.ownership import scratch_of
 from s2l_ray.storage.places import Storage
 from s2l_ray.training.models import num_parameters
 
-UNIT_FILE = CELL_LOSSES
 # `compare.fit: auto` trains a target of more parameters than this by a fit of its own.
 TOGETHER_PARAMETERS = 200e6
 _log = get_log("compare")
@@ -138,7 +137,8 @@ def choose(
     work: Storage,
 ) -> None:
     """Write the subset of each cell that is to be trained into scratch."""
-    wanted = [one for one in todo if not work.exists(f"{one.unit}.parquet")]
+    there = set(work.names())
+    wanted = [one for one in todo if f"{one.unit}.parquet" not in there]
     arms = {arm.name: arm for arm in cells.arms}
     for one in filter(is_of_all, wanted):
         work.write(f"{one.unit}.parquet", table_bytes(whole_pool(finished["examples"])))
@@ -167,9 +167,9 @@ def trains_together(config: RunConfig) -> bool:
     compare = config.compare or CompareConfig()
     if compare.fit != "auto" or config.target.lora is not None:
         return compare.fit == "together"
-    size = None if isinstance(config.target.model, str) else 0
-    if size is None:
-        size = num_parameters(config.target, None)
+    if not isinstance(config.target.model, str):
+        return True
+    size = num_parameters(config.target, None)
     return size is not None and size <= TOGETHER_PARAMETERS
 
 
@@ -188,14 +188,15 @@ def _train_together(
 
     def publish_finished() -> bool:
         still_held()
-        for unit in [unit for unit in by_unit if work.exists(f"{unit}/{UNIT_FILE}")]:
+        there = set(work.names(recursive=True))  # one listing, not a request for each cell that is missing
+        for unit in [unit for unit in by_unit if f"{unit}/{CELL_LOSSES}" in there]:
             one = by_unit.pop(unit)
-            evaluated = read_bytes_table(work.read(f"{unit}/{UNIT_FILE}"))
+            evaluated = read_bytes_table(work.read(f"{unit}/{CELL_LOSSES}"))
             facts = json.loads(evaluated.schema.metadata[FACTS])
             publish(one, place, read_bytes_table(work.read(f"{unit}.parquet")), evaluated, facts)
         return False
 
-    do_units("compare", [Unit(one.unit, UNIT_FILE) for one in todo], CellWorker, job, work, workers, stop=publish_finished)
+    do_units("compare", [Unit(one.unit, CELL_LOSSES) for one in todo], CellWorker, job, work, workers, stop=publish_finished)
     publish_finished()
 
 

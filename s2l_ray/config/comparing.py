@@ -51,11 +51,13 @@ class CompareConfig(Section):
 
     fit: Literal["auto", "together", "alone"] = "auto"
     """How targets are trained. together: many in each worker process, which starts up once; alone: one after the other by the
-    fit of the stage `target`, over many workers. auto: together for targets from scratch and up to 200 million parameters."""
+    fit of the stage `target`, over many workers. auto: together for targets from scratch, and for others of up to 200 million
+    parameters without LoRA."""
 
     pilot_deviation: Annotated[float, Field(gt=0)] = 0.025
     """Standard deviation over seeds of the paired difference to random, in nats per token, from which `s2l plan` computes what
-    the comparison could see until two seeds of its own are there. (Measured in `benchmarks/results/compare`.)"""
+    the comparison could see until it has a table of its own. (0.025: of an earlier look with targets of 2.2M parameters; the
+    first readings in `benchmarks/` had 0.008.)"""
 
     premise_on_target: bool = False
     """With `--premise`: also the gradients of the untrained target, which cost as much more as it is larger."""
