@@ -328,7 +328,11 @@ def row_of(arm: str, over_tokens: Any, macro: Any, share: float | None = None, b
     [
         (BETTER, BETTER, "S2L is better than random here: by 0.150 nats (95% interval 0.100 to 0.200) per token and 0.150"),
         (WORSE, WORSE, "Take random: S2L is worse here, by 0.150 nats"),
-        (UNCLEAR, UNCLEAR, "No difference between S2L and random that this comparison could see (it would have seen 0.030"),
+        (
+            UNCLEAR,
+            UNCLEAR,
+            "No difference between S2L and random that this comparison could see at 20 examples (it would have seen 0.030",
+        ),
         (BETTER, UNCLEAR, "S2L against random: better over tokens (0.150 nats (95% interval 0.100 to 0.200)), no difference"),
         (UNCLEAR, BETTER, "S2L against random: no difference to be seen over tokens (0.050 nats (95% interval -0.100 to 0.200"),
         (BETTER, WORSE, "S2L against random: better over tokens (0.150 nats (95% interval 0.100 to 0.200)), worse averaged"),

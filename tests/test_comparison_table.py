@@ -54,6 +54,14 @@ def cells(lost: tuple[tuple[str, int], ...] = (), full_gain: float = 0.5) -> lis
     return made
 
 
+def test_the_page_of_a_table_has_the_losses_first_and_their_details_below():
+    answer, losses, details, *_ = compared(cells()).markdown().split("\n\n")
+    assert answer.startswith("**S2L is better than random here")
+    assert losses.count("|", 0, losses.index("\n")) == 8
+    assert [line.split(" | ")[:2] for line in losses.splitlines()] == [line.split(" | ")[:2] for line in details.splitlines()]
+    assert "tokens" in details and "p" in details
+
+
 def compared(of: list[Cell], **more: Any) -> Comparison:
     return compare_cells(of, primary="s2l", budgets=BUDGETS, redo_from="proxy", **more)
 

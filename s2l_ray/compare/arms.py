@@ -86,7 +86,9 @@ def arms_of(config: RunConfig, sources: Sequence[str]) -> list[Arm]:
     """
     compare = config.compare or CompareConfig()
     has_sources = len(sources) > 1
-    wanted: list[str | dict[str, dict[str, Any]]] = list(compare.arms or [*(["source_matched"] if has_sources else []), S2L])
+    wanted: list[str | dict[str, dict[str, Any]]] = (
+        [*(["source_matched"] if has_sources else []), S2L] if compare.arms is None else list(compare.arms)
+    )
     always = [RANDOM, *(["source_balanced"] if has_sources else [])]
     arms = {name: _known(name) for name in always}
     for one in wanted:

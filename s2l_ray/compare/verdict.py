@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from s2l_ray.compare.statistics import LEVEL, MACRO, POOL, TOKENS, Difference, Row
+from s2l_ray.compare.statistics import LEVEL, MACRO, POOL, TOKENS, Difference, Row, detectable_difference
 
 WORDS = {TOKENS: "over tokens", MACRO: "averaged over sources"}
 
@@ -28,9 +28,10 @@ def verdict(rows: Sequence[Row], primary: Row, detectable: float | None) -> list
         advice = f"{name} is worse than random here" if better else f"Take random: {name} is worse here"
         sentence = f"{advice}, by {both}."
     elif not any(signs.values()):
+        macro = detectable_difference(found[MACRO].deviation, primary.seeds)
         sentence = (
-            f"No difference between {name} and random that this comparison could see (it would have seen {detectable:.3f} nats "
-            "per token)."
+            f"No difference between {name} and random that this comparison could see at {primary.budget:,} examples (it would "
+            f"have seen {detectable:.3f} nats per token, {macro:.3f} averaged over sources)."
         )
     else:
         parts = [f"{_word(signs[kind])} {WORDS[kind]} ({_amount(found[kind])})" for kind in WORDS]
