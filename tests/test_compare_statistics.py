@@ -383,6 +383,16 @@ def test_of_several_better_arms_the_best_by_source_is_named() -> None:
     assert verdict([primary, *others], primary, 0.03)[1].startswith("ifd is better than both")
 
 
+def test_a_win_that_the_pool_s_shares_would_turn_round_says_so() -> None:
+    primary = row_of("s2l", BETTER, BETTER)
+    worse = Difference(0.15, 0.1, 0.2, 0.05, 0.01, 5)
+    turned = dataclasses.replace(primary, differences=primary.differences | {POOL: worse})
+    assert "weighed as in the pool" not in verdict([primary], primary, 0.1)[0]
+    assert verdict([turned], turned, 0.1)[0].endswith(
+        "With sources weighed as in the pool it is worse, by 0.150 nats (95% interval 0.100 to 0.200)."
+    )
+
+
 def test_balance_is_not_advised_where_the_target_will_meet_the_pool_s_shares() -> None:
     head, balanced = row_of("s2l", (-0.05, 0.2), (-0.05, 0.2)), row_of("source_balanced", BETTER, BETTER)
     assert verdict([head, balanced], head, 0.1)[1].endswith("Take that.")
