@@ -2,11 +2,11 @@
 
     python benchmarks/way_in.py --data DATA_DIR --work WORK_DIR [--rows 1000000] [--pairs 3] [--before TREE]
 
-The corpus repeats the rows of DATA_DIR (`*.jsonl` with `instruction`, `input`, `output`, `source`) with changed numbers. pyarrow
-does two things with it, each with the threads of this machine: `to_parquet` reads the JSON Lines file and writes it as one
-Parquet file; `same_files` reads what the stage read and writes what the stage wrote, part by part. The stage's time is the one in
-its manifest, without Ray's start; the driver's memory is that of its process alone. `--before` also runs another checkout of this
-project in every pair. Lines are added to `results/way_in.jsonl`, medians printed at the end.
+The corpus repeats the rows of DATA_DIR (`*.jsonl` with `instruction`, `input`, `output`, `source`) with changed numbers.
+pyarrow does two things with it, each with the threads of this machine: `to_parquet` reads the JSON Lines file and writes it as
+one Parquet file; `same_files` reads what the stage read and writes what the stage wrote, part by part. The stage's time is the
+one in its manifest, without Ray's start; the driver's memory is that of its process alone. `--before` also runs another
+checkout of this project in every pair. Lines are added to `results/way_in.jsonl`, medians printed at the end.
 """
 
 from __future__ import annotations

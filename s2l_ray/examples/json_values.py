@@ -1,7 +1,7 @@
 """JSON texts as values: what Python's `json.loads` gives or raises, in a third of its time.
 
-orjson does the work wherever both agree. It refuses NaN, Infinity, numbers beyond a double's range and half surrogate pairs, and
-turns whole numbers beyond 64 bits into decimals; `json` takes them, reads them exactly, and says where a text is wrong.
+orjson does the work wherever both agree. It refuses NaN, Infinity, numbers beyond a double's range and half surrogate pairs,
+and turns whole numbers beyond 64 bits into decimals; `json` takes them, reads them exactly, and says where a text is wrong.
 """
 
 from __future__ import annotations

@@ -184,7 +184,7 @@ class _RowReader:
         is_filled = {name: bool(value.strip()) for name, value in values.items()}
         if True not in is_filled.values():
             return ""
-        has_all = all([is_filled[name] for name in self.template])
+        has_all = all(is_filled[name] for name in self.template)
         if_empty = self.layout.prompt_template_if_empty
         return (template if has_all or if_empty is None else if_empty).format_map(values)
 

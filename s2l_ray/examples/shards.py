@@ -114,7 +114,7 @@ class _ReadShard:
 
 @contextlib.contextmanager
 def _without_collection() -> Iterator[None]:
-    """Within it nothing looks for reference cycles: parsed rows have none, and to look at them all takes a tenth of the time."""
+    """Within it nothing looks for reference cycles: parsed rows have none, and looking takes a tenth of the time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
