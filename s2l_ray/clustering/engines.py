@@ -80,7 +80,7 @@ class Engine:
         if len(features) > BLOCK_ROWS and self.kind == "ray":
             return RayRows(features, width, self._workers())
         if self.kind == "gpu":
-            return GpuRows(features, width, list(range(faiss.get_num_gpus())))
+            return GpuRows(features, width, [f"cuda:{number}" for number in range(faiss.get_num_gpus())])
         return LocalRows(features, width, self.pool, self.new_column)
 
     def _workers(self) -> list[Any]:

@@ -112,5 +112,11 @@ class _Rows(nn.Module):
 
 
 def accepts_logits_to_keep(model: Any) -> bool:
-    """Whether the model's forward can restrict its logits to given positions (most of transformers' models)."""
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
+    """Whether the model's forward can restrict its logits to given positions, told by a mask.
+
+    Most of transformers' models can, from 5.23 on: before, a mask of rows and positions was an error.
+    """
+    import transformers
+
+    takes_masks = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
+    return takes_masks and "logits_to_keep" in inspect.signature(model.forward).parameters
