@@ -19,7 +19,7 @@ from s2l_ray.storage.layout import TOKENIZER
 from s2l_ray.storage.places import Storage
 from s2l_ray.training.batches import data_order
 from s2l_ray.training.token_parts import TokenParts, count_response_tokens
-from s2l_ray.training.token_pools import pool_tokens
+from s2l_ray.training.token_pools import PoolTokens, pool_tokens
 from s2l_ray.training.token_rows import RowLimit
 from s2l_ray.training.tokenizers import load_tokenizer
 from tests.building import CORPUS, context_of
@@ -66,7 +66,7 @@ def parts_of(examples: Artifact, tokenizer: Path, folder: Path, corpus: Examples
 
 def test_tokens_that_were_made_are_read_as_they_were(examples, tokenizer, tmp_path):
     parts = parts_of(examples, tokenizer, tmp_path)
-    made, read = parts.pool(), parts.pool()
+    made, read = (PoolTokens.join(map(parts.read, examples.parts())) for _ in range(2))
     assert made.row_ids == read.row_ids
     assert made.changed == read.changed
     assert made.refused == read.refused == [("id-1-1", "s", "no such role")]
@@ -78,9 +78,28 @@ def test_tokens_that_were_made_are_read_as_they_were(examples, tokenizer, tmp_pa
     assert len(made.row_ids) > 22
 
 
+def test_a_node_s_file_has_what_the_parts_have_in_their_order(examples, tokenizer, tmp_path):
+    parts = parts_of(examples, tokenizer, tmp_path)
+    joined, pool = PoolTokens.join(map(parts.read, examples.parts())), parts.pool()
+    for name in ("num_examples", "changed", "refused", "unlearned_lengths", "sizes"):
+        assert getattr(pool, name) == getattr(joined, name)
+    assert len(pool.tokens) == len(joined.tokens)
+    assert pool.tokens.lengths.tolist() == joined.tokens.lengths.tolist()
+    for row in range(len(joined.tokens)):
+        for found, expected in zip(pool.tokens[row], joined.tokens[row], strict=True):
+            assert (found.dtype, found.tolist()) == (expected.dtype, expected.tolist())
+    for epochs in (1, 3):
+        steps = epochs * len(joined.tokens) // 4
+        assert pool.order(steps, 4, 42).tolist() == data_order(joined.row_ids, steps, 4, 42).tolist()
+    for part, stored in [(part, parts_of(examples, tokenizer, tmp_path / "other").read(part)) for part in examples.parts()]:
+        read = parts.read(part)
+        assert (read.row_ids, read.num_labels.tolist()) == (stored.row_ids, stored.num_labels.tolist())
+        np.testing.assert_array_equal(read.tokens.ids, stored.tokens.ids)
+
+
 def test_the_file_of_a_part_has_a_line_for_each_row_under_its_example_s_id(examples, tokenizer, tmp_path):
     parts = parts_of(examples, tokenizer, tmp_path)
-    pool = parts.pool()
+    pool = PoolTokens.join(map(parts.read, examples.parts()))
     files = sorted((tmp_path / "tokens" / parts.name).glob("part-*.parquet"))
     lines = [line for file in files for line in pq.read_table(file).to_pylist()]
     assert set(lines[0]) == {"example_id", "source", "tokens", "is_label"}
@@ -89,7 +108,7 @@ def test_the_file_of_a_part_has_a_line_for_each_row_under_its_example_s_id(examp
 
 
 def test_the_target_sees_the_rows_that_the_proxy_saw(examples, tokenizer, tmp_path):
-    of_proxy = parts_of(examples, tokenizer, tmp_path).pool()
+    of_proxy = PoolTokens.join(map(parts_of(examples, tokenizer, tmp_path).read, examples.parts()))
     keep = {"id-0-0", "id-0-2", "id-2-5"}
     of_target = pool_tokens(examples, load_tokenizer(tokenizer), LIMIT, keep)
     rows = [row for row, name in enumerate(of_proxy.row_ids) if name.partition("#")[0] in keep]
@@ -99,9 +118,10 @@ def test_the_target_sees_the_rows_that_the_proxy_saw(examples, tokenizer, tmp_pa
 
 
 def test_the_rows_of_one_conversation_are_trained_on_in_different_steps(examples, tokenizer, tmp_path):
-    pool = parts_of(examples, tokenizer, tmp_path).pool()
-    order = data_order(pool.row_ids, len(pool.row_ids), 1, 42)
-    split = [row for row, name in enumerate(pool.row_ids) if name.startswith("id-2-5#")]
+    parts = parts_of(examples, tokenizer, tmp_path)
+    names = [name for part in examples.parts() for name in parts.read(part).row_ids]
+    order = parts.pool().order(len(names), 1, 42)
+    split = [row for row, name in enumerate(names) if name.startswith("id-2-5#")]
     places = sorted(int(np.flatnonzero(order == row)[0]) for row in split)
     assert len(split) == 3
     assert places[2] - places[0] > 2
