@@ -114,7 +114,7 @@ class MappedRows:
     def __init__(self, batches: Sequence[pa.RecordBatch]) -> None:
         """The batches' columns `tokens` (large lists of int32) and `is_label` (of bool, one for each token) count."""
         self._ids = [batch["tokens"].values.to_numpy() for batch in batches]
-        self._marks = [batch["is_label"].values for batch in batches]
+        self._marks = [_bits(batch["is_label"].values) for batch in batches]
         self._starts = [batch["tokens"].offsets.to_numpy() for batch in batches]
         self._firsts = np.cumsum([0, *map(len, batches)])
         """The number of each batch's first row, and of all rows."""
@@ -129,4 +129,11 @@ class MappedRows:
         """Tokens and label marks of one row."""
         batch = int(np.searchsorted(self._firsts, row, "right")) - 1
         begin, end = self._starts[batch][row - self._firsts[batch] :][:2].tolist()
-        return self._ids[batch][begin:end], self._marks[batch][begin:end].to_numpy(zero_copy_only=False)
+        bits = np.unpackbits(self._marks[batch][begin // 8 : -(-end // 8)], bitorder="little")
+        return self._ids[batch][begin:end], bits[begin % 8 :][: end - begin].view(bool)
+
+
+def _bits(values: pa.BooleanArray) -> np.ndarray:
+    """Eight values a byte, uint8, as Arrow keeps them; of an array that begins where its buffer does."""
+    assert values.offset == 0
+    return np.frombuffer(values.buffers()[1] or b"", np.uint8)
