@@ -17,7 +17,7 @@ import pyarrow as pa
 import pytest
 
 from s2l_ray.errors import StorageError
-from s2l_ray.runtime.nodes import on_every_node
+from s2l_ray.runtime.nodes import PATIENCE_SECONDS, on_every_node
 from s2l_ray.storage.node_files import ABANDONED_SECONDS, NodeFiles, is_whole, sealed
 from s2l_ray.storage.places import Storage
 from s2l_ray.training.token_rows import MappedRows
@@ -153,6 +153,30 @@ def test_a_run_removes_its_own_files_and_who_reads_them_goes_on(files, tmp_path,
     assert files.find(NAME) is None
     assert is_whole(first)
     assert other.find(NAME) is not None
+
+
+@pytest.mark.slow
+def test_every_node_is_asked_and_one_that_is_lost_holds_up_nobody(files, tmp_path):
+    import ray
+    from ray.cluster_utils import Cluster
+
+    def leave_a_mark() -> None:
+        (tmp_path / ray.get_runtime_context().get_node_id()).touch()
+
+    ray.shutdown()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    try:
+        ray.init(address=cluster.address, log_to_driver=False)
+        on_every_node(leave_a_mark)
+        assert {path.name for path in tmp_path.iterdir()} == {node["NodeID"] for node in ray.nodes()}
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        begun = time.monotonic()
+        on_every_node(leave_a_mark)
+        assert time.monotonic() - begun < PATIENCE_SECONDS + 10
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
 
 
 def test_what_the_run_was_before_and_what_others_left_for_a_week_goes_when_a_file_is_written(files, tmp_path):

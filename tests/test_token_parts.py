@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from s2l_ray.storage.drafts import Draft
 from s2l_ray.storage.layout import TOKENIZER
 from s2l_ray.storage.places import Storage
 from s2l_ray.training.batches import data_order
-from s2l_ray.training.token_parts import TokenParts, count_response_tokens
+from s2l_ray.training.token_parts import NodePool, TokenParts, count_response_tokens
 from s2l_ray.training.token_pools import PoolTokens, pool_tokens
 from s2l_ray.training.token_rows import RowLimit
 from s2l_ray.training.tokenizers import load_tokenizer
+from s2l_ray.training.tokens import PartTokens
 from tests.building import CORPUS, context_of
 from tests.chat_templates import QWEN_3, chat_tokenizer
 
@@ -95,6 +97,70 @@ def test_a_node_s_file_has_what_the_parts_have_in_their_order(examples, tokenize
         read = parts.read(part)
         assert (read.row_ids, read.num_labels.tolist()) == (stored.row_ids, stored.num_labels.tolist())
         np.testing.assert_array_equal(read.tokens.ids, stored.tokens.ids)
+
+
+def the_same(pool: NodePool, joined: PoolTokens) -> bool:
+    """Whether a node's file has these rows."""
+    rows = [(ids.tolist(), marks.tolist()) for ids, marks in map(pool.tokens.__getitem__, range(len(pool.tokens)))]
+    return rows == [(ids.tolist(), marks.tolist()) for ids, marks in map(joined.tokens.__getitem__, range(len(joined.tokens)))]
+
+
+def damage(path: Path, what: bytes) -> None:
+    """Flip a bit where these bytes stand in a file, in a copy of it that takes its place."""
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(what)] ^= 1
+    path.unlink()
+    path.write_bytes(whole)
+
+
+def test_a_damaged_file_of_a_node_is_neither_scored_nor_trained_on(examples, tokenizer, tmp_path):
+    parts = parts_of(examples, tokenizer, tmp_path)
+    joined = PoolTokens.join(map(parts.read, examples.parts()))
+    assert the_same(parts.pool(), joined)
+    damage(parts.on_node.folder / f"{parts.name}-tokens", joined.tokens.ids[3:9].tobytes())
+    assert not the_same(parts.pool(check=False), joined), "or nothing was damaged"
+    assert the_same_ids([parts.read(part) for part in examples.parts()], joined)
+    assert the_same(parts.pool(), joined)
+    assert the_same(parts.pool(check=False), joined)
+
+
+def the_same_ids(parts: list[PartTokens], joined: PoolTokens) -> bool:
+    return PoolTokens.join(parts).tokens.ids.tolist() == joined.tokens.ids.tolist()
+
+
+@pytest.mark.parametrize("how", ["truncated", "another", "of an older version"])
+def test_a_damaged_part_is_made_again(examples, tokenizer, tmp_path, how):
+    parts = parts_of(examples, tokenizer, tmp_path)
+    first, second = (parts.read(part) for part in examples.parts()[:2])
+    path = tmp_path / "tokens" / parts.name / examples.parts()[0]
+    whole = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(whole[:-5])
+    else:
+        table = pq.read_table(path)
+        metadata = table.schema.metadata if how == "another" else {b"counted": table.schema.metadata[b"counted"]}
+        rows = table[1:] if how == "another" else table
+        pq.write_table(rows.replace_schema_metadata(metadata), path)
+    assert parts.read(examples.parts()[0]).row_ids == first.row_ids
+    assert path.read_bytes() == whole
+    assert parts.read(examples.parts()[1]).row_ids == second.row_ids
+
+
+def test_a_node_fetches_the_tokens_from_object_storage_once(examples, tokenizer, bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    parts = TokenParts.of(examples, Storage(str(tokenizer)), LIMIT, Storage(f"{bucket}/run/.work"), DROPPING)
+    parts.make(0, 2)
+    parts.make(1, 2)
+    assert parts.storage.names(parts.name) == examples.parts()
+    joined = PoolTokens.join(map(parts.read, examples.parts()))
+    assert the_same(parts.pool(), joined)
+    parts.storage.delete(parts.name)
+    assert the_same(parts.pool(), joined)
+    assert the_same_ids([parts.read(part) for part in examples.parts()], joined)
+    assert parts.storage.names(parts.name) == []
+    parts.on_node.delete()
+    assert the_same_ids([parts.read(part) for part in examples.parts()], joined)
+    assert parts.storage.names(parts.name) == examples.parts()
 
 
 def test_the_file_of_a_part_has_a_line_for_each_row_under_its_example_s_id(examples, tokenizer, tmp_path):
