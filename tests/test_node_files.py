@@ -22,7 +22,7 @@ from s2l_ray.storage.node_files import ABANDONED_SECONDS, NodeFiles, is_whole, s
 from s2l_ray.storage.places import Storage
 from s2l_ray.training.token_rows import MappedRows
 
-COLUMNS = pa.schema({"tokens": pa.large_list(pa.int32()), "is_label": pa.large_list(pa.bool_())})
+COLUMNS = ("tokens", "is_label")
 NAME = "tokens"
 
 
@@ -32,7 +32,7 @@ def batches(number: int, rows: int, longest: int = 40) -> Iterator[pa.RecordBatc
         starts = pa.array(np.cumsum([0, *rng.integers(2, longest, rows)]))
         ids = rng.integers(0, 50_000, starts[-1].as_py(), np.int32)
         lists = [pa.LargeListArray.from_arrays(starts, pa.array(values)) for values in (ids, ids % 3 == 0)]
-        yield sealed(pa.record_batch(lists, COLUMNS.with_metadata({"number": str(seed)})))
+        yield sealed(pa.record_batch(lists, COLUMNS, metadata={"number": str(seed)}))
 
 
 def few() -> Iterator[pa.RecordBatch]:
@@ -47,7 +47,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> NodeFiles:
 
 
 def get(files: NodeFiles, **options: Any) -> list[pa.RecordBatch]:
-    return files.get(NAME, COLUMNS, few, **options)
+    return files.get(NAME, few, **options)
 
 
 def nothing() -> Iterator[pa.RecordBatch]:
@@ -60,7 +60,7 @@ def test_batches_come_back_as_they_were_out_of_the_pages_of_the_file(files):
         assert is_whole(found)
         assert not found["tokens"].values.to_numpy().flags.owndata
     before = pa.total_allocated_bytes()
-    MappedRows(files.get(NAME, COLUMNS, nothing, check=True))
+    MappedRows(files.get(NAME, nothing, check=True))
     assert pa.total_allocated_bytes() == before
 
 
@@ -81,7 +81,7 @@ def test_of_several_at_once_one_writes_and_the_others_wait_for_it(files):
             yield batch
 
     with ThreadPoolExecutor(6) as pool:
-        found = list(pool.map(lambda _: files.get(NAME, COLUMNS, slowly), range(6)))
+        found = list(pool.map(lambda _: files.get(NAME, slowly), range(6)))
     assert len(made) == 1
     assert all(len(one) == 3 for one in found)
 
@@ -89,12 +89,12 @@ def test_of_several_at_once_one_writes_and_the_others_wait_for_it(files):
 def test_a_process_killed_as_it_writes_leaves_nothing_that_is_read(files, tmp_path):
     code = f"""
 import tempfile, time; tempfile.tempdir = {str(tmp_path)!r}
-from tests.test_node_files import COLUMNS, NAME, NodeFiles, few
+from tests.test_node_files import NAME, NodeFiles, few
 def halfway():
     yield next(few())
     print("writing", flush=True)
     time.sleep(60)
-NodeFiles({files.run!r}, {files.group!r}).get(NAME, COLUMNS, halfway)
+NodeFiles({files.run!r}, {files.group!r}).get(NAME, halfway)
 """
     writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert writer.stdout is not None
@@ -196,12 +196,12 @@ WORKER = """
 import sys, tempfile; tempfile.tempdir = sys.argv[1]
 from s2l_ray.storage.node_files import NodeFiles
 from s2l_ray.training.token_rows import MappedRows
-from tests.test_node_files import COLUMNS, NAME, nothing
+from tests.test_node_files import NAME, nothing
 def step(words):
     print(words, flush=True)
     sys.stdin.readline()
 def read(name):
-    rows = MappedRows(NodeFiles(sys.argv[2], sys.argv[3]).get(name, COLUMNS, nothing))
+    rows = MappedRows(NodeFiles(sys.argv[2], sys.argv[3]).get(name, nothing))
     return sum(int(ids.sum()) + int(marks.sum()) for ids, marks in (rows[row] for row in range(len(rows))))
 read("small")  # imports what reading takes
 step("begun")
@@ -218,8 +218,8 @@ def proportional_bytes(process: subprocess.Popen[bytes]) -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="proportional set sizes are Linux's")
 def test_a_second_worker_of_a_node_adds_next_to_nothing_to_the_tokens_in_memory(files, tmp_path):
-    files.get(NAME, COLUMNS, lambda: batches(8, 4_000, 600))
-    files.get("small", COLUMNS, few)
+    files.get(NAME, lambda: batches(8, 4_000, 600))
+    files.get("small", few)
     size = (files.folder / "group-tokens").stat().st_size
     command = [sys.executable, "-c", WORKER, str(tmp_path), files.run, files.group]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}

@@ -62,6 +62,12 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The node's disk is the test's folder."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
 def parts_of(examples: Artifact, tokenizer: Path, folder: Path, corpus: ExamplesConfig = DROPPING) -> TokenParts:
     return TokenParts.of(examples, Storage(str(tokenizer)), LIMIT, Storage(str(folder)), corpus)
 
@@ -117,7 +123,7 @@ def test_a_damaged_file_of_a_node_is_neither_scored_nor_trained_on(examples, tok
     parts = parts_of(examples, tokenizer, tmp_path)
     joined = PoolTokens.join(map(parts.read, examples.parts()))
     assert the_same(parts.pool(), joined)
-    damage(parts.on_node.folder / f"{parts.name}-tokens", joined.tokens.ids[3:9].tobytes())
+    damage(parts.on_node.folder / f"{parts.name}-tokens", joined.tokens.ids[3:9].astype(np.uint16).tobytes())
     assert not the_same(parts.pool(check=False), joined), "or nothing was damaged"
     assert the_same_ids([parts.read(part) for part in examples.parts()], joined)
     assert the_same(parts.pool(), joined)
@@ -146,8 +152,7 @@ def test_a_damaged_part_is_made_again(examples, tokenizer, tmp_path, how):
     assert parts.read(examples.parts()[1]).row_ids == second.row_ids
 
 
-def test_a_node_fetches_the_tokens_from_object_storage_once(examples, tokenizer, bucket, tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def test_a_node_fetches_the_tokens_from_object_storage_once(examples, tokenizer, bucket):
     parts = TokenParts.of(examples, Storage(str(tokenizer)), LIMIT, Storage(f"{bucket}/run/.work"), DROPPING)
     parts.make(0, 2)
     parts.make(1, 2)

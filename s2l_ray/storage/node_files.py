@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
+import itertools
 import os
 import shutil
 import time
@@ -68,10 +69,9 @@ class NodeFiles:
         except (OSError, pa.ArrowInvalid):
             return None
 
-    def get(
-        self, name: str, schema: pa.Schema, make: Callable[[], Iterable[pa.RecordBatch]], *, check: bool = False
-    ) -> list[pa.RecordBatch]:
-        """The batches of a file, memory-mapped; where the node has no whole one it is made of the sealed batches of `make`.
+    def get(self, name: str, make: Callable[[], Iterable[pa.RecordBatch]], *, check: bool = False) -> list[pa.RecordBatch]:
+        """The batches of a file, memory-mapped; where the node has no whole one it is made of the sealed batches of `make`,
+        which have one schema but for its metadata.
 
         `check`: read it all and compare the hashes, as the first of a node's workers does. Raises StorageError where the disk
         is full, and what `make` raises.
@@ -81,12 +81,12 @@ class NodeFiles:
             os.utime(self.folder)
             found = self.find(name)
             if found is None or (check and not all(map(is_whole, found))):
-                self._write(name, schema, make())
+                self._write(name, make())
                 found = self.find(name)
         assert found is not None, "it has just been written"
         return found
 
-    def _write(self, name: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
+    def _write(self, name: str, batches: Iterable[pa.RecordBatch]) -> None:
         for path in self.folder.iterdir():  # of another group, or half of one that a killed process was writing
             if not path.name.startswith(f"{self.group}-") or path.suffix == ".tmp":
                 path.unlink()
@@ -95,9 +95,12 @@ class NodeFiles:
                 shutil.rmtree(folder, ignore_errors=True)
         target = self.folder / f"{self.group}-{name}"
         partial = target.with_name(f"{target.name}.tmp")
+        rest = iter(batches)
+        first = list(itertools.islice(rest, 1))
+        schema = first[0].schema.remove_metadata() if first else pa.schema([])
         try:
             with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, schema) as writer:
-                for batch in batches:
+                for batch in itertools.chain(first, rest):
                     writer.write_batch(batch.replace_schema_metadata(None), custom_metadata=batch.schema.metadata)
             with partial.open("rb") as written:
                 os.fsync(written.fileno())

@@ -40,16 +40,10 @@ from s2l_ray.training.tokens import PartTokens, RefusedExample, encode_table
 
 # The schema's metadata field with what was counted.
 _COUNTED = b"counted"
-_COLUMNS = pa.schema(
-    {
-        "example_id": pa.string(),
-        "source": pa.string(),
-        "tokens": pa.large_list(pa.int32()),
-        "is_label": pa.large_list(pa.bool_()),
-    }
-)
+_COLUMNS = ("example_id", "source", "tokens", "is_label")
 """One line for each row of tokens; the rows of an example stand together."""
-_ORDER = pa.schema({"row": pa.int64()})
+# A vocabulary up to this size takes two bytes a token instead of four.
+_SMALL_VOCABULARY = 2**16
 # Raised when the same text gives other tokens than before.
 SCHEMA = 2
 _tokenizer = functools.lru_cache(maxsize=2)(load_tokenizer)
@@ -100,13 +94,14 @@ class TokenParts:
     def _stored(self, part: str) -> pa.RecordBatch:
         """A part from the scratch directory, made where it is missing or damaged."""
         try:
-            batch = _one_batch(pq.read_table(io.BytesIO(self.storage.read(f"{self.name}/{part}"))))
+            table = pq.read_table(io.BytesIO(self.storage.read(f"{self.name}/{part}")))
+            batch = pa.record_batch([one_array(column) for column in table.columns], table.schema)
             if is_whole(batch):
                 return batch
         except (FileNotFoundError, pa.ArrowException):
             pass
         tokenizer = _tokenizer(self.tokenizer.local_folder(""))
-        batch = _to_batch(encode_table(tokenizer, read_pool(self.examples, part), self.limit))
+        batch = _to_batch(encode_table(tokenizer, read_pool(self.examples, part), self.limit), len(tokenizer))
         table = pa.Table.from_batches([batch])
         self.storage.write(f"{self.name}/{part}", table_bytes(table, ["example_id", "source", "tokens"]))
         return batch
@@ -133,7 +128,7 @@ class TokenParts:
 
         `check`: read the file and compare its hashes, once on a node; others open it then without. Raises what `read` does.
         """
-        batches = self.on_node.get(TOKENS, _COLUMNS, lambda: map(self._stored, self.examples.parts()), check=check)
+        batches = self.on_node.get(TOKENS, lambda: map(self._stored, self.examples.parts()), check=check)
         counted = [json.loads(batch.schema.metadata[_COUNTED]) for batch in batches]
         refused = [RefusedExample(*found) for one in counted for found in one["refused"]]
         check_refused(refused, self.corpus)
@@ -159,10 +154,10 @@ class NodePool(CountedRows):
         def made() -> Iterator[pa.RecordBatch]:
             batches = self.parts.on_node.find(TOKENS) or ()
             names = pa.chunked_array([pa.array(_from_batch(batch).row_ids, pa.string()) for batch in batches], pa.string())
-            yield sealed(pa.record_batch([data_order(names, steps, global_batch, seed)], _ORDER))
+            yield sealed(pa.record_batch({"row": data_order(names, steps, global_batch, seed)}))
 
         name = f"order-{digest([steps, global_batch, seed])}"
-        [batch] = self.parts.on_node.get(name, _ORDER, made, check=True)
+        [batch] = self.parts.on_node.get(name, made, check=True)
         return np.asarray(batch["row"].to_numpy())
 
 
@@ -177,12 +172,13 @@ class _MakePart:
         return {"examples": len(self.parts.read(self.missing[number]).example_ids)}
 
 
-def _to_batch(part: PartTokens) -> pa.RecordBatch:
+def _to_batch(part: PartTokens, vocabulary: int) -> pa.RecordBatch:
+    kind = pa.uint16() if vocabulary <= _SMALL_VOCABULARY else pa.int32()
     starts, owners = pa.array(part.tokens.starts), pa.array(part.owners)
     columns = [
         part.example_ids.take(owners).cast(pa.string()),
         part.sources.take(owners).cast(pa.string()),
-        pa.LargeListArray.from_arrays(starts, pa.array(part.tokens.ids)),
+        pa.LargeListArray.from_arrays(starts, pa.array(part.tokens.ids).cast(kind)),
         pa.LargeListArray.from_arrays(starts, pa.array(part.tokens.is_label)),
     ]
     counted = {
@@ -191,21 +187,17 @@ def _to_batch(part: PartTokens) -> pa.RecordBatch:
         "refused": part.refused,
         "unlearned_lengths": part.unlearned_lengths,
     }
-    return sealed(pa.record_batch(columns, _COLUMNS.with_metadata({_COUNTED: json.dumps(counted)})))
-
-
-def _one_batch(table: pa.Table) -> pa.RecordBatch:
-    """A part as it was read: its columns in one piece."""
-    return pa.record_batch([one_array(table[name]) for name in _COLUMNS.names], _COLUMNS.with_metadata(table.schema.metadata))
+    return sealed(pa.record_batch(columns, _COLUMNS, metadata={_COUNTED: json.dumps(counted).encode()}))
 
 
 def _from_batch(batch: pa.RecordBatch) -> PartTokens:
-    row_ids, sources, ids, marks = (batch[name] for name in _COLUMNS.names)
+    row_ids, sources, ids, marks = (batch[name] for name in _COLUMNS)
     is_first = np.ones(len(row_ids), bool)
     is_first[1:] = pc.not_equal(row_ids[1:], row_ids[:-1]).to_numpy(zero_copy_only=False)
     firsts = pa.array(np.flatnonzero(is_first))
     starts = ids.offsets.to_numpy()
-    tokens = TokenRows(ids.flatten().to_numpy(), marks.flatten().to_numpy(zero_copy_only=False), starts - starts[:1])
+    flat = ids.flatten().to_numpy().astype(np.int32, copy=False)
+    tokens = TokenRows(flat, marks.flatten().to_numpy(zero_copy_only=False), starts - starts[:1])
     counted = json.loads(batch.schema.metadata[_COUNTED])
     refused = [RefusedExample(*found) for found in counted["refused"]]
     facts = (counted["changed"], refused, counted["unlearned_lengths"])

@@ -112,7 +112,7 @@ class MappedRows:
     pages. Of its own it has the lengths, 4 bytes a row."""
 
     def __init__(self, batches: Sequence[pa.RecordBatch]) -> None:
-        """The batches' columns `tokens` (large lists of int32) and `is_label` (of bool, one for each token) count."""
+        """The batches' columns `tokens` (large lists of int32 or uint16) and `is_label` (of bool, one for each token) count."""
         self._ids = [batch["tokens"].values.to_numpy() for batch in batches]
         self._marks = [_bits(batch["is_label"].values) for batch in batches]
         self._starts = [batch["tokens"].offsets.to_numpy() for batch in batches]
@@ -130,7 +130,7 @@ class MappedRows:
         batch = int(np.searchsorted(self._firsts, row, "right")) - 1
         begin, end = self._starts[batch][row - self._firsts[batch] :][:2].tolist()
         bits = np.unpackbits(self._marks[batch][begin // 8 : -(-end // 8)], bitorder="little")
-        return self._ids[batch][begin:end], bits[begin % 8 :][: end - begin].view(bool)
+        return self._ids[batch][begin:end].astype(np.int32, copy=False), bits[begin % 8 :][: end - begin].view(bool)
 
 
 def _bits(values: pa.BooleanArray) -> np.ndarray:
