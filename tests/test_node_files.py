@@ -135,6 +135,19 @@ def test_a_file_with_a_flipped_bit_is_written_again_by_whoever_checks(files):
     assert path.read_bytes() == whole
 
 
+def test_wherever_a_byte_is_damaged_a_checked_file_is_the_one_that_was_written(files):
+    expected = list(few())
+    get(files)
+    path = files.folder / "group-tokens"
+    whole = path.read_bytes()
+    for place in np.linspace(0, len(whole) - 1, 150).astype(int).tolist():
+        path.unlink()
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        found = get(files, check=True)
+        assert len(found) == 3
+        assert all(one.equals(other, check_metadata=True) for one, other in zip(found, expected, strict=True))
+
+
 def test_a_full_disk_is_named_and_leaves_nothing(files, monkeypatch):
     opened = pa.OSFile
     monkeypatch.setattr(pa, "OSFile", lambda path, mode: opened("/dev/full", mode))

@@ -29,17 +29,22 @@ ABANDONED_SECONDS = 7 * 24 * 3600.0
 
 
 def sealed(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """A batch with the hash of its rows in its schema's metadata, beside what is there."""
+    """A batch with a hash of its rows and its schema's metadata in that metadata."""
     return batch.replace_schema_metadata((batch.schema.metadata or {}) | {_HASH: _hash(batch)})
 
 
 def is_whole(batch: pa.RecordBatch) -> bool:
-    """Whether a sealed batch has the rows that it had. False for one that is not sealed."""
+    """Whether a sealed batch has the rows and the metadata that it had. False for one that is not sealed."""
+    try:
+        batch.validate(full=True)  # or its own offsets might lead out of its memory
+    except pa.ArrowInvalid:
+        return False
     return (batch.schema.metadata or {}).get(_HASH) == _hash(batch)
 
 
 def _hash(batch: pa.RecordBatch) -> bytes:
-    return content_digest(memoryview(batch.serialize())).encode()
+    beside = {str(key): str(value) for key, value in (batch.schema.metadata or {}).items() if key != _HASH}
+    return digest([content_digest(memoryview(batch.serialize())), beside]).encode()
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class NodeFiles:
         try:
             state = path.stat()
             return _mapped(str(path), state.st_ino, state.st_size, state.st_mtime_ns)
-        except (OSError, pa.ArrowInvalid):
+        except (OSError, pa.ArrowException):
             return None
 
     def get(self, name: str, make: Callable[[], Iterable[pa.RecordBatch]], *, check: bool = False) -> list[pa.RecordBatch]:
