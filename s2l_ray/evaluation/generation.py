@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from s2l_ray.errors import ConfigError, DataError
 from s2l_ray.training.models import positions
+from s2l_ray.training.output_head import input_device
 
 GENERATION_BATCH = 32
 
 
-def generate(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
+def generate(
+    model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int, ends: Collection[int] = ()
+) -> list[str]:
     """A greedy continuation of each tokenised prompt, in the order of the prompts and without special tokens.
 
-    Ends after `max_new_tokens` or at the model's last position. Batches hold prompts of similar length, padded on the left.
+    Ends at the end-of-sequence token, at one of `ends`, after `max_new_tokens` or at the model's last position. Batches hold
+    prompts of similar length, padded on the left; keys and values of earlier tokens are kept.
     """
     import torch
 
+    device, stops = input_device(model), sorted({tokenizer.eos_token_id, *ends})
     responses = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), GENERATION_BATCH):
@@ -31,11 +36,12 @@ def generate(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_token
         room = max(1, (positions(model) or sys.maxsize) - longest)
         with torch.inference_mode():
             generated_BL = model.generate(
-                input_ids=ids_BL.to(model.device),
-                attention_mask=mask_BL.to(model.device),
+                input_ids=ids_BL.to(device),
+                attention_mask=mask_BL.to(device),
                 max_new_tokens=min(max_new_tokens, room),
                 do_sample=False,
-                eos_token_id=tokenizer.eos_token_id,
+                use_cache=True,
+                eos_token_id=stops,
                 pad_token_id=tokenizer.pad_token_id,
             )
         texts = tokenizer.batch_decode(generated_BL[:, longest:], skip_special_tokens=True)

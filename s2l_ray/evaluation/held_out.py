@@ -21,7 +21,7 @@ from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.training.losses import example_losses
 from s2l_ray.training.token_pools import check_refused
 from s2l_ray.training.token_rows import RowLimit
-from s2l_ray.training.tokens import PartTokens, encode_table, generation_prompt, num_answers
+from s2l_ray.training.tokens import PartTokens, encode_table, ends_of_answers, generation_prompt, num_answers
 
 TOKENS_PER_BATCH = 4096
 # The field of a table's schema metadata with what was counted of its held-out rows.
@@ -104,7 +104,8 @@ def _answer(
     wanted = [i for i, row in enumerate(rows) if row["example_id"] in generated_ids] if score else []
     lasts = (np.searchsorted(found.owners, wanted, "right") - 1).tolist()  # of an example's several rows the last
     prompts = [generation_prompt(*found.tokens[row]) for row in lasts]
-    responses = generate(model, tokenizer, prompts, config.evaluation.max_new_tokens)
+    ends = ends_of_answers(tokenizer, found.tokens)
+    responses = generate(model, tokenizer, prompts, config.evaluation.max_new_tokens, ends)
     scored = {i: score(rows[i], text) if score else {} for i, text in zip(wanted, responses, strict=True)}
     answers = dict(zip(wanted, responses, strict=True))
     summaries = [i for i, of_row in scored.items() if "rougeL" in of_row]
