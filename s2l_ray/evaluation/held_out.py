@@ -19,11 +19,14 @@ from s2l_ray.evaluation.scores import scorers
 from s2l_ray.examples.reading import read_evaluated
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.training.losses import example_losses
+from s2l_ray.training.output_head import is_dispatched
 from s2l_ray.training.token_pools import check_refused
 from s2l_ray.training.token_rows import RowLimit
 from s2l_ray.training.tokens import PartTokens, encode_table, ends_of_answers, generation_prompt, num_answers
 
 TOKENS_PER_BATCH = 4096
+# Where each batch reads weights from the machine's memory or disk.
+OFFLOADED_TOKENS_PER_BATCH = 16384
 # The field of a table's schema metadata with what was counted of its held-out rows.
 COUNTED = b"counted"
 
@@ -72,7 +75,8 @@ def evaluate_rows(
     """The rows with `loss` (nats per response token), `num_response_tokens`, and for those of `generated_ids` whose answer can
     be verified `prediction` and `scores` (JSON); null where a row has none."""
     found, rows, precision = held_out.found, held_out.rows, config.target.precision
-    losses = example_losses(model, found.tokens, tokens_per_batch=TOKENS_PER_BATCH, precision=precision, owners=found.owners)
+    tokens_per_batch = OFFLOADED_TOKENS_PER_BATCH if is_dispatched(model) else TOKENS_PER_BATCH
+    losses = example_losses(model, found.tokens, tokens_per_batch=tokens_per_batch, precision=precision, owners=found.owners)
     predictions, scores = _answer(model, tokenizer, held_out, config, generated_ids, bert_score)
     columns = {
         "example_id": held_out.table["example_id"],

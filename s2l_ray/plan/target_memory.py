@@ -5,8 +5,9 @@ from __future__ import annotations
 from s2l_ray.config import RunConfig, ScratchModel
 from s2l_ray.plan.accelerators import ACCELERATORS, ACCELERATORS_PER_NODE, size
 from s2l_ray.plan.costs import Sizes, vocabulary_of
-from s2l_ray.plan.memory import Setting, Shape, Training, need, recommended, resume_point_bytes, settings
+from s2l_ray.plan.memory import Setting, Training, need, recommended, resume_point_bytes, settings
 from s2l_ray.training.batches import BatchPlan
+from s2l_ray.training.shapes import Shape, shape_of
 
 
 def num_accelerators_of(config: RunConfig) -> int:
@@ -63,25 +64,13 @@ def memory_lines(config: RunConfig, parameters: float, accelerator: str, number:
 
 def _shape(config: RunConfig, parameters: float) -> Shape:
     """The target's shape; estimated from its parameters where it cannot be looked at."""
-    target, vocabulary = config.target, vocabulary_of(config.target, config.proxy)
-    if config.plan.target_parameters is not None:  # named, so that the model need not be looked at
-        return Shape.estimated(parameters, vocabulary)
-    from transformers import AutoConfig
-
-    from s2l_ray.training.models import scratch_config
-
-    try:
-        if isinstance(target.model, ScratchModel):
-            found = scratch_config(target.model.scratch, vocabulary or 0)
-        else:
-            options = {"revision": target.revision, "trust_remote_code": target.trust_remote_code}
-            found = AutoConfig.from_pretrained(target.model, **options).get_text_config()
-        hidden, layers, vocabulary = found.hidden_size, found.num_hidden_layers, found.vocab_size
-    except (AttributeError, OSError, ValueError):
-        return Shape.estimated(parameters, vocabulary)
-    width = getattr(found, "intermediate_size", None) or getattr(found, "n_inner", None) or 4 * hidden
-    # Families with RMSNorm have a gate in the feed-forward layer, those with LayerNorm have none.
-    return Shape(parameters, hidden, layers, vocabulary, width, is_gated=hasattr(found, "rms_norm_eps"))
+    vocabulary = vocabulary_of(config.target, config.proxy)
+    # Parameters that the config names stand in for a model that need not be there.
+    return (
+        Shape.estimated(parameters, vocabulary)
+        if config.plan.target_parameters
+        else shape_of(config.target, parameters, vocabulary)
+    )
 
 
 def resume_point_lines(config: RunConfig, sizes: Sizes) -> list[str]:
