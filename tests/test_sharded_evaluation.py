@@ -9,10 +9,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken
 
-from s2l_ray.config import TrainedTokenizer
+from s2l_ray.config import EvaluationWorkerConfig, RunConfig, TrainedTokenizer
 from s2l_ray.evaluation.generation import generate
+from s2l_ray.evaluation.sharding import Fleet, Sharding, decide, evaluation_need
 from s2l_ray.evaluation.stage import build
+from s2l_ray.runtime.workers import Workers
 from s2l_ray.storage.artifacts import Artifact, Key
 from s2l_ray.storage.drafts import Draft
 from s2l_ray.storage.layout import MODEL_RECORD, TOKENIZER
@@ -20,8 +25,10 @@ from s2l_ray.storage.places import Storage
 from s2l_ray.training.losses import example_losses
 from s2l_ray.training.models import Held, load_model
 from s2l_ray.training.output_head import Head
+from s2l_ray.training.shapes import Shape
 from s2l_ray.training.token_rows import TokenRows
 from s2l_ray.training.tokenizers import train_tokenizer
+from s2l_ray.training.tokens import ends_of_answers
 from tests.building import context_of
 
 from .test_large_targets import adapted
@@ -152,3 +159,89 @@ def test_an_evaluation_within_a_memory_limit_gives_what_one_without_gives_and_it
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
     assert same == answers
     assert answers
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_workers_that_hold_half_the_model_each_evaluate_as_one_that_holds_it_whole(tmp_path, ray_session, inputs):
+    whole = evaluated(tmp_path / "whole", inputs)
+    shared = evaluated(tmp_path / "shared", inputs, sharding="zero3", num_workers=2)
+    assert shared.manifest["provenance"]["machines"]["sharding"]["kind"] == "zero3"
+    (expected, answers), (found, same) = map(losses_and_answers, (whole, shared))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    assert same == answers
+
+
+# --- where the weights go ------------------------------------------------------------------------------------------
+
+LLAMA_70B = Shape(70.6e9, 8192, 80, 128_256, 28_672, is_gated=True, key_value=1024)
+NODE = Fleet(1e12, (64,), (8,), 80e9)
+
+
+def decided(shape: Shape, fleet: Fleet, workers: Workers, **machines: Any) -> tuple[Sharding, Workers]:
+    values = {"examples": {"dataset": "x"}, "proxy": {"model": "p"}, "selection": {"budget": 1}}
+    config = RunConfig.model_validate({"name": "run", "target": {"model": "m", "precision": "bfloat16"}, **values})
+    need = evaluation_need(config, shape, on_gpu=workers.gpus_per_worker > 0)
+    return decide(EvaluationWorkerConfig(**machines), need, fleet, workers)
+
+
+def gpus(number: int) -> Workers:
+    return Workers(number, 1, 1.0, number)
+
+
+def test_a_model_goes_to_one_gpu_to_those_of_a_node_or_over_nodes_whichever_is_first_enough():
+    small = Shape.estimated(3e9)
+    assert decided(small, NODE, gpus(8))[0].kind == "none"
+    sharding, workers = decided(LLAMA_70B, NODE, gpus(8))
+    assert (sharding.kind, workers.gpus_per_worker, workers.num_workers) == ("device_map", 3, 2)
+    nodes = Fleet(1e12, (64,) * 4, (8,) * 4, 24e9)
+    sharding, workers = decided(LLAMA_70B, nodes, gpus(32))
+    assert (sharding.kind, workers.gpus_per_worker, workers.num_workers) == ("zero3", 1, 32)
+    sharding, workers = decided(LLAMA_70B, Fleet(1e12, (64,), (8,), 24e9), gpus(8))
+    assert (sharding.kind, workers.gpus_per_worker, workers.num_workers) == ("device_map", 8, 1)
+    assert sharding.max_memory(8) is not None
+    assert sharding.cpu_bytes > 0, "the rest is in the machine's memory"
+
+
+def test_without_gpus_as_many_workers_start_as_the_memory_holds_models():
+    node = Fleet(64e9, (16,))
+    auto, two = Workers(16, 1, 0.0, 16), Workers(2, 1, 0.0, 2)
+    shape = Shape(3e9, 2560, 32, 50_000, 10_240, is_gated=False, key_value=640)
+    sharding, workers = decided(shape, node, auto)
+    assert sharding.kind == "none"
+    assert 1 < workers.num_workers < 8
+    assert workers.num_workers * workers.cpus_per_worker <= 16
+    sharding, workers = decided(LLAMA_70B, node, auto)
+    assert (sharding.kind, workers.num_workers, workers.cpus_per_worker) == ("device_map", 1, 16)
+    assert 0 < sharding.cpu_bytes < 64e9
+    assert decided(shape, node, two, num_workers=2)[1] == two, "a number that was given stays"
+
+
+@given(st.floats(1e6, 1e12), st.floats(1e9, 2e11), st.integers(1, 8), st.integers(1, 8))
+def test_what_is_chosen_holds_the_model_by_the_same_formula(parameters, gpu_bytes, nodes, per_node):
+    shape, fleet = Shape.estimated(parameters), Fleet(1e15, (8,) * nodes, (per_node,) * nodes, gpu_bytes)
+    sharding, workers = decided(shape, fleet, gpus(nodes * per_node))
+    weights = 2 * parameters
+    if sharding.kind == "none":
+        assert weights < gpu_bytes
+    elif sharding.kind == "zero3":
+        assert nodes > 1
+        assert weights < gpu_bytes * workers.num_workers
+    else:
+        assert 1 <= workers.gpus_per_worker <= per_node
+        assert sharding.gpu_bytes * workers.gpus_per_worker + sharding.cpu_bytes >= weights
+    assert 1 <= workers.num_workers * workers.gpus_per_worker <= nodes * per_node
+
+
+def test_answers_end_where_the_rows_teach_them_to_end():
+    tokenizer = SimpleNamespace(
+        added_tokens_decoder={0: AddedToken("</s>", special=True), 7: AddedToken("<end>", special=True)}
+    )
+    taught = TokenRows.of(
+        [(np.array([1, 2, 7], np.int32), np.array([0, 1, 1], bool)), (np.array([1, 5], np.int32), np.array([0, 1], bool))]
+    )
+    assert ends_of_answers(tokenizer, taught) == {7}, "a row that was cut ends with a word"
+    model = make("llama")
+    (answer,) = generate(model, NUMBERS, [[3, 4]], 8)
+    third = int(answer.split()[2])
+    assert generate(model, NUMBERS, [[3, 4]], 8, {third}) == [" ".join(answer.split()[: answer.split().index(str(third)) + 1])]

@@ -62,6 +62,6 @@ SCHEMAS = {
     "clustering": 4,
     "selection": 5,
     "target": 4,
-    "evaluation": 4,
+    "evaluation": 5,
 }
 """Raised when the same recipe gives another result than before."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from s2l_ray.errors import ConfigError, DataError
@@ -12,6 +12,8 @@ from s2l_ray.training.models import positions
 from s2l_ray.training.output_head import input_device
 
 GENERATION_BATCH = 32
+# Keys and values are kept of so many tokens at most, prompts and answers together, unless one alone is longer.
+GENERATION_TOKENS = 16384
 
 
 def generate(
@@ -27,9 +29,7 @@ def generate(
     device, stops = input_device(model), sorted({tokenizer.eos_token_id, *ends})
     responses = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), GENERATION_BATCH):
-        rows = order[start : start + GENERATION_BATCH]
-        longest = max(len(prompts[i]) for i in rows)
+    for rows, longest in _batches(order, [len(prompt) for prompt in prompts], max_new_tokens):
         padding = [longest - len(prompts[i]) for i in rows]
         ids_BL = torch.tensor([[tokenizer.pad_token_id] * pad + prompts[i] for i, pad in zip(rows, padding, strict=True)])
         mask_BL = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding])
@@ -41,6 +41,7 @@ def generate(
                 max_new_tokens=min(max_new_tokens, room),
                 do_sample=False,
                 use_cache=True,
+                synced_gpus=False,  # `in_step` keeps workers that share a model together
                 eos_token_id=stops,
                 pad_token_id=tokenizer.pad_token_id,
             )
@@ -48,6 +49,17 @@ def generate(
         for i, text in zip(rows, texts, strict=True):
             responses[i] = text
     return responses
+
+
+def _batches(order: list[int], lengths: list[int], max_new_tokens: int) -> Iterator[tuple[list[int], int]]:
+    """The rows of each batch and its longest prompt; `order` ascends by length."""
+    start = 0
+    while start < len(order):
+        rows = order[start : start + GENERATION_BATCH]
+        while len(rows) > 1 and len(rows) * (lengths[rows[-1]] + max_new_tokens) > GENERATION_TOKENS:
+            rows.pop()
+        yield rows, lengths[rows[-1]]
+        start += len(rows)
 
 
 def run_tasks(model: Any, tokenizer: Any, tasks: list[str]) -> dict[str, dict[str, float]]:

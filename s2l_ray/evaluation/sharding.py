@@ -1,8 +1,8 @@
 """Where the target's weights are while it is evaluated: whole on a worker's device, or spread because no device holds them.
 
 By formulas, before a model is read: with P parameters of w bytes, weights are w P. On top comes, on every device that computes,
-the working space of the larger of two things: the prompts of a batch of answers with the keys and values of all its tokens, and
-a batch of losses with a tile of logits. What there is: a GPU's memory as torch sees it, a node's as Ray counts it.
+the working space of a layer on the largest batch, and the keys and values of all tokens of a batch of answers or, if that is
+more, a tile of logits. What there is: a GPU's memory as torch sees it, a node's as Ray counts it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 from s2l_ray.config import EvaluationWorkerConfig, RunConfig, TargetConfig
 from s2l_ray.config.section import Precision
-from s2l_ray.evaluation.generation import GENERATION_BATCH
+from s2l_ray.evaluation.generation import GENERATION_TOKENS
 from s2l_ray.evaluation.held_out import OFFLOADED_TOKENS_PER_BATCH
 from s2l_ray.progress import get_log
 from s2l_ray.runtime.workers import Workers
-from s2l_ray.training.shapes import Shape, layer_bytes, shape_of
+from s2l_ray.training.shapes import Shape, shape_of
 
 Kind = Literal["none", "device_map", "zero3"]
 # An assumption: what libraries take of a GPU (a CUDA context, NCCL's and cuBLAS's workspaces), and what is lost in fragments.
@@ -37,6 +37,9 @@ class EvaluationNeed:
     weights: float
     working: float
     """On each device that computes."""
+
+    piece: float = 0.0
+    """Of the weights: the largest piece that stays on one device."""
 
     @property
     def whole(self) -> float:
@@ -87,15 +90,16 @@ def evaluation_need(config: RunConfig, shape: Shape, *, on_gpu: bool) -> Evaluat
     """What evaluating the target takes."""
     target = config.target
     w = 2 if held_precision(target) == "bfloat16" else 4
-    positions = GENERATION_BATCH * (target.max_tokens + config.evaluation.max_new_tokens)
-    cache = 2 * w * shape.layers * (shape.key_value or shape.hidden) * positions
-    layer = layer_bytes(shape, w) + 2 * w * shape.hidden
-    answers = cache + layer * GENERATION_BATCH * target.max_tokens
-    losses = layer * OFFLOADED_TOKENS_PER_BATCH + (TILE_BYTES if on_gpu else 0)
-    working = (1 + FRAGMENTATION) * max(answers, losses) + (CONTEXT_BYTES if on_gpu else 0)
+    tokens = max(GENERATION_TOKENS, OFFLOADED_TOKENS_PER_BATCH)
+    cache = 2 * w * shape.layers * (shape.key_value or shape.hidden) * tokens
+    # Nothing is kept for a backward pass: the residual stream, attention's inputs, and the feed-forward layer with its gate.
+    layer = w * (4 * shape.hidden + 3 * shape.intermediate) * tokens
+    tile = TILE_BYTES if on_gpu else 0.0
+    working = (1 + FRAGMENTATION) * (layer + max(cache, tile)) + (CONTEXT_BYTES if on_gpu else 0)
     # Autocast keeps a copy of float32 weights in bfloat16.
     copies = 2 * shape.parameters if w == 4 and target.precision == "bfloat16" else 0
-    return EvaluationNeed(w * shape.parameters + copies, working)
+    piece = w * max(shape.parameters / shape.layers, shape.vocabulary * shape.hidden)
+    return EvaluationNeed(w * shape.parameters + copies, working, piece)
 
 
 def decide(config: EvaluationWorkerConfig, need: EvaluationNeed, fleet: Fleet, workers: Workers) -> tuple[Sharding, Workers]:
@@ -130,13 +134,14 @@ def _on_gpus(config: EvaluationWorkerConfig, need: EvaluationNeed, fleet: Fleet,
     has = f"{of_one / 1e9:.3g} GB on a GPU"
     if config.sharding == "none" or (config.sharding == "auto" and room >= need.weights and workers.gpus_per_worker <= 1):
         return Sharding("none", has), workers
-    enough = math.ceil(need.weights / room) if room > 0 else total + 1
-    # A GPU of an average node more than the shares take: a device map never splits a layer.
-    wanted = enough if enough <= 1 else min(enough + 1, max(of_node, enough))
-    number = wanted if config.gpus_per_worker == "auto" else int(workers.gpus_per_worker)
-    if config.sharding == "zero3" or (config.sharding == "auto" and number > of_node and enough < total):
-        one_each = replace(workers, gpus_per_worker=1.0, num_workers=max(1, total), min_workers=max(1, total))
-        return Sharding("zero3", f"{has}, {total} GPUs"), one_each if config.num_workers == "auto" else workers
+    free = room - need.piece  # a device map splits no layer
+    enough = max(2, math.ceil(need.weights / free)) if free > 0 else total + 1
+    number = enough if config.gpus_per_worker == "auto" else int(workers.gpus_per_worker)
+    if config.sharding == "zero3" or (config.sharding == "auto" and enough > of_node and enough <= total):
+        workers = replace(workers, gpus_per_worker=1.0)
+        if config.num_workers == "auto":
+            workers = replace(workers, num_workers=max(1, total), min_workers=max(1, total))
+        return Sharding("zero3", f"{has}, {workers.num_workers} GPUs"), workers
     number = max(1, min(number, of_node))
     groups = max(1, sum(gpus // number for gpus in fleet.gpus))
     if config.num_workers == "auto":

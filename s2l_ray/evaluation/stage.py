@@ -29,6 +29,7 @@ from s2l_ray.evaluation.generation import run_tasks
 from s2l_ray.evaluation.held_out import COUNTED, HeldOut, evaluate_rows
 from s2l_ray.evaluation.scores import summarize
 from s2l_ray.evaluation.sharding import Sharding, held_precision, resolve_sharding
+from s2l_ray.evaluation.shares import ShareJob, do_units_together
 from s2l_ray.examples.ids import priorities
 from s2l_ray.examples.reading import read_evaluated
 from s2l_ray.progress import get_log
@@ -73,7 +74,9 @@ def build(context: Context) -> Artifact:
     _log.info("%s on %d held-out examples", ", ".join(models), examples.summary["held_out"])
     job = EvaluationJob(config, inputs, choose_generated(config, examples, parts), sharding)
     units = [Unit(model, part) for model in models for part in [*parts, *([TASKS] if config.evaluation.tasks else [])]]
-    if units:
+    if units and sharding.kind == "zero3":
+        do_units_together(ShareJob(Evaluator, job, units, draft.work, workers, held_precision(config.target)))
+    elif units:
         do_units("evaluation", units, Evaluator, job, draft.work, workers)
     return draft.publish(_write_results(context, models, parts), asdict(workers) | {"sharding": asdict(sharding)})
 
@@ -179,7 +182,8 @@ class Evaluator(UnitWorker):
 
         target, number = self.job.config.target, torch.cuda.device_count() if self.device.type == "cuda" else 0
         files = Path(self._files.name) / model  # of one that is spread
-        held = Held(held_precision(target), self.job.sharding.max_memory(number), folder=files)
+        sharding = self.job.sharding
+        held = Held(held_precision(target), sharding.max_memory(number), sharding.kind == "zero3", files)
         if model == UNTRAINED:
             return make_model(target, self._tokenizer, held)
         folder = self.job.inputs["target"].folder(MODEL_FOLDERS[model])

@@ -1,4 +1,4 @@
-"""Adapters (LoRA, by peft): checked against a model's layers, added to a model, merged into its weights.
+"""Adapters (LoRA, by peft): checked against a model's layers, added to a model, merged into its weights or its files.
 
 No adapter goes to a layer that shares its weight with another one, as an output layer does with a tied embedding: merged, it
 would change the other layer too, or the two would come apart.
