@@ -234,12 +234,10 @@ def test_what_is_chosen_holds_the_model_by_the_same_formula(parameters, gpu_byte
 
 
 def test_answers_end_where_the_rows_teach_them_to_end():
-    tokenizer = SimpleNamespace(
-        added_tokens_decoder={0: AddedToken("</s>", special=True), 7: AddedToken("<end>", special=True)}
-    )
-    taught = TokenRows.of(
-        [(np.array([1, 2, 7], np.int32), np.array([0, 1, 1], bool)), (np.array([1, 5], np.int32), np.array([0, 1], bool))]
-    )
+    special = {0: AddedToken("</s>", special=True), 7: AddedToken("<end>", special=True)}
+    tokenizer = SimpleNamespace(added_tokens_decoder=special)
+    whole, cut = ([1, 2, 7], [False, True, True]), ([1, 5], [False, True])
+    taught = TokenRows.of([(np.array(ids, np.int32), np.array(marks)) for ids, marks in (whole, cut)])
     assert ends_of_answers(tokenizer, taught) == {7}, "a row that was cut ends with a word"
     model = make("llama")
     (answer,) = generate(model, NUMBERS, [[3, 4]], 8)
