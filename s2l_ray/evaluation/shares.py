@@ -43,7 +43,7 @@ def _work_in_group(job: ShareJob, events: Any) -> dict[str, Any]:
     import ray.train.torch
     from torch import distributed
 
-    from s2l_ray.training.zero_inference import in_step, partitioned
+    from s2l_ray.training.zero_inference import in_step, inference_config, partitioned
 
     context, device = ray.train.get_context(), ray.train.torch.get_device()
     rank, size = context.get_world_rank(), context.get_world_size()
@@ -54,7 +54,7 @@ def _work_in_group(job: ShareJob, events: Any) -> dict[str, Any]:
         distributed.broadcast_object_list(missing)  # as the first worker sees it
         if not missing[0]:
             continue
-        model = partitioned(lambda name=name: worker.load(name), job.precision, device)  # type: ignore[misc]
+        model = partitioned(worker.load(name), inference_config(job.precision), device)
         with in_step(model, device):
             for unit in missing[0][rank::size]:
                 for _, data in worker.work_on(unit.part, {name: model}):

@@ -42,6 +42,7 @@ from s2l_ray.training.models import Held, load_model, make_model
 from s2l_ray.training.token_pools import row_counts
 from s2l_ray.training.tokenizers import target_tokenizer
 from s2l_ray.training.tokens import RefusedExample
+from s2l_ray.training.zero_inference import inference_config
 
 UNTRAINED = "untrained"
 # The part name of a unit that runs the tasks of the lm-evaluation-harness.
@@ -182,8 +183,9 @@ class Evaluator(UnitWorker):
 
         target, number = self.job.config.target, torch.cuda.device_count() if self.device.type == "cuda" else 0
         files = Path(self._files.name) / model  # of one that is spread
-        sharding = self.job.sharding
-        held = Held(held_precision(target), sharding.max_memory(number), sharding.kind == "zero3", files)
+        sharding, precision = self.job.sharding, held_precision(target)
+        shares = inference_config(precision) if sharding.kind == "zero3" else None
+        held = Held(precision, sharding.max_memory(number), shares, files)
         if model == UNTRAINED:
             return make_model(target, self._tokenizer, held)
         folder = self.job.inputs["target"].folder(MODEL_FOLDERS[model])

@@ -3,6 +3,7 @@ safetensors only."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 from collections.abc import Collection, Mapping
@@ -42,15 +43,15 @@ class Held:
     """Bytes by GPU (0, 1, ...) and in the machine's memory (`cpu`), over which accelerate's device map spreads it; the rest
     stays on disk. None: there is no device map."""
 
-    is_partitioned: bool = False
-    """Whether ZeRO 3 is to keep a share of it in each worker."""
+    deepspeed: dict[str, Any] | None = None
+    """DeepSpeed's configuration with ZeRO 3, by which each worker keeps a share of it; None: it is not shared out."""
 
     folder: Path = Path()
     """Where a spread model's files are made, if it has none: one from scratch, one with an adapter."""
 
     @property
     def is_spread(self) -> bool:
-        return self.max_memory is not None or self.is_partitioned
+        return self.max_memory is not None or self.deepspeed is not None
 
     @property
     def dtype(self) -> Any:
@@ -134,6 +135,8 @@ def load_model(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    from s2l_ray.training.zero import reading_shares
+
     place, held = local_place(str(location)), held or Held()
     if has_adapter(place):
         named = json.loads((Path(place) / ADAPTER).read_text())
@@ -143,9 +146,10 @@ def load_model(
             return merged(whole, Path(place)).to(held.dtype)
         _merge_files(base, of, Path(place), held, trust_remote_code=trust_remote_code)
         place, revision = str(held.folder / MERGED), None
-    options = {"revision": revision, "trust_remote_code": trust_remote_code, **held.options}
+    options = {"revision": revision, "trust_remote_code": trust_remote_code, "use_safetensors": True, **held.options}
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(place, use_safetensors=True, output_loading_info=True, **options)
+        with reading_shares(held.deepspeed) if held.deepspeed is not None else contextlib.nullcontext():
+            model, loading = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ConfigError(

@@ -9,26 +9,26 @@ worker: it is read tile by tile, at other moments in each.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from s2l_ray.training.zero import reading_shares
 
-
-def partitioned(load: Callable[[], Any], precision: str, device: Any) -> Any:
-    """The model that `load` reads, of which each worker of the process group keeps a share on its device."""
-    import deepspeed
-    from torch import nn
-
-    config = {
+def inference_config(precision: str) -> dict[str, Any]:
+    """DeepSpeed's configuration for it."""
+    return {
         "train_micro_batch_size_per_gpu": 1,  # of no account
         "bf16": {"enabled": precision == "bfloat16"},
         # Nothing is fetched ahead: workers whose batches differ must gather the same weights in the same order.
         "zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0},
     }
-    with reading_shares(config):
-        model = load().eval()
-    engine, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
+
+
+def partitioned(model: Any, config: dict[str, Any], device: Any) -> Any:
+    """A model that was read in shares by this configuration, ready to compute on a device."""
+    import deepspeed
+    from torch import nn
+
+    engine, *_ = deepspeed.initialize(model=model.eval(), config=config, dist_init_required=False)
     # With each pass of the whole model DeepSpeed compares its layers' order over all workers, of which some are not in it.
     engine.optimizer.fwd_pre_hook.remove()
     output = model.get_output_embeddings()
