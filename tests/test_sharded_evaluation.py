@@ -77,6 +77,18 @@ def test_a_model_that_memory_does_not_hold_gives_the_losses_and_answers_of_the_w
     assert all(parameter.is_meta for name, parameter in spread.named_parameters() if share == 0), "nothing stays in memory"
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
+def test_weights_held_in_bfloat16_take_half_and_give_the_same_losses_wherever_they_are(tmp_path, architecture):
+    make(architecture).save_pretrained(tmp_path / "model")
+    whole = load_model(tmp_path / "model", held=Held("bfloat16")).eval()
+    assert num_bytes(whole) == num_bytes(make(architecture)) // 2
+    assert Head.of(whole) is not None
+    spread = load_model(tmp_path / "model", held=Held("bfloat16", {"cpu": num_bytes(whole) // 2}, folder=tmp_path)).eval()
+    of_whole, of_spread = (example_losses(one, tokens(), tokens_per_batch=256, precision="bfloat16") for one in (whole, spread))
+    np.testing.assert_allclose(of_spread, of_whole, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(of_whole, losses(make(architecture)), rtol=0, atol=0.2)  # weights of 8 bits, far from the start
+
+
 @pytest.mark.parametrize("names", [["q_proj", "down_proj"], ["embed_tokens", "lm_head", "v_proj"]])
 def test_an_adapter_is_merged_a_file_at_a_time_into_what_peft_merges(tmp_path, names):
     model, _ = adapted(tmp_path / "base", target_modules=names)
