@@ -113,9 +113,19 @@ def make_model(config: TrainingConfig, tokenizer: Any, held: Held | None = None)
         made = AutoModelForCausalLM.from_config(shape)
         if held is None or not held.is_spread:
             return made if held is None else made.to(held.dtype)
-        made.save_pretrained(held.folder / SCRATCH)
+        _write_whole(made, held.folder / SCRATCH)
         return load_model(held.folder / SCRATCH, tokenizer, held=held)
     return load_model(config.model, tokenizer, revision=config.revision, trust_remote_code=config.trust_remote_code, held=held)
+
+
+def _write_whole(model: Any, folder: Path) -> None:
+    """Write a model into a worker's own folder: transformers' own `save_pretrained` does that on the first of a group only."""
+    from safetensors.torch import save_file
+
+    model.config.save_pretrained(folder)
+    tied = model.all_tied_weights_keys
+    weights = {name: value.contiguous() for name, value in model.state_dict().items() if name not in tied}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def load_model(
