@@ -43,7 +43,7 @@ def _work_in_group(job: ShareJob, events: Any) -> dict[str, Any]:
     import ray.train.torch
     from torch import distributed
 
-    from s2l_ray.training.zero_inference import in_step, inference_config, partitioned
+    from s2l_ray.training.zero_inference import free, in_step, inference_config, partitioned
 
     context, device = ray.train.get_context(), ray.train.torch.get_device()
     rank, size = context.get_world_rank(), context.get_world_size()
@@ -61,5 +61,5 @@ def _work_in_group(job: ShareJob, events: Any) -> dict[str, Any]:
                     job.work.write(unit.path, data)
         done += len(missing[0])
         events.put((done, len(job.units), name)) if not rank else None
-        del model
+        free(model)
     return {"units": done}

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from s2l_ray.progress import get_log
 from s2l_ray.training.label_statistics import ExampleLabels, LossStatistics
-from s2l_ray.training.output_head import Head, accepts_logits_to_keep, hidden_states, input_device, is_dispatched
+from s2l_ray.training.output_head import Head, accepts_logits_to_keep, hidden_states, input_device, is_dispatched, is_shared
 from s2l_ray.training.token_rows import TokenRows
 from s2l_ray.training.varlen_attention import attending_to_rows, is_fused, packing_of
 
@@ -166,7 +166,7 @@ def _label_losses(
         model.eval()
     heads = [Head.of(model) for model in models]
     is_alike = needs_rows_of_one_length(models[0])
-    packed = all(heads) and is_fused(device, dtype) and not (is_alike or is_dispatched(models[0]))
+    packed = all(heads) and is_fused(device, dtype) and not (is_alike or is_dispatched(models[0]) or is_shared(models[0]))
     packed = packed and _all_attend_to_rows(models, device, dtype)
     limit, max_labels = (tokens_per_batch, None) if all(heads) else _limits(models, tokens_per_batch)
     made = batches(tokens, limit, max_labels, packed=packed, of_one_length=is_alike)

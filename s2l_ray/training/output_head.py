@@ -77,6 +77,11 @@ def is_dispatched(model: Any) -> bool:
     return hasattr(model, "hf_device_map")
 
 
+def is_shared(model: Any) -> bool:
+    """Whether ZeRO 3 has left this worker a share of the model."""
+    return hasattr(next(model.parameters()), "ds_id")
+
+
 def input_device(model: Any) -> torch.device:
     """Where a model takes its tokens; of a dispatched one, whose weights may be anywhere, its main device."""
     if not is_dispatched(model):

@@ -39,6 +39,13 @@ def partitioned(model: Any, config: dict[str, Any], device: Any) -> Any:
     return model
 
 
+def free(model: Any) -> None:
+    """Give a share's memory back: DeepSpeed keeps hold of every model that it was given."""
+    for parameter in model.parameters():
+        parameter.ds_tensor = None
+        parameter.data = parameter.data.new_empty(0)
+
+
 @contextlib.contextmanager
 def in_step(model: Any, device: Any) -> Iterator[None]:
     """Within it each worker runs as many forward passes of a partitioned model as it likes; it ends when all have ended."""
