@@ -38,10 +38,18 @@ class Part:
     def num_rows(self) -> int:
         return int(self._open().metadata.num_rows)
 
+    def group_sizes(self) -> list[int]:
+        """Rows of each row group."""
+        metadata = self._open().metadata
+        return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
     def batches(
-        self, columns: Sequence[str], wanted: Callable[[int, int], bool] = lambda _start, _count: True
+        self,
+        columns: Sequence[str],
+        wanted: Callable[[int, int], bool] = lambda _start, _count: True,
+        most: int = BLOCK_ROWS,
     ) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """The part in batches of at most 65,536 rows, each with the number of rows before it. Row groups (by their first row
+        """The part in batches of at most `most` rows, each with the number of rows before it. Row groups (by their first row
         and their number of rows) that are not wanted are not read.
 
         Raises DataError naming the file where it cannot be read.
@@ -54,7 +62,7 @@ class Part:
                 count = file.metadata.row_group(group).num_rows
                 if wanted(start, count):
                     done = start
-                    for batch in file.iter_batches(BLOCK_ROWS, columns=known, row_groups=[group]):
+                    for batch in file.iter_batches(most, columns=known, row_groups=[group]):
                         yield done, self._filled(batch, columns)
                         done += len(batch)
                 start += count
