@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from s2l_ray.clustering.columns import Floats, Ints
 from s2l_ray.clustering.groups import Clustering
+from s2l_ray.clustering.opening import open_rows
 from s2l_ray.clustering.stage import cluster_store, read_groups
 from s2l_ray.clustering.stratifying import AUTO
 from s2l_ray.config import ClusteringConfig, SelectionConfig, checked
@@ -33,7 +34,6 @@ from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.drafts import Draft
 from s2l_ray.storage.layout import ASSIGNMENTS, CARD, RANDOM, SELECTED, as_written, further_subset
 from s2l_ray.storage.stages import Context
-from s2l_ray.trajectories.files import streamed
 from s2l_ray.trajectories.measured import given_measurements
 from s2l_ray.trajectories.sorting import SortedTable
 from s2l_ray.trajectories.store import BLOCK_ROWS, NUM_RESPONSE_TOKENS, Trajectories, TrajectoryStore
@@ -133,7 +133,8 @@ def build(context: Context) -> Artifact:
     """Choose a run's subset and publish it (see `publish_selection`)."""
     config, inputs, draft = context.config, context.inputs, context.draft
     profiles = config.selection.draw == "spread" and config.clustering.features == "profile"
-    with streamed(inputs["trajectories"], draft.shared, seed=config.selection.seed, statistics=profiles) as (found, scratch):
+    machines, seed = config.machines.clustering, config.selection.seed
+    with open_rows(inputs["trajectories"], draft.shared, machines, seed=seed, statistics=profiles) as (found, scratch):
         store = found
         if counts_target_tokens(config):
             from s2l_ray.training.token_parts import count_response_tokens
@@ -253,10 +254,8 @@ def _summary(store: TrajectoryStore, subset: Subset, control: pa.Table | None) -
     def counts(rows: pa.Table | None) -> list[int] | None:
         return None if rows is None else np.bincount(rows["source"].to_numpy(), minlength=len(names)).tolist()
 
-    def tokens(tables: Iterable[pa.Table] | None) -> int | None:
-        if tables is None or not store.has(NUM_RESPONSE_TOKENS):
-            return None
-        return sum(int(table[NUM_RESPONSE_TOKENS].to_numpy().sum(dtype=np.int64)) for table in tables)
+    def tokens(table: pa.Table | None) -> int | None:
+        return None if table is None or not store.has(NUM_RESPONSE_TOKENS) else _num_tokens(table)
 
     pool = store.counts_of("source").tolist() if names else []
     selected, random = (counts(subset.rows), counts(control)) if names else ([], None)
@@ -273,11 +272,17 @@ def _summary(store: TrajectoryStore, subset: Subset, control: pa.Table | None) -
             if selected is not None
         },
         "num_response_tokens": {
-            "pool": tokens(store.blocks(NUM_RESPONSE_TOKENS)),
-            "selected": tokens([subset.rows]),
-            "random": tokens(None if control is None else [control]),
+            "pool": None
+            if not store.has(NUM_RESPONSE_TOKENS)
+            else sum(store.each_block(None, _num_tokens, NUM_RESPONSE_TOKENS)),
+            "selected": tokens(subset.rows),
+            "random": tokens(control),
         },
     }
+
+
+def _num_tokens(rows: pa.Table) -> int:
+    return int(rows[NUM_RESPONSE_TOKENS].to_numpy().sum(dtype=np.int64))
 
 
 def read_selection(artifact: Artifact) -> Selection:

@@ -38,6 +38,15 @@ class Part:
     def num_rows(self) -> int:
         return int(self._open().metadata.num_rows)
 
+    def num_losses(self) -> int:
+        """Values in the column `losses`, 0 where there is none."""
+        metadata = self._open().metadata
+        names = [metadata.schema.column(place).path for place in range(metadata.num_columns)]
+        places = [place for place, name in enumerate(names) if name.split(".")[0] == "losses"]
+        return sum(
+            metadata.row_group(group).column(place).num_values for group in range(metadata.num_row_groups) for place in places
+        )
+
     def group_sizes(self) -> list[int]:
         """Rows of each row group."""
         metadata = self._open().metadata

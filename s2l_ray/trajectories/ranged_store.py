@@ -16,6 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from s2l_ray.runtime.passes import in_tasks
+from s2l_ray.storage.places import Storage
 from s2l_ray.trajectories.sorting import Run, SortedTable, StoredFile
 from s2l_ray.trajectories.store import BLOCK_ROWS, NUM_RESPONSE_TOKENS, TrajectoryStore
 
@@ -77,6 +78,9 @@ def with_codes(batch: pa.RecordBatch, codes: Codes) -> pa.RecordBatch:
 @dataclass(frozen=True, eq=False)
 class RangedStore(TrajectoryStore):
     """N trajectories in the files of a `RangedTable`; cheap to send to a worker."""
+
+    place: Storage = field(kw_only=True)
+    """Where the files are, and others may be that all workers see."""
 
     @property
     def num_blocks(self) -> int:

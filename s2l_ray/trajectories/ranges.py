@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import pickle
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -87,7 +86,17 @@ def open_ranges(
         *(f"{table.num_rows:,}", num_points, len(parts), len(table.files)),
     )
     measured = measurements_of(parts, found, lambda: expected.integers)
-    return RangedStore(table, num_points, names, seed, measurements=measured)
+    return RangedStore(table, num_points, names, seed, measurements=measured, place=place)
+
+
+def losses_bytes(source: str | Artifact) -> int:
+    """How much memory the losses of some files take, by the files' footers: 0 where these do not say (they are refused when they
+    are read)."""
+    found = find_artifact(source) if isinstance(source, str) else source
+    parts = parts_of(source)
+    opened = parts if found is None else _unchecked(parts, found)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return 4 * sum(pool.map(Part.num_losses, opened))
 
 
 def _unchecked(parts: Sequence[Part], artifact: Artifact) -> list[Part]:
@@ -221,7 +230,9 @@ def _ranges(found: list[_NamedRun], place: Storage) -> tuple[RangedTable, dict[s
     found.sort(key=lambda one: one.run.first)
     runs = [one.run for one in found]
     names: dict[str, Names] = {}
-    codes = [{name: _codes(names.setdefault(name, Names()), values, name) for name, values in one.names.items()} for one in found]
+    codes = [
+        {name: _codes(names.setdefault(name, Names()), values, name) for name, values in one.names.items()} for one in found
+    ]
     lists = {name: values.values for name, values in names.items()}
     if all(left.last < right.first for left, right in itertools.pairwise(runs)):
         return RangedTable.of_runs(runs, codes), lists

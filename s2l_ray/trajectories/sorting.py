@@ -64,7 +64,11 @@ class SortedTable:
 
     def rows_of(self, num_bytes: int, limit: int) -> int:
         """How many rows take about `num_bytes`, 1 to `limit`: the size of a block of long texts."""
-        total = self.table.nbytes if self.table is not None else sum(path.stat().st_size for path in self.files if isinstance(path, Path))
+        total = (
+            self.table.nbytes
+            if self.table is not None
+            else sum(path.stat().st_size for path in self.files if isinstance(path, Path))
+        )
         return int(min(limit, max(1, num_bytes * self.num_rows // max(total, 1))))
 
     @staticmethod

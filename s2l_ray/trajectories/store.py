@@ -226,9 +226,7 @@ class TrajectoryStore:
             yield block.append_column(NUM_RESPONSE_TOKENS, pa.array(self.tokens_N[start : start + len(block)]))
             start += len(block)
 
-    def each_block(
-        self, pool: Executor | None, function: Callable[[pa.Table], Result], *columns: str
-    ) -> Iterator[Result]:
+    def each_block(self, pool: Executor | None, function: Callable[[pa.Table], Result], *columns: str) -> Iterator[Result]:
         """What `function(block)` returns for every block, in their order: a pass over the rows, in threads of the pool if there
         is one. The function may run in another process: it must not change anything."""
         blocks = self.blocks(*columns)
