@@ -67,3 +67,55 @@ def test_ray_gives_the_bytes_of_one_process_for_any_cut_of_the_files(tmp_path: P
     assert select(cut, tmp_path / "ray", "ray", num_workers, stratify_by=None) == expected
     assert "selection/selected.parquet" in expected
     assert not (tmp_path / "ray" / ".work" / "scratch").exists()
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize(
+    ("clustering", "chosen"),
+    [
+        ({"stratify_by": "source"}, {"budget": {"tokens": 9_000}, "min_per_source": 7}),
+        ({"features": "whitened", "stratify_by": None, "training_rows": 90_000, "num_clusters": 5}, {"draw": "central"}),
+        ({"levels": [12, 4], "num_clusters": 12, "stratify_by": None}, {"draw": "spread", "budget": 100}),
+        ({"num_clusters": 12, "num_restarts": 1}, {"method": "high_learnability"}),
+    ],
+)
+def test_strata_samples_levels_budgets_and_draws_are_the_same_in_ray(
+    tmp_path: Path, clustering: dict[str, Any], chosen: dict[str, Any]
+) -> None:
+    source = write(tmp_path / "files", trajectories(), [90_000])
+    places = [select(source, tmp_path / engine, engine, 2, chosen, **clustering) for engine in ("memory", "ray")]
+    assert places[0] == places[1]
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_few_distinct_trajectories_are_groups_of_their_own_in_ray_too(tmp_path: Path) -> None:
+    losses = np.repeat(np.eye(4, dtype=np.float32), 35_000, axis=0)
+    ids = np.random.default_rng(0).permutation(len(losses))
+    source = write(tmp_path / "files", pa.table({"example_id": ids, "losses": losses.tolist()}), [70_001])
+    places = [select(source, tmp_path / engine, engine) for engine in ("memory", "ray")]
+    assert places[0] == places[1]
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_what_cannot_be_used_is_said_in_the_same_words(tmp_path: Path) -> None:
+    table = trajectories(3_000)
+    twice = pa.concat_tables([table, table.slice(5, 1)])
+    bad = table["losses"].combine_chunks().flatten().to_numpy().copy()
+    bad[4 * 17] = np.nan
+    no_number = table.set_column(1, "losses", pa.FixedSizeListArray.from_arrays(pa.array(bad), 4))
+    shorter = pa.table({"example_id": ["one-more"], "losses": [[1.0, 2.0]], "source": ["a"]})
+    for name, bad_table in {"twice": twice, "nan": no_number, "none": table.slice(0, 0)}.items():
+        source = write(tmp_path / name, bad_table, [len(bad_table) // 2])
+        messages = [message(source, tmp_path / f"{name}-{engine}", engine) for engine in ("memory", "ray")]
+        assert messages[0] == messages[1]
+    folder = write(tmp_path / "shapes", table.select(["example_id", "losses", "source"]), [1_000])
+    pq.write_table(shorter, f"{folder}/003.parquet")
+    assert "losses are ragged. Others have 4 values" in message(folder, tmp_path / "ragged", "ray")
+    with pytest.raises(ConfigError, match=r"machines.clustering.num_workers: 99 Ray actors .* has \d+ CPUs"):
+        select(write(tmp_path / "fine", table, []), tmp_path / "many", "ray", 99)
+
+
+def message(source: str, output: Path, engine: str) -> str:
+    with pytest.raises(DataError) as met:
+        select(source, output, engine)
+    return str(met.value)

@@ -137,7 +137,7 @@ class Actors:
             return found
         raise S2LError(
             f"an actor of k-means was lost {MAX_LOSSES} times in a row. Where its memory ran out, raise "
-            "machines.clustering.num_workers or add nodes; the same command begins again. RAY_LOG_TO_DRIVER=1 shows what actors print."
+            "machines.clustering.num_workers or add nodes; RAY_LOG_TO_DRIVER=1 shows what actors print."
         )
 
     def _replace(self, host: int) -> None:

@@ -57,10 +57,11 @@ class AssignedFiles:
     """For each block of the store, and last for its end, how many rows of each stratum come before."""
 
     def of(self, first: int, blocks: Sequence[pa.Table]) -> Iterator[tuple[pa.Table, Ints, Floats]]:
-        """Blocks that follow each other, from number `first` on, with the group of each row and its distance to the centroid."""
+        """Blocks that follow each other, `first` being the first's number, with the groups of the rows and their distances."""
         begin_S, end_S = self.starts_BS[first], self.starts_BS[first + len(blocks)]
         found = {
-            stratum: self.saved[stratum].read(begin_S[stratum], end_S[stratum]) for stratum in np.flatnonzero(end_S > begin_S)
+            stratum: self.saved[stratum].read(int(begin_S[stratum]), int(end_S[stratum]))
+            for stratum in np.flatnonzero(end_S > begin_S).tolist()
         }
         for number, block in enumerate(blocks, first):
             codes_M = np.zeros(len(block), np.int32) if self.by is None else self.store.codes(block, self.by)

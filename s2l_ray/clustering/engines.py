@@ -136,4 +136,4 @@ def works_in_ray(config: GroupingConfig, num_bytes: Callable[[], int]) -> bool:
     if not ray.is_initialized() or (hasattr(faiss, "get_num_gpus") and faiss.get_num_gpus()):
         return False
     num_nodes = sum(node["Alive"] for node in ray.nodes())
-    return num_nodes > 1 or num_bytes() > config.memory_gb * 1e9 * num_nodes
+    return bool(num_nodes > 1 or num_bytes() > config.memory_gb * 1e9 * num_nodes)

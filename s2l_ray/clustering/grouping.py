@@ -67,7 +67,7 @@ def group(store: TrajectoryStore, config: ClusteringConfig, engine: Engine, *, s
     measured, width = measured_of(store, config), features.num_features
     planned = [(name, count, width, own) for name, count, own in zip(names, counts, configs, strict=True)]
     remote = [RemoteStratum(number, *one, engine) for number, one in enumerate(planned)] if engine.kind == "ray" else []
-    sources = remote or [StratumRows(*one, engine) for one in planned]
+    sources: Sequence[SampledStratum] = remote or [StratumRows(*one, engine) for one in planned]
     totals, starts_BS = _fill(store, sources, lambda block: features(measured(block)), config, engine.pool)
     if remote:
         assert isinstance(store, RangedStore)
@@ -272,13 +272,13 @@ class Grouping:
         self._rows_KS = counted.rows_KS
 
     def write_parts(self, write: Callable[[int, Assigned], FileRecord], rows_per_part: int) -> Iterator[FileRecord]:
-        """The same in tasks, where rows and groups are in files: `write(part, blocks)` writes a part. `groups` comes after it."""
+        """The same in tasks, where all is in files: `write(part, blocks)` writes a part. `groups` comes after it."""
         files, total = self._numbering.files(), _BySource(self._store, self._shape)
         assert files is not None
         columns = ("source", *([] if files.by is None else [files.by]))
         part = _WritePart(files, self._shape, write, rows_per_part // BLOCK_ROWS)
         for record, rows_KS in files.store.each_stretch(part, columns, part.num_blocks):
-            if total.rows_KS is not None:
+            if total.rows_KS is not None and rows_KS is not None:
                 total.rows_KS += rows_KS
             yield record
         self._rows_KS = total.rows_KS

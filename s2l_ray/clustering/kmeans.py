@@ -243,7 +243,7 @@ def lowest_rows(found: Iterable[FarRows], num_wanted: int) -> FarRows:
     """The rows of lowest keys, `num_wanted` at most, in their order."""
 
     def lowest(left: FarRows, right: FarRows) -> FarRows:
-        keys_N, rows_NF = (np.concatenate(pair) for pair in zip(left, right, strict=True))
+        keys_N, rows_NF = np.concatenate([left[0], right[0]]), np.concatenate([left[1], right[1]])
         kept = np.sort(np.argsort(keys_N, kind="stable")[:num_wanted])
         return keys_N[kept], rows_NF[kept]
 

@@ -92,6 +92,7 @@ class RemoteStratum(SampledStratum):
 
     def __init__(self, number: int, name: str, num_rows: int, width: int, config: ClusteringConfig, engine: Engine) -> None:
         super().__init__(name, num_rows, width, config)
+        assert engine.shared is not None
         self._number, self._actors, self._place = number, engine.actors, engine.shared
         self._center_F = np.zeros(width, np.float32)
         self.parts = _shared_out(num_rows, len(self._actors), number)

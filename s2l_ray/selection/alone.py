@@ -24,6 +24,8 @@ from s2l_ray.storage.ownership import check_stages, scratch_of
 from s2l_ray.storage.places import Storage
 from s2l_ray.trajectories.files import fetch_rows
 from s2l_ray.trajectories.parts import files_identity, find_artifact
+from s2l_ray.trajectories.ranged_store import RangedStore
+from s2l_ray.trajectories.ranges import fetch_in_tasks
 
 log = get_log("run")
 
@@ -60,7 +62,7 @@ def select_trajectories(
             if own is None:  # columns that are only passed through are in no identity yet
                 inputs["rows"] = files_identity(source)
             key = Key("selection", SCHEMAS["selection"], selection.model_dump(mode="json"), inputs)
-            fetch = partial(fetch_rows, own or source)
+            fetch = partial(fetch_in_tasks if isinstance(store, RangedStore) else fetch_rows, own or source)
             subset = _build_or_reuse(
                 place, key, still_held, lambda draft: publish_selection(selection, store, groups, fetch, scratch, draft)
             )

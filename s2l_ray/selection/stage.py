@@ -20,22 +20,22 @@ from s2l_ray.clustering.stage import cluster_store, read_groups
 from s2l_ray.clustering.stratifying import AUTO
 from s2l_ray.config import ClusteringConfig, SelectionConfig, checked
 from s2l_ray.config.recipes import counts_target_tokens
-from s2l_ray.errors import DataError
 from s2l_ray.examples.ids import id_column, one_array
 from s2l_ray.examples.reading import fetch_rows
 from s2l_ray.progress import get_log
 from s2l_ray.runtime.session import connect_ray
+from s2l_ray.selection.assignments import PartAssignments
 from s2l_ray.selection.card import describe, front_matter
-from s2l_ray.selection.choosing import Budget
+from s2l_ray.selection.choosing import Budget, num_tokens
 from s2l_ray.selection.subset_rows import FetchRows, SubsetRows
 from s2l_ray.selection.subsets import Selection, Subset, check_columns, choose_subsets, random_rows, stability
 from s2l_ray.selectors import S2L
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.drafts import Draft
-from s2l_ray.storage.layout import ASSIGNMENTS, CARD, RANDOM, SELECTED, as_written, further_subset
+from s2l_ray.storage.layout import CARD, RANDOM, SELECTED, as_written, further_subset
 from s2l_ray.storage.stages import Context
 from s2l_ray.trajectories.measured import given_measurements
-from s2l_ray.trajectories.sorting import SortedTable
+from s2l_ray.trajectories.ranged_store import RangedStore
 from s2l_ray.trajectories.store import BLOCK_ROWS, NUM_RESPONSE_TOKENS, Trajectories, TrajectoryStore
 
 _log = get_log("selection")
@@ -145,7 +145,7 @@ def build(context: Context) -> Artifact:
             config.selection,
             store,
             inputs["clustering"],
-            lambda ids, _numbers: fetch_rows(inputs["examples"], ids),
+            lambda ids, _numbers: fetch_rows(inputs["examples"], ids, in_ray=isinstance(store, RangedStore)),
             scratch,
             draft,
             random_control=config.evaluation.random_control,
@@ -173,9 +173,7 @@ def publish_selection(
     """
     groups = read_groups(clustering)
 
-    def assigned() -> Iterator[tuple[Ints, Floats]]:
-        return _assigned(clustering, store)
-
+    assigned = PartAssignments(clustering, store)
     grouping = checked(ClusteringConfig, **clustering.manifest["recipe"])
     subsets = choose_subsets(store, assigned, groups, config, grouping)
     largest = max(subsets, key=lambda one: len(one.selection))
@@ -229,23 +227,6 @@ def _file_name(budget: Budget) -> str:
     return f"tokens-{budget['tokens']}" if isinstance(budget, dict) else str(budget)
 
 
-def _assigned(clustering: Artifact, store: TrajectoryStore) -> Iterator[tuple[Ints, Floats]]:
-    """The groups of the store's rows and their distances, block by block. Raises DataError for a clustering of others."""
-
-    def assignments() -> Iterator[pa.RecordBatch]:
-        for part in clustering.parts(ASSIGNMENTS):
-            yield from clustering.read_table(part, columns=["example_id", "cluster_id", "distance"]).to_batches()
-
-    found = SortedTable.joined(assignments(), BLOCK_ROWS)
-    for block in store.blocks("example_id"):
-        table = next(found, None)
-        if table is None or not table["example_id"].equals(block["example_id"]):
-            raise DataError("the clustering is of other examples than the trajectories. Build clustering again.")
-        yield table["cluster_id"].to_numpy(), table["distance"].to_numpy()
-    if next(found, None) is not None:
-        raise DataError("the clustering is of more examples than the trajectories. Build clustering again.")
-
-
 def _summary(store: TrajectoryStore, subset: Subset, control: pa.Table | None) -> dict[str, Any]:
     """For the manifest and the report; `random` is null where there is no random control."""
     selection = subset.selection
@@ -255,7 +236,7 @@ def _summary(store: TrajectoryStore, subset: Subset, control: pa.Table | None) -
         return None if rows is None else np.bincount(rows["source"].to_numpy(), minlength=len(names)).tolist()
 
     def tokens(table: pa.Table | None) -> int | None:
-        return None if table is None or not store.has(NUM_RESPONSE_TOKENS) else _num_tokens(table)
+        return None if table is None or not store.has(NUM_RESPONSE_TOKENS) else num_tokens(table)
 
     pool = store.counts_of("source").tolist() if names else []
     selected, random = (counts(subset.rows), counts(control)) if names else ([], None)
@@ -274,15 +255,11 @@ def _summary(store: TrajectoryStore, subset: Subset, control: pa.Table | None) -
         "num_response_tokens": {
             "pool": None
             if not store.has(NUM_RESPONSE_TOKENS)
-            else sum(store.each_block(None, _num_tokens, NUM_RESPONSE_TOKENS)),
+            else sum(store.each_block(None, num_tokens, NUM_RESPONSE_TOKENS)),
             "selected": tokens(subset.rows),
             "random": tokens(control),
         },
     }
-
-
-def _num_tokens(rows: pa.Table) -> int:
-    return int(rows[NUM_RESPONSE_TOKENS].to_numpy().sum(dtype=np.int64))
 
 
 def read_selection(artifact: Artifact) -> Selection:

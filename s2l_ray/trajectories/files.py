@@ -105,7 +105,7 @@ def fetch_rows(source: str | Artifact, example_ids: pa.Array, positions_M: NDArr
     the cut of the parts. Raises DataError where another id stands at a place (any more).
     """
     parts = parts_of(source)
-    schema = _common_schema(parts, source, example_ids.type)
+    schema = common_schema(parts, source, example_ids.type)
     order_M = np.argsort(positions_M, kind="stable")
     places_M = positions_M[order_M]
     start = 0
@@ -113,15 +113,15 @@ def fetch_rows(source: str | Artifact, example_ids: pa.Array, positions_M: NDArr
         stop = start + part.num_rows()
         first, last = np.searchsorted(places_M, [start, stop])
         if first < last:
-            yield from _rows_of(
+            yield from rows_of(
                 part, schema, places_M[first:last] - start, example_ids.take(pa.array(order_M[first:last])), source
             )
         start = stop
     if len(places_M) and places_M[-1] >= start:
-        raise _changed(source)
+        raise changed(source)
 
 
-def _rows_of(
+def rows_of(
     part: Part, schema: pa.Schema, places_M: NDArray[np.int64], ids: pa.Array, source: str | Artifact
 ) -> Iterator[pa.Table]:
     """Some rows of a part, by their (ascending) numbers."""
@@ -136,7 +136,7 @@ def _rows_of(
             found = _plain(batch).take(pa.array(places_M[first:last] - done))
             integers = ids.type if pa.types.is_integer(ids.type) else None
             if not id_column(found["example_id"], part.name, integers).equals(ids[first:last]):
-                raise _changed(source)
+                raise changed(source)
             yield pa.table({"example_id": ids[first:last], "row": _as_struct(found, schema, part.name)})
 
 
@@ -147,11 +147,11 @@ def _plain(batch: pa.RecordBatch) -> pa.RecordBatch:
     return batch.cast(pa.schema(fields)) if any(f.type in kinds for f in batch.schema) else batch
 
 
-def _changed(source: str | Artifact) -> DataError:
+def changed(source: str | Artifact) -> DataError:
     return DataError(f"{place_name(source)}: changed while it was read. Run again when nothing writes there.")
 
 
-def _common_schema(parts: list[Part], source: str | Artifact, ids: pa.DataType) -> pa.Schema:
+def common_schema(parts: list[Part], source: str | Artifact, ids: pa.DataType) -> pa.Schema:
     """The columns of all parts but those that are measured, dictionaries decoded, integers and floats as wide as the widest."""
     schemas = []
     left_out = {LOSSES}

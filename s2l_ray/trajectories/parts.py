@@ -23,6 +23,14 @@ from s2l_ray.storage.places import Storage
 from s2l_ray.storage.records import content_digest, digest
 from s2l_ray.trajectories.store import BLOCK_ROWS
 
+IsWanted = Callable[[int, int], bool]
+"""Whether a row group is read, by the number of its first row and its number of rows."""
+
+
+def every_group(_start: int, _count: int) -> bool:
+    """All row groups."""
+    return True
+
 
 @dataclass(frozen=True)
 class Part:
@@ -55,7 +63,7 @@ class Part:
     def batches(
         self,
         columns: Sequence[str],
-        wanted: Callable[[int, int], bool] = lambda _start, _count: True,
+        wanted: IsWanted = every_group,
         most: int = BLOCK_ROWS,
     ) -> Iterator[tuple[int, pa.RecordBatch]]:
         """The part in batches of at most `most` rows, each with the number of rows before it. Row groups (by their first row

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -99,7 +99,7 @@ class RangedStore(TrajectoryStore):
             table = table.append_column(NUM_RESPONSE_TOKENS, pa.array(self.tokens_N[start:stop]))
         return table
 
-    def each_block(self, pool: Executor | None, function: Callable[[pa.Table], Result], *columns: str) -> Iterator[Result]:
+    def each_block(self, _pool: Executor | None, function: Callable[[pa.Table], Result], *columns: str) -> Iterator[Result]:
         for found in self.each_stretch(partial(_each, function), columns):
             yield from found
 
@@ -112,7 +112,7 @@ class RangedStore(TrajectoryStore):
         """What `function(number of the first block, blocks)` returns for all stretches of so many blocks, in their order:
         tasks wherever Ray has room."""
         read = _ReadBlocks(replace(self, measurements={}), function, tuple(columns), blocks_per_task)
-        yield from in_tasks(read, range(0, self.num_blocks, blocks_per_task))
+        yield from in_tasks(cast(Callable[[int], Result], read), range(0, self.num_blocks, blocks_per_task))
 
 
 @dataclass(frozen=True)

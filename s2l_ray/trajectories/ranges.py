@@ -30,12 +30,12 @@ from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.layout import SPILLED
 from s2l_ray.storage.ownership import scratch_folder
 from s2l_ray.storage.places import Storage
-from s2l_ray.trajectories.files import Expected, checked_batches, integers_of
+from s2l_ray.trajectories.files import Expected, changed, checked_batches, common_schema, integers_of, rows_of
 from s2l_ray.trajectories.measured import measurements_of
-from s2l_ray.trajectories.parts import Part, find_artifact, parts_of, place_name
+from s2l_ray.trajectories.parts import IsWanted, Part, every_group, find_artifact, parts_of, place_name
 from s2l_ray.trajectories.ranged_store import Codes, RangedStore, RangedTable, with_codes
 from s2l_ray.trajectories.sorting import PIECE_ROWS, RUN_ROWS, Run, StoredFile, check_unique, of_run_size, sorted_by_id
-from s2l_ray.trajectories.store import Names
+from s2l_ray.trajectories.store import BLOCK_ROWS, Names
 
 _AT_ONCE = 16
 _log = get_log("trajectories")
@@ -89,9 +89,51 @@ def open_ranges(
     return RangedStore(table, num_points, names, seed, measurements=measured, place=place)
 
 
+def fetch_in_tasks(source: str | Artifact, example_ids: pa.Array, positions_M: NDArray[np.int64]) -> Iterator[pa.Table]:
+    """The same tables as `fetch_rows` gives, each read by a task: only the wanted rows come here."""
+    parts = parts_of(source)
+    found = find_artifact(source) if isinstance(source, str) else source
+    opened = parts if found is None else _unchecked(parts, found)
+    fetch = _FetchRows(tuple(parts), common_schema(opened, source, example_ids.type), source)
+    order_M = np.argsort(positions_M, kind="stable")
+    places_M, items = positions_M[order_M], []
+    pieces = [piece for task in _pieces(opened, found is None) for piece in task]
+    for piece in pieces:
+        first, last = np.searchsorted(places_M, [piece.position, piece.position + piece.stop - piece.start])
+        if first < last:
+            rows_M = places_M[first:last] - piece.position + piece.start
+            items.append(_Wanted(piece, rows_M, example_ids.take(pa.array(order_M[first:last]))))
+    if sum(len(wanted.ids) for wanted in items) < len(places_M):
+        raise changed(source)
+    for tables in in_tasks(fetch, items):
+        yield from tables
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """Rows of a piece of a part, by their (ascending) numbers in the part, and their ids."""
+
+    piece: _Piece
+    rows_M: NDArray[np.int64]
+    ids: pa.Array
+
+
+@dataclass(frozen=True)
+class _FetchRows:
+    """Task: some rows of a part."""
+
+    parts: tuple[Part, ...]
+    schema: pa.Schema
+    source: str | Artifact
+
+    def __call__(self, wanted: _Wanted) -> list[pa.Table]:
+        part, piece = self.parts[wanted.piece.part], wanted.piece
+        some = _SomeRows(part.name, part.source, part.constants, piece.start, piece.stop)
+        return list(rows_of(some, self.schema, wanted.rows_M, wanted.ids, self.source))
+
+
 def losses_bytes(source: str | Artifact) -> int:
-    """How much memory the losses of some files take, by the files' footers: 0 where these do not say (they are refused when they
-    are read)."""
+    """How much memory the losses of some files take, by the files' footers; without the column they are refused later."""
     found = find_artifact(source) if isinstance(source, str) else source
     parts = parts_of(source)
     opened = parts if found is None else _unchecked(parts, found)
@@ -120,10 +162,10 @@ def _expected(parts: Sequence[Part], stratify_by: str | None, statistics: bool) 
 class _FirstRow(Part):
     """A part of which the first row is read."""
 
-    def batches(self, columns: Any, wanted: Any = None) -> Iterator[tuple[int, pa.RecordBatch]]:
-        for _, batch in super().batches(columns, lambda start, _count: start == 0, 1):
-            yield 0, batch
-            return
+    def batches(
+        self, columns: Sequence[str], wanted: IsWanted = every_group, most: int = 1
+    ) -> Iterator[tuple[int, pa.RecordBatch]]:
+        yield from itertools.islice(super().batches(columns, wanted, most), 1)
 
 
 @dataclass(frozen=True)
@@ -204,8 +246,13 @@ class _SomeRows(Part):
     start: int = 0
     stop: int = 0
 
-    def batches(self, columns: Any, wanted: Any = None) -> Iterator[tuple[int, pa.RecordBatch]]:
-        yield from super().batches(columns, lambda start, _count: self.start <= start < self.stop)
+    def batches(
+        self, columns: Sequence[str], wanted: IsWanted = every_group, most: int = BLOCK_ROWS
+    ) -> Iterator[tuple[int, pa.RecordBatch]]:
+        def is_here(start: int, count: int) -> bool:
+            return self.start <= start < self.stop and wanted(start, count)
+
+        yield from super().batches(columns, is_here, most)
 
 
 def _written(place: Storage, name: str, table: pa.Table) -> Run:

@@ -226,11 +226,11 @@ class TrajectoryStore:
             yield block.append_column(NUM_RESPONSE_TOKENS, pa.array(self.tokens_N[start : start + len(block)]))
             start += len(block)
 
-    def each_block(self, pool: Executor | None, function: Callable[[pa.Table], Result], *columns: str) -> Iterator[Result]:
+    def each_block(self, _pool: Executor | None, function: Callable[[pa.Table], Result], *columns: str) -> Iterator[Result]:
         """What `function(block)` returns for every block, in their order: a pass over the rows, in threads of the pool if there
         is one. The function may run in another process: it must not change anything."""
         blocks = self.blocks(*columns)
-        return map(function, blocks) if pool is None else in_order(pool, function, blocks)
+        return map(function, blocks) if _pool is None else in_order(_pool, function, blocks)
 
     def names_of(self, column: str) -> list[str]:
         """The values of a column of names, in bytewise order. Raises ConfigError naming the known columns."""
@@ -252,7 +252,7 @@ class TrajectoryStore:
 
         return np.asarray(sum(self.each_block(None, one_block, column)))
 
-    def priorities(self, block: pa.Table, seed: int) -> NDArray[np.uint64]:
+    def priorities(self, block: pa.Table, seed: int | str) -> NDArray[np.uint64]:
         """The random numbers of a block's rows: those of the store where it has them for this seed."""
         if seed == self.priority_seed:
             return np.asarray(block["priority"].to_numpy())
