@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from s2l_ray.clustering import actors as clustering_actors
+from s2l_ray.clustering.actors import Actors
 from s2l_ray.config import ClusteringConfig, GroupingConfig, SelectionConfig
 from s2l_ray.errors import ConfigError, DataError
+from s2l_ray.runtime import data, passes
 from s2l_ray.selection.alone import select_trajectories
+from s2l_ray.trajectories import ranged_store, ranges
 
+# More groups than kinds: all six iterations move some rows.
+ITERATED: dict[str, Any] = {"stratify_by": None, "num_iterations": 6, "num_clusters": 40}
 NUM_ROWS = 150_000  # more than one block, and than the diagnostics' sample
 
 
@@ -119,3 +134,134 @@ def message(source: str, output: Path, engine: str) -> str:
     with pytest.raises(DataError) as met:
         select(source, output, engine)
     return str(met.value)
+
+
+# --- who dies ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DiesOnce:
+    """A task whose process is killed when it has done its work for the first time, before anybody knows."""
+
+    function: Callable[[Any], Any]
+    mark: Path
+
+    def __call__(self, item: Any) -> Any:
+        value = self.function(item)
+        with contextlib.suppress(FileExistsError):
+            self.mark.touch(exist_ok=False)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return value
+
+
+def actors() -> list[psutil.Process]:
+    """The living actors of k-means that this process has started, by way of Ray."""
+    return [one for one in psutil.process_iter(["cmdline"]) if "ray::SlotsActor" in " ".join(one.info["cmdline"] or [])]
+
+
+class InLloyd:
+    """Does something before some of the passes of k-means over its rows."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, passes: dict[int, Callable[[], object]]) -> None:
+        self.done, self._passes, call = 0, passes, Actors.call
+
+        def disturbed(these: Actors, slots: Any, operations: Any, stratum: int | None = None) -> Any:
+            if [(method, *arguments[1:2]) for method, arguments in operations[:1] if method == "call"] == [("call", "assign")]:
+                self.done += 1
+                self._passes.get(self.done, lambda: None)()
+            return call(these, slots, operations, stratum)
+
+        monkeypatch.setattr(Actors, "call", disturbed)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, str]]:
+    """Files, and what one process makes of them."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    source = write(folder / "files", trajectories(), [50_000, 90_000], row_group=10_000)
+    return source, select(source, folder / "out", "disk", **ITERATED)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("phase", ["reading", "merging", "a pass", "choosing", "fetching"])
+def test_a_task_s_process_that_dies_changes_no_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: tuple[str, dict[str, str]], phase: str
+) -> None:
+    mark, number = tmp_path / "died", {"count": 0}
+
+    def dying(function: Any, items: Any, *others: Any) -> Any:
+        number["count"] += 1
+        wanted = {"merging": "_MergeRange", "fetching": "_FetchRows", "reading": "_ReadRuns"}.get(phase)
+        inner = getattr(function, "function", None)
+        is_chosen = phase == "choosing" and type(inner).__name__ == "_EachOfPool"
+        is_pass = phase == "a pass" and type(function).__name__ == "_ReadBlocks"
+        hit = type(function).__name__ == wanted or is_chosen or is_pass
+        return original[len(others)](DiesOnce(function, mark) if hit else function, items, *others)
+
+    original = [passes.in_tasks, data.run_tasks]
+    monkeypatch.setattr(ranges, "run_tasks", dying)
+    for module in (ranges, ranged_store):
+        monkeypatch.setattr(module, "in_tasks", dying)
+    monkeypatch.setattr(ranges, "RUN_ROWS", 60_000)
+    source, expected = undisturbed
+    assert select(source, tmp_path / "out", "ray", **ITERATED) == expected
+    assert mark.exists(), "a process was killed"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_actors_that_die_in_the_iterations_change_no_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: tuple[str, dict[str, str]]
+) -> None:
+    def kill(number: int) -> Callable[[], None]:
+        return lambda: [one.kill() for one in actors()[:number]] and None
+
+    disturbed = InLloyd(monkeypatch, {1: kill(1), 3: kill(1), 5: kill(2)})
+    source, expected = undisturbed
+    assert select(source, tmp_path / "out", "ray", **ITERATED) == expected
+    assert disturbed.done > 5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("phase", ["reading", "iterating", "choosing"])
+def test_a_lost_node_changes_no_byte_and_auto_takes_several_nodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: tuple[str, dict[str, str]], phase: str
+) -> None:
+    import ray
+    from ray.cluster_utils import Cluster
+
+    ray.shutdown()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    node = cluster.add_node(num_cpus=1)
+    try:
+        ray.init(address=cluster.address, log_to_driver=False)
+        lost = threading.Event()
+
+        def lose() -> None:
+            if not lost.is_set():
+                lost.set()
+                cluster.remove_node(node, allow_graceful=False)
+
+        if phase == "iterating":
+            InLloyd(monkeypatch, {3: lose})
+        else:
+            place = tmp_path / "out" / ("selection" if phase == "choosing" else ".work/scratch/ranges")
+
+            def watch() -> None:
+                while not place.exists() or not list(place.iterdir()):
+                    time.sleep(0.01)
+                lose()
+
+            threading.Thread(target=watch, daemon=True).start()
+        monkeypatch.setattr(clustering_actors, "START_SECONDS", 5.0)
+        source, expected = undisturbed
+        found = select(source, tmp_path / "out", "auto", **ITERATED)
+        assert lost.is_set(), "the node was lost before the end"
+        assert found == expected
+        manifest = json.loads((tmp_path / "out/clustering/manifest.json").read_text())
+        assert manifest["provenance"]["machines"]["engine"] == "in 2 Ray actors"
+    finally:
+        ray.shutdown()
+        cluster.shutdown()

@@ -102,8 +102,8 @@ class Actors:
         """End the actors."""
         import ray
 
-        for actor in self._actors:
-            with contextlib.suppress(ray.exceptions.RayError, AttributeError):
+        for actor in filter(None, self._actors):
+            with contextlib.suppress(ray.exceptions.RayError):
                 ray.kill(actor)
 
     def _submit(self, slot: int, operation: Operation) -> tuple[int, Any, Any]:

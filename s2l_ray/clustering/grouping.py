@@ -146,7 +146,7 @@ class _Totals:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _OfStratum:
     """What a block has of a stratum."""
 
     stratum: int
@@ -172,7 +172,7 @@ def _fill(
     num_sources = len(store.names_of("source")) if has_sources else 0
     keeps_features = isinstance(strata[0], StratumRows)
 
-    def one_block(block: pa.Table) -> tuple[list[_Piece], _Totals]:
+    def one_block(block: pa.Table) -> tuple[list[_OfStratum], _Totals]:
         features_MF = features(block)
         order_M = store.priorities(block, config.seed) if needs_priorities else np.zeros(len(block), np.uint64)
         totals = _Totals.of(features_MF, store.codes(block, "source") if has_sources else None, num_sources)
@@ -180,7 +180,7 @@ def _fill(
         for number, rows in rows_by_code(np.zeros(len(block), np.int32) if by is None else store.codes(block, by)):
             some = slice(None) if by is None else rows
             picked = Picked.of(order_M[some], ids if by is None else ids.take(pa.array(rows)), cuts[number], cut)
-            pieces.append(_Piece(number, picked, features_MF[some] if keeps_features else None))
+            pieces.append(_OfStratum(number, picked, features_MF[some] if keeps_features else None))
         return pieces, totals
 
     totals = _Totals.of(np.zeros((0, strata[0].width), np.float32), None, num_sources)

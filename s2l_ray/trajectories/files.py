@@ -212,7 +212,7 @@ def checked_batches(
     measured = [LOSSES, *(STATISTICS if statistics else ())]
     for part in parts:
         for _, batch in part.batches(_wanted_columns(part, stratify_by, statistics)):
-            table = checked_columns(batch.drop_columns(measured), part.name, integers)
+            table = _checked_columns(batch.drop_columns(measured), part.name, integers)
             if first is None:
                 first = part.name, table.schema
             elif table.schema != first[1]:
@@ -263,7 +263,7 @@ def integers_of(parts: Sequence[Part]) -> pa.DataType:
     return pa.int64()
 
 
-def checked_columns(batch: pa.RecordBatch, where: str, integers: pa.DataType) -> pa.Table:
+def _checked_columns(batch: pa.RecordBatch, where: str, integers: pa.DataType) -> pa.Table:
     """Columns beside what is measured: ids as string or of the type `integers`, token counts as int32, others as strings."""
     ids = id_column(batch["example_id"], where, integers)
     columns = {"example_id": ids}

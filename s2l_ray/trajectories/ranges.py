@@ -113,7 +113,7 @@ def fetch_in_tasks(source: str | Artifact, example_ids: pa.Array, positions_M: N
 class _Wanted:
     """Rows of a piece of a part, by their (ascending) numbers in the part, and their ids."""
 
-    piece: _Piece
+    piece: _Unread
     rows_M: NDArray[np.int64]
     ids: pa.Array
 
@@ -169,7 +169,7 @@ class _FirstRow(Part):
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _Unread:
     """Rows of a part that one task reads."""
 
     part: int
@@ -181,13 +181,13 @@ class _Piece:
     """The same in all files."""
 
 
-def _pieces(parts: Sequence[Part], may_split: bool) -> tuple[tuple[_Piece, ...], ...]:
+def _pieces(parts: Sequence[Part], may_split: bool) -> tuple[tuple[_Unread, ...], ...]:
     """For each task the row groups that it reads: those of a sorted run together, or one larger group. Parts whose hash is
     checked are read as a whole."""
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         counts = list(pool.map(Part.group_sizes, parts))
-    tasks: list[tuple[_Piece, ...]] = []
-    waiting: list[_Piece] = []
+    tasks: list[tuple[_Unread, ...]] = []
+    waiting: list[_Unread] = []
     position = num_waiting = 0
     for number, sizes in enumerate(counts):
         start = 0
@@ -195,7 +195,7 @@ def _pieces(parts: Sequence[Part], may_split: bool) -> tuple[tuple[_Piece, ...],
             if waiting and num_waiting + size > RUN_ROWS:
                 tasks.append(tuple(waiting))
                 waiting, num_waiting = [], 0
-            waiting.append(_Piece(number, start, start + size, position))
+            waiting.append(_Unread(number, start, start + size, position))
             start, position, num_waiting = start + size, position + size, num_waiting + size
     return (*tasks, tuple(waiting))
 
@@ -213,7 +213,7 @@ class _ReadRuns:
     """Task: check some rows and write them as sorted runs."""
 
     parts: tuple[Part, ...]
-    pieces: tuple[tuple[_Piece, ...], ...]
+    pieces: tuple[tuple[_Unread, ...], ...]
     stratify_by: str | None
     statistics: bool
     expected: Expected
@@ -230,7 +230,7 @@ class _ReadRuns:
         found = {name: values.values for name, values in names.items()}
         return {"number": number, "runs": pickle.dumps([_NamedRun(run, found) for run in runs])}
 
-    def _rows(self, pieces: Sequence[_Piece], names: dict[str, Names]) -> Iterator[pa.Table]:
+    def _rows(self, pieces: Sequence[_Unread], names: dict[str, Names]) -> Iterator[pa.Table]:
         for (part, _), group in itertools.groupby(pieces, lambda piece: (piece.part, piece.position - piece.start)):
             several = list(group)
             first, last = several[0], several[-1]
