@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,13 @@ import pytest
 from s2l_ray.clustering import actors as clustering_actors
 from s2l_ray.clustering.actors import Actors
 from s2l_ray.config import ClusteringConfig, GroupingConfig, SelectionConfig
-from s2l_ray.errors import ConfigError, DataError
+from s2l_ray.errors import ArtifactError, ConfigError, DataError
 from s2l_ray.runtime import data, passes
 from s2l_ray.selection.alone import select_trajectories
+from s2l_ray.storage.places import Storage
 from s2l_ray.trajectories import ranged_store, ranges
+from s2l_ray.trajectories.files import open_trajectories
+from s2l_ray.trajectories.recording import finish_recording, record_losses
 
 # More groups than kinds: all six iterations move some rows.
 ITERATED: dict[str, Any] = {"stratify_by": None, "num_iterations": 6, "num_clusters": 40}
@@ -128,6 +132,38 @@ def test_what_cannot_be_used_is_said_in_the_same_words(tmp_path: Path) -> None:
     assert "losses are ragged. Others have 4 values" in message(folder, tmp_path / "ragged", "ray")
     with pytest.raises(ConfigError, match=r"machines.clustering.num_workers: 99 Ray actors .* has \d+ CPUs"):
         select(write(tmp_path / "fine", table, []), tmp_path / "many", "ray", 99)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_run_s_own_trajectories_are_checked_by_the_tasks_that_read_them(tmp_path: Path) -> None:
+    table, folder = trajectories(2_000), tmp_path / "recorded"
+    values = table["losses"].combine_chunks().flatten().to_numpy().reshape(-1, 4)
+    for step in range(4):
+        record_losses(str(folder), step, table["example_id"], values[:, step], source=table["source"])
+    finish_recording(str(folder))
+    places = [select(str(folder), tmp_path / engine, engine) for engine in ("memory", "ray")]
+    assert places[0] == places[1]
+    part = next(folder.glob("part-*.parquet"))
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"part-00000.parquet: damaged \(its hash is not the manifest's\)"):
+        select(str(folder), tmp_path / "again", "ray")
+
+
+def test_ranges_lie_in_object_storage_as_on_a_disk(tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tasks run in this process: a Ray that was started before knows nothing of the server."""
+    for module, name in ((ranges, "in_tasks"), (ranged_store, "in_tasks")):
+        monkeypatch.setattr(module, name, map)
+    monkeypatch.setattr(ranges, "run_tasks", lambda task, count, _workers: map(task, range(count)))
+    monkeypatch.setattr(ranges, "RUN_ROWS", 20_000)
+    source = write(tmp_path / "files", trajectories(70_000), [10_000], row_group=10_000)
+    found = [ranges.open_ranges(source, Storage(place), seed=0) for place in (f"{bucket}/ranges", str(tmp_path / "here"))]
+    assert len(found[0].rows.files) > 1
+    with ThreadPoolExecutor(1) as pool:
+        here = open_trajectories(source, tmp_path / "sorted", pool, seed=0)
+        assert len({store.identity(pool) for store in (*found, here)}) == 1
+    assert [block.num_rows for block in found[0].blocks("losses")] == [65_536, 4_464]
 
 
 def message(source: str, output: Path, engine: str) -> str:

@@ -105,6 +105,11 @@ class Engine:
             self._actors = Actors(self._num_workers)
         return self._actors
 
+    @property
+    def recovery_seconds(self) -> list[float]:
+        """From each loss of an actor until another had its rows and answered."""
+        return [] if self._actors is None else self._actors.recovery_seconds
+
     def end_actors(self) -> None:
         """End the actors, if there are any: the room is free for tasks."""
         if self._actors is not None:

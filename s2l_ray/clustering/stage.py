@@ -152,7 +152,7 @@ def publish_clustering(
             for part, data in enumerate(in_order(pool, _part_bytes, _parts(grouping.assignments()))):
                 draft.write(assignments_name(part), data)
         groups = grouping.groups(has_untrained)
-        described = engine.describe()
+        described, lost = engine.describe(), engine.recovery_seconds
     _write_array(draft, CENTROIDS, groups.centroids_KT)
     if grouping.feature_centroids_KF is not None:
         _write_array(draft, FEATURE_CENTROIDS, grouping.feature_centroids_KF)
@@ -162,7 +162,8 @@ def publish_clustering(
     _log_groups(groups, time.monotonic() - begun)
     seconds = {"grouping": grouped - begun, "lloyd": grouping.lloyd_seconds, "writing": time.monotonic() - grouped}
     rounded = {name: round(spent, 3) for name, spent in seconds.items()}
-    return draft.publish(groups.summary(), {"engine": described, "seconds": rounded})
+    recovered = {"recovery_seconds": [round(spent, 3) for spent in lost]} if lost else {}
+    return draft.publish(groups.summary(), {"engine": described, "seconds": rounded} | recovered)
 
 
 def _parts(assignments: Assigned) -> Iterator[pa.Table]:
