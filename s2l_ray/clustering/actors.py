@@ -58,7 +58,7 @@ class Actors:
         import ray
 
         self._actors = [_start() for _ in self._actors]
-        for host in range(1, len(self)):
+        for host in range(len(self)):
             self._await(host)
         self._source = ray.put(source)
         self._intervals = [dict(of_slot) for of_slot in intervals]

@@ -58,7 +58,7 @@ class Engine:
             engine = cls("ray", pool, scratch, config.num_workers)
             engine.shared = shared
             return engine
-        kind = "auto" if config.engine == "ray" else config.engine
+        kind = "auto" if config.engine == "ray" else config.engine  # rows in this process stay here
         num_gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
         fits = 4 * num_rows * width <= config.memory_gb * 1e9
         if kind == "auto":
