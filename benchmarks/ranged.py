@@ -15,6 +15,7 @@ until the actor's rows answer again, and whether all bytes are as undisturbed. E
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -33,10 +34,22 @@ from typing import Any
 
 import numpy as np
 import psutil
-from grouping import RESULTS, Row, child, generate, setting
+from grouping import RESULTS, Row, child, generate
+
+from s2l_ray.storage.provenance import provenance
 
 POINTS, NUM_CLUSTERS, BUDGET = 12, 100, 10_000
 WORDS = {"actors": "ray::SlotsActor", "tasks": "ray::_reported"}
+
+
+@functools.cache
+def setting() -> Row:
+    """What every record says of code and machine."""
+    code = hashlib.sha256()
+    for path in sorted((Path(__file__).parents[1] / "s2l_ray").rglob("*.py")):
+        code.update(path.read_bytes())
+    cpu = next(line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    return {"code": code.hexdigest()[:12], "cpu": f"{cpu} x {os.cpu_count()}", "provenance": provenance()}
 
 
 def records(command: str) -> list[Row]:
@@ -63,7 +76,7 @@ def watched(*arguments: Any) -> Row:
     """What a function of this file returns in a process of its own, with the processor seconds of all processes below it."""
     process = subprocess.Popen([sys.executable, __file__, "child", json.dumps(arguments)], stdout=subprocess.PIPE, text=True)
     seconds: dict[tuple[int, float], float] = {}
-    shared, most = shm_bytes(), 0
+    shared, most, load = shm_bytes(), 0, 0.0
     root = psutil.Process(process.pid)
     while process.poll() is None:
         for one in [root, *children(root)]:
@@ -72,12 +85,12 @@ def watched(*arguments: Any) -> Row:
                 seconds[one.pid, one.create_time()] = times.user + times.system
             except psutil.Error:
                 continue
-        most = max(most, shm_bytes() - shared)
+        most, load = max(most, shm_bytes() - shared), max(load, os.getloadavg()[0])
         time.sleep(0.25)
     if process.returncode:
         raise SystemExit("a run failed")
     lines = process.stdout.read().splitlines() if process.stdout else []
-    return {"total_cpu": sum(seconds.values()), "object_mib": most / 2**20, **json.loads(lines[-1])}
+    return {"total_cpu": sum(seconds.values()), "object_mib": most / 2**20, "load": load, **json.loads(lines[-1])}
 
 
 def children(root: psutil.Process) -> list[psutil.Process]:
