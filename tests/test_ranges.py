@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -259,8 +260,35 @@ def test_actors_that_die_in_the_iterations_change_no_byte(
     assert disturbed.done > 5
 
 
+@pytest.fixture
+def no_ray() -> Iterator[None]:
+    """Room for a Ray of one's own; that of the session begins again afterwards."""
+    import ray
+
+    was_there = ray.is_initialized()
+    ray.shutdown()
+    yield
+    ray.shutdown()
+    if was_there:
+        ray.init(num_cpus=2, include_dashboard=False, logging_level=logging.WARNING)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_ray")
+def test_three_and_four_actors_give_the_same_bytes(tmp_path: Path) -> None:
+    import ray
+
+    ray.init(num_cpus=4, include_dashboard=False, logging_level=logging.WARNING)
+    source = write(tmp_path / "files", trajectories(300_000, 3), [170_000])
+    options = {"num_clusters": 30, "num_iterations": 4, "num_restarts": 1, "stratify_by": None}
+    expected = select(source, tmp_path / "memory", "memory", **options)
+    for num_workers in (3, 4):
+        assert select(source, tmp_path / str(num_workers), "ray", num_workers, **options) == expected
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.usefixtures("no_ray")
 @pytest.mark.parametrize("phase", ["reading", "iterating", "choosing"])
 def test_a_lost_node_changes_no_byte_and_auto_takes_several_nodes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: tuple[str, dict[str, str]], phase: str
@@ -268,7 +296,6 @@ def test_a_lost_node_changes_no_byte_and_auto_takes_several_nodes(
     import ray
     from ray.cluster_utils import Cluster
 
-    ray.shutdown()
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     node = cluster.add_node(num_cpus=1)
     try:
