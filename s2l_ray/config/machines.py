@@ -82,14 +82,15 @@ class GroupingConfig(Section):
     """Where k-means keeps the trajectories. Decides no result."""
 
     engine: Literal["auto", "memory", "disk", "ray", "gpu"] = "auto"
-    """`memory`, a file (`disk`), Ray actors or all GPUs of this machine; auto: gpu where faiss sees one, else memory or
-    disk by `memory_gb`."""
+    """`memory`, a file (`disk`), `ray` (tasks read and sort, actors hold the rows, none passes the driver) or all GPUs of this
+    machine; auto: gpu where faiss sees one; ray where Ray is connected and has several nodes, or one that would get more than
+    `memory_gb`; else memory or disk by `memory_gb`."""
 
     memory_gb: Annotated[float, Field(gt=0)] = 0.5
-    """Losses up to this size are kept in memory."""
+    """Losses up to this size are kept in memory; with Ray connected, on each of its nodes."""
 
     num_workers: Positive = 2
-    """Ray actors, of one CPU each, each with its share of the trajectories in memory."""
+    """Ray actors, of one CPU each, each with its share of the features in memory; a lost one is made again from files."""
 
 
 class MachinesConfig(Section):
