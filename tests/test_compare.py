@@ -15,7 +15,7 @@ import yaml
 
 from s2l_ray.compare import stage
 from s2l_ray.compare.arms import FULL, RANDOM, VARIANTS, Arm, ablated, arms_of
-from s2l_ray.compare.cells import CellSpec, budgets_of, seeded
+from s2l_ray.compare.cells import CellSpec, budgets_of, resolved, seeded
 from s2l_ray.compare.stage import compare
 from s2l_ray.config import RunConfig, parse_config
 from s2l_ray.errors import ArtifactError, ConfigError, DataError
@@ -234,6 +234,13 @@ def test_a_seed_redoes_what_the_config_says_and_keeps_the_starting_weights(tmp_p
 
 
 # --- a comparison --------------------------------------------------------------------------------------------------
+
+
+def test_of_given_checkpoints_no_seed_redoes_the_proxy(tmp_path):
+    given = resolved(config(tmp_path, proxy={"checkpoints": ["one/step-1", "one/step-2"]}, compare={"redo_from": "proxy"}))
+    assert given.compare.redo_from == "clustering"
+    assert resolved(config(tmp_path, compare={"redo_from": "proxy"})).compare.redo_from == "proxy"
+    assert seeded(given, Arm("s2l", {}), 1).proxy == given.proxy
 
 
 def test_every_cell_has_its_subset_its_losses_and_as_many_steps_as_its_budget_has(place, folder):

@@ -66,7 +66,8 @@ def fit_alone(one: CellSpec, trajectories: Artifact | None, place: Storage, work
 
     What it leaves is its losses: the model goes away with the scratch directory.
     """
-    evaluation = one.config.evaluation.model_copy(update={"random_control": False})
+    unused = {"random_control": False, "tasks": [], "bert_score_model": None}  # a cell keeps losses and exact matches
+    evaluation = one.config.evaluation.model_copy(update=unused)
     chosen = one.config.model_copy(update={"evaluation": evaluation})
     own = work.child("runs").child(one.unit)
     _log.info("%s: a fit of its own", one.name)

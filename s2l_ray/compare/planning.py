@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from s2l_ray.compare.arms import ANY_SOURCES, arms_of
-from s2l_ray.compare.cells import budgets_of
+from s2l_ray.compare.cells import budgets_of, resolved
 from s2l_ray.compare.statistics import detectable_difference
 from s2l_ray.config import RunConfig
 from s2l_ray.config.comparing import CompareConfig
@@ -21,8 +21,8 @@ def comparison_lines(config: RunConfig, made: Plan) -> list[str]:
 
     Raises ConfigError for arms or budgets that cannot be.
     """
-    compare, sizes = config.compare, made.sizes
-    if compare is None or sizes.examples is None:
+    sizes, compare = made.sizes, resolved(config).compare
+    if config.compare is None or compare is None or sizes.examples is None:
         return []
     sources = _sources(made.decisions)
     arms = arms_of(config, ANY_SOURCES if sources is None else sources)
