@@ -158,6 +158,7 @@ def test_an_ablation_is_an_arm_for_each_value_of_a_field(tmp_path):
         ({"arms": [{"s2l": {"clustering.num_clusters": 3}}]}, "the name 's2l' is taken"),
         ({"arms": ["s2l", {"source_balanced": {"selection.method": "longest"}}]}, "the name 'source_balanced' is taken"),
         ({"ablations": {"selection.budget": [8, 16]}}, "selection.budget is the comparison's"),
+        ({"ablations": {"target.max_tokens": [32]}}, "target.max_tokens decides which tokens of a held-out row count"),
         ({"ablations": {"target.model": ["a/b", "a b"]}}, "two arms would have the name 'target.model=a_b'"),
         ({"arms": ["source_matched"]}, "compare.primary: no arm 's2l'"),
         ({"arms": ["s2l", "s2l_profile"]}, r"compare.arms: s2l_profile: (.|\n)*trajectories.statistics=true"),

@@ -164,6 +164,11 @@ def _of_one_s_own(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     budgets = [field for field in settings if field in ("selection.budget", "selection.more_budgets")]
     if budgets:
         raise ConfigError(f"compare.arms: {name}: {budgets[0]} is the comparison's, for all arms alike. Set compare.budgets.")
+    if cuts := settings.keys() & {"target.tokenizer", "target.max_tokens", "target.truncation"}:
+        raise ConfigError(
+            f"compare.arms: {name}: {min(cuts)} decides which tokens of a held-out row count, and losses over other tokens "
+            "are not compared. Set it for the run."
+        )
     return settings
 
 
