@@ -57,7 +57,9 @@ def _amount(found: Difference) -> str:
 
 def _share(row: Row) -> str:
     shares = {kind: row.gap_closed.get(kind) for kind in WORDS}
-    known = [f"{one.share:.0%} of the gap to all data {WORDS[kind]}" for kind, one in shares.items() if one is not None]
+    known = [
+        f"{one.share:.0%} of the gap to all data {WORDS[kind]}" for kind, one in shares.items() if one and one.low is not None
+    ]
     return f"; {' and '.join(known)}" if known else ""
 
 
@@ -75,7 +77,8 @@ def _better(rows: Sequence[Row], primary: Row) -> list[str]:
         below = all(
             row.differences[kind].high < primary.differences[kind].low for kind in WORDS if _sign(row.differences[kind]) < 0
         )
-        return min(signs) == -1 and max(signs) < 1 and below
+        worse = any(row.differences[kind].low > primary.differences[kind].high for kind in WORDS)
+        return min(signs) == -1 and max(signs) < 1 and below and not worse
 
     others = [row for row in rows if row.budget == primary.budget and row.differences and row.arm != primary.arm]
     better = sorted((row for row in others if beats(row)), key=lambda row: row.differences[MACRO].mean)
