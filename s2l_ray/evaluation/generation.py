@@ -8,12 +8,11 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from s2l_ray.errors import ConfigError, DataError
+from s2l_ray.evaluation.sharding import GENERATION_TOKENS
 from s2l_ray.training.models import positions
 from s2l_ray.training.output_head import input_device
 
 GENERATION_BATCH = 32
-# Keys and values are kept of so many tokens at most, prompts and answers together, unless one alone is longer.
-GENERATION_TOKENS = 16384
 
 
 def generate(

@@ -16,6 +16,7 @@ from s2l_ray.config import RunConfig
 from s2l_ray.evaluation.bert_scores import BertScore
 from s2l_ray.evaluation.generation import generate
 from s2l_ray.evaluation.scores import scorers
+from s2l_ray.evaluation.sharding import OFFLOADED_TOKENS_PER_BATCH
 from s2l_ray.examples.reading import read_evaluated
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.training.losses import example_losses
@@ -25,8 +26,6 @@ from s2l_ray.training.token_rows import RowLimit
 from s2l_ray.training.tokens import PartTokens, encode_table, ends_of_answers, generation_prompt, num_answers
 
 TOKENS_PER_BATCH = 4096
-# Where each batch reads weights from the machine's memory or disk.
-OFFLOADED_TOKENS_PER_BATCH = 16384
 # The field of a table's schema metadata with what was counted of its held-out rows.
 COUNTED = b"counted"
 

@@ -13,13 +13,15 @@ from typing import Any, Literal
 
 from s2l_ray.config import EvaluationWorkerConfig, RunConfig, TargetConfig
 from s2l_ray.config.section import Precision
-from s2l_ray.evaluation.generation import GENERATION_TOKENS
-from s2l_ray.evaluation.held_out import OFFLOADED_TOKENS_PER_BATCH
 from s2l_ray.progress import get_log
 from s2l_ray.runtime.workers import Workers
 from s2l_ray.training.shapes import Shape, shape_of
 
 Kind = Literal["none", "device_map", "zero3"]
+# Keys and values are kept of so many tokens at most, prompts and answers together, unless one alone is longer.
+GENERATION_TOKENS = 16384
+# Where each batch reads weights from the machine's memory or disk.
+OFFLOADED_TOKENS_PER_BATCH = 16384
 # An assumption: what libraries take of a GPU (a CUDA context, NCCL's and cuBLAS's workspaces), and what is lost in fragments.
 CONTEXT_BYTES, FRAGMENTATION = 1.5e9, 0.10
 # Logits of a tile on a GPU, in float32, with two temporaries.

@@ -16,6 +16,7 @@ from s2l_ray.config.section import Precision
 from s2l_ray.errors import ConfigError
 from s2l_ray.storage.places import Storage
 from s2l_ray.training.adapters import check_target_modules, merge_shards, merged, need_peft
+from s2l_ray.training.locations import ADAPTER, check_there, has_adapter, local_files, local_place
 from s2l_ray.training.trackers import check_trackers
 
 # The sizes of a scratch model under the names that transformers' configurations use.
@@ -27,7 +28,6 @@ _ALIASES = {
     "max_positions": ("max_position_embeddings", "n_positions"),
 }
 # peft's file beside an adapter's weights: a folder with it is an adapter of the model that it names.
-ADAPTER = "adapter_config.json"
 # Folders beneath `Held.folder`.
 SCRATCH, MERGED, OFFLOADED = "scratch", "merged", "offloaded"
 
@@ -224,45 +224,12 @@ def check_bert_score(model: str) -> None:
 
 def _check_target(target: TargetConfig) -> None:
     if isinstance(target.model, str) and "://" in target.model:
-        _check_there(target.model)
+        check_there(target.model)
     if target.lora is not None:
         need_peft("target.lora")
         skeleton = _skeleton(target, None)
         if skeleton is not None:
             check_target_modules(target.lora, skeleton)
-
-
-def local_place(location: str) -> str:
-    """A path or Hub id as it is; what a URI names, fetched once per machine. Raises ConfigError where there is nothing."""
-    if "://" not in location:
-        return location
-    _check_there(location)
-    folder, _, name = location.rpartition("/")
-    return str(Storage(folder).local_folder(name))
-
-
-def _check_there(location: str) -> None:
-    folder, _, name = location.rpartition("/")
-    if not Storage(folder).exists(name):
-        raise ConfigError(f"model '{location}': there is nothing. Give the URI of a folder with config.json and *.safetensors.")
-
-
-def local_files(location: str, revision: str | None) -> Path:
-    """The folder of a model by path, URI or Hub id, with all of its safetensors. Raises ConfigError where it cannot be had."""
-    place = Path(local_place(location))
-    if place.is_dir():
-        return place
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(location, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model '{location}': cannot be loaded ({str(error)[:200]}).") from error
-
-
-def has_adapter(location: str) -> bool:
-    """Whether a path or URI names an adapter, to be added to another model."""
-    return (Path(local_place(location)) / ADAPTER).is_file()
 
 
 def num_parameters(config: TrainingConfig, vocab_size: int | None) -> int | None:

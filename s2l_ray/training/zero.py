@@ -12,7 +12,7 @@ from typing import Any
 
 from s2l_ray.config import TargetConfig
 from s2l_ray.training.batches import BatchPlan
-from s2l_ray.training.models import has_adapter
+from s2l_ray.training.locations import has_adapter
 
 # DeepSpeed's file in a folder with a universal checkpoint.
 UNIVERSAL = "latest_universal"
