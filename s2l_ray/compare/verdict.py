@@ -36,7 +36,8 @@ def verdict(rows: Sequence[Row], primary: Row, detectable: float | None) -> list
     else:
         parts = [f"{_word(signs[kind])} {WORDS[kind]} ({_amount(found[kind])})" for kind in WORDS]
         sentence = f"{name} against random: {parts[0]}, {parts[1]}."
-    return [sentence, *better]
+    lost = f" ({primary.diverged} of {primary.diverged + primary.seeds} of its targets diverged and are left out.)"
+    return [sentence + lost * bool(primary.diverged), *better]
 
 
 def _sign(found: Difference) -> int:
