@@ -61,7 +61,7 @@ def memory_lines(config: RunConfig, parameters: float, accelerator: str, number:
 
 
 def _evaluation_lines(config: RunConfig, shape: Shape, memory_bytes: float, number: int, per_node: int) -> list[str]:
-    """How the evaluation holds the target on the same accelerators, and by what; nothing where it asks for none."""
+    """How the evaluation holds the target on the same accelerators; nothing where one holds it, or it asks for none."""
     machines = config.machines.evaluation
     if machines.gpus_per_worker == 0:
         return []
@@ -69,11 +69,13 @@ def _evaluation_lines(config: RunConfig, shape: Shape, memory_bytes: float, numb
     fleet = Fleet(UNKNOWN, (1,), (per_node,) * max(1, number // per_node), memory_bytes)
     need = evaluation_need(config, shape, on_gpu=True)
     sharding, workers = decide(machines, need, fleet, Workers(number, 1, each, number))
-    words = {"none": "whole on one of them", "zero3": f"by ZeRO 3 over all {number}"}
+    if sharding.kind == "none":
+        return []
     spread = f"by a device map over {workers.gpus_per_worker:g}"
     if sharding.kind == "device_map" and need.weights > sharding.gpu_bytes * workers.gpus_per_worker:
         spread += ", the rest in the machine's memory and on its disk, which is slow"
-    return [f"The evaluation holds the target {words.get(sharding.kind, spread)}: {sharding.reason}."]
+    spread = f"by ZeRO 3 over all {number}" if sharding.kind == "zero3" else spread
+    return [f"The evaluation holds the target {spread}: {sharding.reason}."]
 
 
 def _shape(config: RunConfig, parameters: float) -> Shape:
