@@ -279,8 +279,8 @@ def test_results_come_in_order_and_few_items_are_read_ahead(pool: ThreadPoolExec
 def test_ids_sorted_as_numbers_come_in_the_order_of_their_bytes_and_equal_ones_in_their_own(texts):
     ids = texts or ["x"]
     order = sorted(range(len(ids)), key=lambda row: ids[row].encode())
-    assert sorting._ascending_order(pa.array(ids)).tolist() == order  # noqa: SLF001
+    assert sorting._ascending_order(pa.array(ids)).tolist() == order
     for kind in (pa.int64(), pa.uint64()):
         numbers = [len(one) // 3 + (2**63 - 99 if kind == pa.uint64() else -2) for one in ids]
         order = sorted(range(len(ids)), key=numbers.__getitem__)
-        assert sorting._ascending_order(pa.array(numbers, kind)).tolist() == order  # noqa: SLF001
+        assert sorting._ascending_order(pa.array(numbers, kind)).tolist() == order
