@@ -141,6 +141,9 @@ def select(
     num_workers: Annotated[int, typer.Option(help="With --engine ray: actors.")] = 2,
 ) -> None:
     """Clustering and selection alone, on trajectories from anywhere (columns `example_id` and `losses`)."""
+    from s2l_ray.runtime.process import share_one_heap
+
+    share_one_heap()
     from s2l_ray.config import ClusteringConfig, GroupingConfig, SelectionConfig, checked
     from s2l_ray.selection.alone import select_trajectories
 
