@@ -25,10 +25,10 @@ from s2l_ray.errors import DataError
 from s2l_ray.examples.ids import NAMED_IDS, not_unique, one_array, repeated
 
 # A run is sorted in memory, several at a time: 25 MB of trajectories of 12 points, and no more of long texts.
-RUN_ROWS = 262_144
+RUN_ROWS = 131_072
 RUN_BYTES = 32 * 2**20
 # What is read of a run at once while merging: a share of a run, by rows or by bytes.
-PIECE_ROWS = 4_096
+PIECE_ROWS = 2_048
 _MAX_WIDTH = 64
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -157,9 +157,10 @@ class _Run:
         ids = table["example_id"]
         firsts = [ids[start].as_py() for start in range(0, len(ids), size)]
         last = ids[-1].as_py() if len(ids) else None
-        ids = ids.combine_chunks()
+        ids = one_array(ids)
         twice = ids[:0] if is_ascending(ids) else repeated(ids)
-        return cls(path, table.schema, len(table), firsts, last, len(twice), twice[:NAMED_IDS])
+        named = pa.array(twice[:NAMED_IDS].to_pylist(), ids.type)  # a slice would keep all ids
+        return cls(path, table.schema, len(table), firsts, last, len(twice), named)
 
     @staticmethod
     def open(path: Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> Any:
