@@ -24,11 +24,13 @@ from numpy.typing import NDArray
 from s2l_ray.errors import DataError
 from s2l_ray.examples.ids import NAMED_IDS, not_unique, one_array, repeated
 
-# A run is sorted in memory, several at a time: 25 MB of trajectories of 12 points, and no more of long texts.
+# A run is sorted in memory, several at a time: 12 MB of trajectories of 12 points, and no more of long texts.
 RUN_ROWS = 131_072
-RUN_BYTES = 32 * 2**20
+RUN_BYTES = 16 * 2**20
 # What is read of a run at once while merging: a share of a run, by rows or by bytes.
 PIECE_ROWS = 2_048
+# A merged range is as large as a run, or of many runs (every so many one more) as large as up to four.
+RUNS_OF_LARGER_RANGES, MAX_RUNS_PER_RANGE = 20, 4
 _MAX_WIDTH = 64
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -110,8 +112,10 @@ def sort_by_id(
 def _merged(runs: list[_Run], folder: Path, pool: Executor) -> SortedTable:
     """Runs as one table: cut at the same ids, the pieces of each range sorted together."""
     firsts = sorted(first for run in runs for first in run.firsts)
-    # A run's rows lie between the samples: with so many samples per range its size varies little.
-    splits = [None, *firsts[RUN_ROWS // PIECE_ROWS :: RUN_ROWS // PIECE_ROWS], None]
+    # A run's rows lie between the samples: with so many samples per range its size varies little. Each range opens all runs,
+    # which takes 0.2 ms a run: of many runs ranges are larger.
+    per_range = RUN_ROWS // PIECE_ROWS * min(MAX_RUNS_PER_RANGE, 1 + len(runs) // RUNS_OF_LARGER_RANGES)
+    splits = [None, *firsts[per_range::per_range], None]
 
     def merge(number: int) -> _Run:
         tables = [run.between(splits[number], splits[number + 1]) for run in runs]
