@@ -141,9 +141,7 @@ def select(
     num_workers: Annotated[int, typer.Option(help="With --engine ray: actors.")] = 2,
 ) -> None:
     """Clustering and selection alone, on trajectories from anywhere (columns `example_id` and `losses`)."""
-    from s2l_ray.runtime.process import share_one_heap
-
-    share_one_heap()
+    _share_one_heap()
     from s2l_ray.config import ClusteringConfig, GroupingConfig, SelectionConfig, checked
     from s2l_ray.selection.alone import select_trajectories
 
@@ -171,6 +169,12 @@ def select(
     )
     machines = checked(GroupingConfig, engine=engine, memory_gb=memory_gb, num_workers=num_workers)
     select_trajectories(trajectories, output, clustering, selection, machines)
+
+
+def _share_one_heap() -> None:
+    from s2l_ray.runtime.process import share_one_heap
+
+    share_one_heap()
 
 
 def _levels(text: str) -> dict[str, list[int | str]]:
