@@ -23,11 +23,11 @@ from s2l_ray.errors import DataError
 from s2l_ray.examples.hashes import mixed
 
 # So many numbers stay in the processor's cache: twice as fast as a whole block.
-_HASHED_ROWS = 16_384
+HASHED_ROWS = 16_384
 _WORD = 8
 # By a number of bytes, 0 to 8: those of a word that count.
 _FIRST_BYTES = np.array([2 ** (8 * count) - 1 for count in range(_WORD + 1)], "<u8")
-_GAMMA = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's; without it a word of zeros would leave an empty text's 0 as it is
+GAMMA = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's; without it a word of zeros would leave an empty text's 0 as it is
 NAMED_IDS = 5
 """How many ids a message names."""
 NO_INTEGERS = (
@@ -107,12 +107,24 @@ def priorities(example_ids: Any, seed: int | str) -> NDArray[np.uint64]:
     are folded into its length by SplitMix64's finalizer, and what comes out is mixed twice more with two words of BLAKE2b over
     the seed: a hash of ten million ids takes no second. It is not meant to withstand ids that somebody makes up against it.
     """
+    return priorities_of(digests(example_ids), seed)
+
+
+def digests(example_ids: Any) -> NDArray[np.uint64]:
+    """What a priority is made of beside the seed: a number of 64 bits for each id (integers in decimal), shape (N,)."""
     texts = id_column(column_of(example_ids, "example_id"), "example_ids").cast(pa.string())
+    digests_N = np.empty(len(texts), np.uint64)
+    for start in range(0, len(texts), HASHED_ROWS):
+        digests_N[start : start + HASHED_ROWS] = _folded(texts[start : start + HASHED_ROWS])
+    return digests_N
+
+
+def priorities_of(digests_N: NDArray[np.uint64], seed: int | str) -> NDArray[np.uint64]:
+    """The priorities of ids with these digests, shape (N,)."""
     first, second = np.frombuffer(hashlib.blake2b(str(seed).encode(), digest_size=16).digest(), "<u8")
-    priorities_N = np.empty(len(texts), np.uint64)
-    for start in range(0, len(texts), _HASHED_ROWS):
-        folded_M = _folded(texts[start : start + _HASHED_ROWS])
-        priorities_N[start : start + _HASHED_ROWS] = mixed(mixed(folded_M ^ first) ^ second)
+    priorities_N = np.empty(len(digests_N), np.uint64)
+    for start in range(0, len(digests_N), HASHED_ROWS):
+        priorities_N[start : start + HASHED_ROWS] = mixed(mixed(digests_N[start : start + HASHED_ROWS] ^ first) ^ second)
     return priorities_N
 
 
@@ -131,7 +143,7 @@ def _folded(texts: pa.Array) -> NDArray[np.uint64]:
         rows = slice(None) if done < shortest else np.flatnonzero(lengths_M > done)
         left = np.minimum(lengths_M[rows] - done, _WORD)
         words_M = words[starts_M[rows] + done] & _FIRST_BYTES[left]
-        folded_M[rows] = mixed((folded_M[rows] ^ words_M) + _GAMMA)
+        folded_M[rows] = mixed((folded_M[rows] ^ words_M) + GAMMA)
     return folded_M
 
 
