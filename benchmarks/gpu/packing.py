@@ -1,7 +1,8 @@
 """Wheels for a machine without a network, in parts small enough to be sent along with a call.
 
 `pack` downloads them for Python 3.12 on x86-64 Linux and cuts them into parts of at most 60 MiB; `join` puts them together
-where they arrived, checks every hash, and installs them without a network. Parts that have arrived stay: call after call brings one.
+where they arrived, checks every hash, and installs them without a network. Parts that have arrived stay: call after call brings
+one.
 """
 
 from __future__ import annotations

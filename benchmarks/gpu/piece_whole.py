@@ -97,6 +97,6 @@ def _labelled(held: Any, start: np.ndarray) -> Any:
 
 CELLS: dict[str, Callable[[Kit], dict[str, Cell]]] = {
     "run": lambda kit: {"quickstart": partial(quickstart, kit)},
-    "tests": lambda kit: {"tests": gpu_tests},
+    "tests": lambda _: {"tests": gpu_tests},
     "faiss": lambda kit: {f"{rows:,} rows": partial(by_faiss, kit, rows) for rows in kit.size((10**7, 10**8, 10**9), (5_000,))},
 }
