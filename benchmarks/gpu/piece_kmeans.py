@@ -1,7 +1,8 @@
 """Piece 4: k-means on the GPU with torch alone, K = 100, on 10M and 100M trajectories of 12 points.
 
-Every row is with its nearest centroid (inertia to 1e-6), and after the same iterations from the same start the inertia is within
-1e-4 of the CPU's, in float64; the time of an iteration is set beside what reading the rows and labels once takes at the GPU's copying rate.
+Every row is with its nearest centroid (inertia to 1e-6), and after the same iterations from the same start the inertia is
+within 1e-4 of the CPU's, in float64. The time of an iteration is set beside what reading the rows and labels once takes at the
+GPU's copying rate.
 """
 
 from __future__ import annotations

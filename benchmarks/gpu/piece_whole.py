@@ -56,7 +56,7 @@ def gpu_tests() -> dict[str, Any]:
     """The tests marked `gpu`; on a CPU all of them are skipped."""
     need("pytest", "ray", "deepspeed")
     report = tempfile.NamedTemporaryFile(suffix=".xml")  # noqa: SIM115 - closed with the process
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--junit-xml={report.name}", "tests/test_gpu.py"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", f"--junit-xml={report.name}", "tests/test_gpu.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     require(done.returncode == 0, done.stdout[-800:])
     return {"said": done.stdout.strip().splitlines()[-1]}
