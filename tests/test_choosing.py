@@ -120,7 +120,7 @@ class Pool:
     def choose(self, budgets: list[Any], cuts: list[int] | None = None, defer: int = 0, minimum: int = 0) -> list[list[int]]:
         options: dict[str, Any] = {"sizes_S": self.sizes_S, "min_per_source": minimum} if minimum else {}
         sharing = Sharing(self.sizes_K, self.strata_K, defer_up_to=defer)
-        tables = choose(lambda: self.blocks(cuts), sharing, budgets, **options)
+        tables = choose(lambda function: map(function, self.blocks(cuts)), sharing, budgets, **options)
         return [table["row"].to_pylist() for table in tables]
 
     def book(self, defer: int = 0) -> tuple[list[int], list[int], list[int] | None, int]:
@@ -296,7 +296,7 @@ def test_several_budgets_with_a_minimum_are_nested_too() -> None:
 
 def test_the_columns_that_come_along_are_those_of_the_chosen_rows() -> None:
     pool = Pool([300, 40], seed=5)
-    [table] = choose(lambda: pool.blocks([50, 51]), Sharing(pool.sizes_K), [60])
+    [table] = choose(lambda function: map(function, pool.blocks([50, 51])), Sharing(pool.sizes_K), [60])
     rows = table["row"].to_numpy()
     assert (np.diff(rows) > 0).all()
     assert np.array_equal(table["priority"].to_numpy(), pool.ranks[rows])
@@ -325,7 +325,7 @@ def test_one_hundredth_of_two_million_rows_is_chosen_with_less_than_three_hundre
     monkeypatch.setattr(choosing, "_below", counted)
     sizes_K = np.bincount(groups, minlength=100)
     begun = time.monotonic()
-    [found] = choose(blocks, Sharing(sizes_K), [0.01])
+    [found] = choose(lambda function: map(function, blocks()), Sharing(sizes_K), [0.01])
     assert time.monotonic() - begun < 30
     assert len(found) == 20_000 <= sum(kept) < 0.03 * count
     quotas_K = np.bincount(found["cluster_id"].to_numpy(), minlength=100)

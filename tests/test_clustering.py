@@ -340,9 +340,3 @@ def test_strata_far_apart_are_grouped_as_exactly_as_each_alone() -> None:
         squares = ((losses[rows, None].astype(np.float64) - own[groups]) ** 2).sum(-1)
         mine = squares[np.arange(len(rows)), found.cluster_ids_N[rows] - groups[0]]
         assert (mine - squares.min(axis=1)).max() < 2e-3 * (stratum == 2) + 1e-4
-
-
-def test_more_actors_than_processors_are_refused_with_both_numbers(ray_session: None, tmp_path: Path) -> None:
-    trajectories = Trajectories.of(np.random.default_rng(20).random((70_000, 2)))
-    with pytest.raises(ConfigError, match=r"machines.clustering.num_workers: 99 Ray actors .* has \d+ CPUs"):
-        built(tmp_path, trajectories, GroupingConfig(engine="ray", num_workers=99), num_clusters=3)

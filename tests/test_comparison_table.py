@@ -59,7 +59,17 @@ def test_the_page_of_a_table_has_the_losses_first_and_their_details_below():
     assert answer.startswith("**S2L is better than random here")
     assert losses.count("|", 0, losses.index("\n")) == 8
     assert [line.split(" | ")[:2] for line in losses.splitlines()] == [line.split(" | ")[:2] for line in details.splitlines()]
-    assert "tokens" in details and "p" in details
+    assert "response tokens" in details
+
+
+def test_what_the_question_s_arm_adds_to_balanced_sources_is_said_by_pairs_of_seeds():
+    renamed = [replace(cell, arm=cell.arm.replace("source_and_length_matched", "source_balanced")) for cell in cells()]
+    found = compared(renamed)
+    losses = {(cell["arm"], cell["seed"]): cell[TOKENS] for cell in found.cells if cell["budget"] == BUDGETS[0]}
+    gains = [losses["s2l", seed] - losses["source_balanced", seed] for seed in range(SEEDS)]
+    assert found.to_balanced[TOKENS].mean == pytest.approx(np.mean(gains))
+    assert f"s2l to source_balanced, which needs no proxy, at 10,000 examples: {np.mean(gains):+.4f}" in found.text()
+    assert not compared(cells()).to_balanced
 
 
 def compared(of: list[Cell], **more: Any) -> Comparison:

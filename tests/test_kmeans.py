@@ -22,7 +22,6 @@ from s2l_ray.clustering.features import on_grid
 from s2l_ray.clustering.gpu_rows import GpuRows
 from s2l_ray.clustering.kmeans import Fit, KMeansRows, lloyd, plus_plus
 from s2l_ray.clustering.local_rows import LocalRows
-from s2l_ray.clustering.ray_rows import RayRows
 from s2l_ray.clustering.threads import SearchThreads
 from s2l_ray.config import GroupingConfig
 from s2l_ray.errors import ConfigError
@@ -280,28 +279,6 @@ def test_memory_and_file_and_any_number_of_threads_give_the_same_bits(tmp_path: 
                 fit = lloyd(rows, start, 12)
                 found.append(bits(rows, fit))
     assert all(one == found[0] for one in found)
-
-
-@pytest.mark.usefixtures("ray_session")
-def test_ray_actors_give_the_bits_of_one_process(pool: SearchThreads, tmp_path: Path) -> None:
-    # More than one block for each of the actors, whose block size no test can change.
-    features = on_grid(np.random.default_rng(2).gamma(2, 1, (150_000, 4)))
-    start = np.concatenate([features[:11], np.full((1, 4), 1e3, np.float32)])
-    here = in_memory(features, pool)
-    expected = bits(here, lloyd(here, start, 3))
-    engine = Engine("ray", pool, tmp_path, num_workers=2)
-    column = engine.new_column(*features.shape, np.float32)
-    column.write(0, features)
-    try:
-        rows = engine.rows(column, 4)
-        assert isinstance(rows, RayRows)
-        assert len(rows._actors) == 2
-        assert bits(rows, lloyd(rows, start, 3)) == expected
-        again = engine.rows(column, 4)  # another stratum's rows in the same actors
-        assert bits(again, lloyd(again, start, 3)) == expected
-    finally:
-        engine.close()
-    assert not list(tmp_path.iterdir())
 
 
 def gpu_rows(features: np.ndarray, num_devices: int) -> GpuRows:

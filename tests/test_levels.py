@@ -190,7 +190,7 @@ def test_by_a_key_the_lowest_of_each_group_are_found_in_any_cut(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choosing, "_PRUNED_ROWS", 0)
         [found] = choose(
-            lambda: [table[start:stop] for start, stop in itertools.pairwise(cuts)],
+            lambda function: [function(table[start:stop]) for start, stop in itertools.pairwise(cuts)],
             Sharing(np.array(sizes), allocation=0.5),
             [budget],
             sizes_S=np.bincount(sources, minlength=2),

@@ -4,6 +4,7 @@ Takes a trajectory store; gives `Groups` and the files of `clustering/`. Read `s
 (what comes out), `stratifying` (within which strata, and how many in each), `grouping` (two passes over the store, then each
 stratum), `strata` (sample, restarts, all rows), `kmeans` (Lloyd's loop and where it starts), `bounds` (searches saved),
 `numbering` (canonical cluster ids), `levels` (groups of groups) and `diagnostics` (how good the groups are). Where rows
-are: `engines` chooses between `local_rows`, `ray_rows` and `gpu_rows`; `columns` are memory or files. `features` is what
+are: `engines` chooses between `local_rows`, `ray_rows` and `gpu_rows`, `opening` opens a store for it; `columns` are memory or
+files. In Ray: `actors` keep `slot`s of rows, made of `feature_files`; `assigned_files` is what they leave. `features` is what
 k-means sees of the losses, `threads` is faiss.
 """

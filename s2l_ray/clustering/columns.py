@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -83,3 +83,11 @@ NewColumn = Callable[[int, int, Any], Column]
 def in_memory(num_rows: int, width: int, dtype: Any) -> Column:
     """A column of zeros in memory, shape (num_rows,), or (num_rows, width) for a width above 1."""
     return MemoryColumn(np.zeros((num_rows, width) if width > 1 else num_rows, dtype))
+
+
+def rows_by_code(codes_M: Ints) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Each code of a block and its rows, ascending."""
+    order_M = np.argsort(codes_M, kind="stable")
+    starts = np.flatnonzero(np.diff(codes_M[order_M], prepend=-1))
+    for rows in np.split(order_M, starts[1:]):
+        yield int(codes_M[rows[0]]), rows

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from s2l_ray.clustering.actors import Actors
 from s2l_ray.clustering.columns import Column, FileColumn, in_memory
 from s2l_ray.clustering.gpu_rows import GpuRows
 from s2l_ray.clustering.kmeans import KMeansRows
 from s2l_ray.clustering.local_rows import LocalRows
-from s2l_ray.clustering.ray_rows import RayRows, RowsActor
 from s2l_ray.clustering.threads import SearchThreads, faiss
 from s2l_ray.config import GroupingConfig
 from s2l_ray.errors import ConfigError
+from s2l_ray.storage.places import Storage
 from s2l_ray.trajectories.store import BLOCK_ROWS
 
 # Columns of small strata stay in memory up to so much: a file each would be slower.
@@ -33,15 +35,30 @@ class Engine:
         self._scratch, self._num_workers = scratch, num_workers
         self._columns: list[Path] = []
         self._held = 0
-        self._actors: list[Any] = []
+        self._actors: Actors | None = None
+        self.shared: Storage | None = None
+        """Of `ray`: where files lie that all workers see."""
 
     @classmethod
-    def choose(cls, config: GroupingConfig, pool: SearchThreads, scratch: Path, num_rows: int, width: int) -> Engine:
-        """The engine for so many rows of so many numbers: a GPU where there is one, else memory, else a file.
+    def choose(
+        cls,
+        config: GroupingConfig,
+        pool: SearchThreads,
+        scratch: Path,
+        num_rows: int,
+        width: int,
+        shared: Storage | None = None,
+    ) -> Engine:
+        """The engine for so many rows of so many numbers: Ray's actors for rows in the place `shared` that all workers see; for
+        rows in this process a GPU where there is one, else memory, else a file.
 
         Raises ConfigError where a GPU is asked for and there is none.
         """
-        kind = config.engine
+        if shared is not None:
+            engine = cls("ray", pool, scratch, config.num_workers)
+            engine.shared = shared
+            return engine
+        kind = "auto" if config.engine == "ray" else config.engine  # rows in this process stay here
         num_gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
         fits = 4 * num_rows * width <= config.memory_gb * 1e9
         if kind == "auto":
@@ -77,26 +94,26 @@ class Engine:
 
     def rows(self, features: Column, width: int) -> KMeansRows:
         """The rows of a column of features, N values of `width` each, ready for `lloyd`."""
-        if len(features) > BLOCK_ROWS and self.kind == "ray":
-            return RayRows(features, width, self._workers())
         if self.kind == "gpu":
             return GpuRows(features, width, [f"cuda:{number}" for number in range(faiss.get_num_gpus())])
         return LocalRows(features, width, self.pool, self.new_column)
 
-    def _workers(self) -> list[Any]:
-        """The actors, started once; each holds a part of every stratum's rows."""
-        import ray
-
-        if not self._actors:
-            num_cpus = int(ray.cluster_resources().get("CPU", 0))
-            if num_cpus < self._num_workers:
-                raise ConfigError(
-                    f"machines.clustering.num_workers: {self._num_workers} Ray actors of one CPU each, but this Ray has "
-                    f"{num_cpus} CPUs. Set it to {num_cpus} or less, or start more nodes first."
-                )
-            actor = ray.remote(num_cpus=1)(RowsActor)
-            self._actors = [actor.remote() for _ in range(self._num_workers)]
+    @property
+    def actors(self) -> Actors:
+        """The actors, which hold a part of every stratum's rows."""
+        if self._actors is None:
+            self._actors = Actors(self._num_workers)
         return self._actors
+
+    @property
+    def recovery_seconds(self) -> list[float]:
+        """From each loss of an actor until another had its rows and answered."""
+        return [] if self._actors is None else self._actors.recovery_seconds
+
+    def end_actors(self) -> None:
+        """End the actors, if there are any: the room is free for tasks."""
+        if self._actors is not None:
+            self._actors.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -106,11 +123,22 @@ class Engine:
 
     def close(self) -> None:
         """End the actors and remove the files."""
-        if self._actors:
-            import ray
-
-            for actor in self._actors:
-                with contextlib.suppress(ray.exceptions.RayError):
-                    ray.kill(actor)
+        self.end_actors()
         for path in self._columns:
             path.unlink(missing_ok=True)
+
+
+def works_in_ray(config: GroupingConfig, num_bytes: Callable[[], int]) -> bool:
+    """Whether losses of so many bytes are grouped in Ray: where that is asked for, and under `auto` where this process is
+    connected to a Ray of several nodes, or to one whose nodes would each get more than `memory_gb`.
+
+    Not where `auto` finds a GPU here: its memory is that of many actors.
+    """
+    if config.engine != "auto" or "ray" not in sys.modules:
+        return config.engine == "ray"
+    import ray
+
+    if not ray.is_initialized() or (hasattr(faiss, "get_num_gpus") and faiss.get_num_gpus()):
+        return False
+    num_nodes = sum(node["Alive"] for node in ray.nodes())
+    return bool(num_nodes > 1 or num_bytes() > config.memory_gb * 1e9 * num_nodes)

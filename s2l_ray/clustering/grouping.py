@@ -8,7 +8,7 @@ exact and their order does not matter; everything else is elementwise or in row 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,23 +16,27 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from s2l_ray.clustering import diagnostics
-from s2l_ray.clustering.columns import Floats, Ints
+from s2l_ray.clustering.assigned_files import AssignedFiles
+from s2l_ray.clustering.columns import Floats, Ints, rows_by_code
 from s2l_ray.clustering.engines import Engine
+from s2l_ray.clustering.feature_files import FeatureFiles
 from s2l_ray.clustering.features import Features, Measured, Spectrum, on_grid
 from s2l_ray.clustering.groups import ALL_ROWS, Groups, Stratum
 from s2l_ray.clustering.kmeans import group_sums
 from s2l_ray.clustering.levels import levels_above
-from s2l_ray.clustering.numbering import Numbering, rows_by_code
-from s2l_ray.clustering.strata import FittedStratum, StratumKMeans, StratumRows, lowest
+from s2l_ray.clustering.numbering import Numbering
+from s2l_ray.clustering.ray_rows import RemoteStratum, load
+from s2l_ray.clustering.strata import FittedStratum, Picked, SampledStratum, StratumKMeans, StratumRows, lowest
 from s2l_ray.clustering.stratifying import AUTO, config_of_stratum, strata_of
 from s2l_ray.clustering.threads import SearchThreads
 from s2l_ray.config import ClusteringConfig
 from s2l_ray.errors import ConfigError
 from s2l_ray.examples.ids import priority_cut
 from s2l_ray.progress import get_log
+from s2l_ray.storage.records import FileRecord
 from s2l_ray.trajectories.loss_columns import missing_statistics
-from s2l_ray.trajectories.sorting import in_order
-from s2l_ray.trajectories.store import TrajectoryStore
+from s2l_ray.trajectories.ranged_store import RangedStore
+from s2l_ray.trajectories.store import BLOCK_ROWS, TrajectoryStore
 
 # Principal components, whitening and the stability of the subset are measured on so many rows of lowest priority.
 DIAGNOSTIC_ROWS = 65_536
@@ -61,10 +65,16 @@ def group(store: TrajectoryStore, config: ClusteringConfig, engine: Engine, *, s
     config = config.model_copy(update={"stratify_by": by})
     features, spectrum = features_of(store, config, engine.pool)
     measured, width = measured_of(store, config), features.num_features
-    sources = [StratumRows(name, count, width, own, engine) for name, count, own in zip(names, counts, configs, strict=True)]
-    totals = _fill(store, sources, lambda block: features(measured(block)), config, engine.pool)
-    strata = [StratumKMeans(source, own, engine).fit() for source, own in zip(sources, configs, strict=True)]
-    grouping = Grouping(store, config, strata, features, spectrum, totals, measured.points)
+    planned = [(name, count, width, own) for name, count, own in zip(names, counts, configs, strict=True)]
+    remote = [RemoteStratum(number, *one, engine) for number, one in enumerate(planned)] if engine.kind == "ray" else []
+    sources: Sequence[SampledStratum] = remote or [StratumRows(*one, engine) for one in planned]
+    totals, starts_BS = _fill(store, sources, lambda block: features(measured(block)), config, engine.pool)
+    if remote:
+        assert isinstance(store, RangedStore)
+        load(engine.actors, FeatureFiles(replace(store, measurements={}), measured, features, by, starts_BS), remote)
+    strata = [StratumKMeans(source, own).fit() for source, own in zip(sources, configs, strict=True)]
+    engine.end_actors()  # what comes now are tasks, which need the room
+    grouping = Grouping(store, config, strata, features, spectrum, totals, measured.points, starts_BS)
     if config.levels is not None:
         grouping.parents = levels_above(grouping.centroids_of_strata, names, configs, engine.pool)
         counts = [grouping.num_clusters, *(int(parents.max()) + 1 for parents in grouping.parents)]
@@ -95,7 +105,7 @@ def features_of(store: TrajectoryStore, config: ClusteringConfig, pool: SearchTh
         sampled = np.flatnonzero(order_M <= cut)
         return on_grid(measured(block)[sampled]), order_M[sampled]
 
-    values, order = zip(*in_order(pool, one_block, store.blocks("example_id", *measured.columns, "priority")), strict=True)
+    values, order = zip(*store.each_block(pool, one_block, *measured.columns, "priority"), strict=True)
     sample_ST = np.concatenate(values)[lowest(np.concatenate(order), DIAGNOSTIC_ROWS)]
     spectrum = Spectrum.of(sample_ST[:, : sample_ST.shape[1] // len(measured.columns)])
     return Features.of(config.features, sample_ST, spectrum), spectrum
@@ -135,38 +145,92 @@ class _Totals:
         return self.squares - float((self.sums_F**2).sum()) / self.num_rows
 
 
+@dataclass(frozen=True)
+class _OfStratum:
+    """What a block has of a stratum."""
+
+    stratum: int
+    picked: Picked
+    features_MF: Floats | None
+    """None where the rows stay in files."""
+
+
 def _fill(
     store: TrajectoryStore,
-    strata: list[StratumRows],
+    strata: Sequence[SampledStratum],
     features: Callable[[pa.Table], Floats],
     config: ClusteringConfig,
     pool: SearchThreads,
-) -> _Totals:
-    """Give every stratum the features of its rows: a second pass."""
-    by = config.stratify_by
-    needs_priorities = any(stratum.needs_priorities for stratum in strata) or len(store) > DIAGNOSTIC_ROWS
+) -> tuple[_Totals, NDArray[np.int64]]:
+    """Give every stratum the features of its rows, or where these stay in files what is known of them: a second pass.
+
+    Also returned: for each block of the store, and last for its end, how many rows of each stratum come before.
+    """
+    by, cut, cuts = config.stratify_by, _diagnostic_cut(store), [stratum.cut for stratum in strata]
+    needs_priorities = any(cut is not None for cut in cuts) or len(store) > DIAGNOSTIC_ROWS
     has_sources = "source" in store.names
     num_sources = len(store.names_of("source")) if has_sources else 0
-    cut = _diagnostic_cut(store)
+    keeps_features = isinstance(strata[0], StratumRows)
 
-    def one_block(block: pa.Table) -> tuple[Floats, NDArray[np.uint64], Ints | None, pa.Array, _Totals]:
+    def one_block(block: pa.Table) -> tuple[list[_OfStratum], _Totals]:
         features_MF = features(block)
         order_M = store.priorities(block, config.seed) if needs_priorities else np.zeros(len(block), np.uint64)
-        codes_M = None if by is None else store.codes(block, by)
         totals = _Totals.of(features_MF, store.codes(block, "source") if has_sources else None, num_sources)
-        return features_MF, order_M, codes_M, block["example_id"].combine_chunks(), totals
+        ids, pieces = block["example_id"].combine_chunks(), []
+        for number, rows in rows_by_code(np.zeros(len(block), np.int32) if by is None else store.codes(block, by)):
+            some = slice(None) if by is None else rows
+            picked = Picked.of(order_M[some], ids if by is None else ids.take(pa.array(rows)), cuts[number], cut)
+            pieces.append(_OfStratum(number, picked, features_MF[some] if keeps_features else None))
+        return pieces, totals
 
     totals = _Totals.of(np.zeros((0, strata[0].width), np.float32), None, num_sources)
+    counts: list[NDArray[np.int64]] = [np.zeros(len(strata), np.int64)]
     measured = Measured.of(config.features, store.num_points).columns
     columns = dict.fromkeys(("example_id", *measured, "priority", "source", *([] if by is None else [by])))
-    for features_MF, order_M, codes_M, ids, of_block in in_order(pool, one_block, store.blocks(*columns)):
+    for pieces, of_block in store.each_block(pool, one_block, *columns):
         totals.add(of_block)
-        if codes_M is None:
-            strata[0].add(features_MF, order_M, ids, cut)
-            continue
-        for stratum, rows in rows_by_code(codes_M):
-            strata[stratum].add(features_MF[rows], order_M[rows], ids.take(pa.array(rows)), cut)
-    return totals
+        counts.append(counts[-1].copy())
+        for piece in pieces:
+            counts[-1][piece.stratum] += piece.picked.num_rows
+            stratum = strata[piece.stratum]
+            if piece.features_MF is not None:
+                assert isinstance(stratum, StratumRows)
+                stratum.add(piece.features_MF, piece.picked)
+            else:
+                stratum.note(piece.picked)
+    return totals, np.stack(counts)
+
+
+Assigned = Iterator[tuple[pa.Table, Ints, Floats]]
+"""Blocks of a store with the group of each row and its distance to the centroid."""
+
+
+class _BySource:
+    """Counts rows by group and source, where these are not too many."""
+
+    def __init__(self, store: TrajectoryStore, shape: tuple[int, int]) -> None:
+        self._store, self._shape = store, shape
+        self.rows_KS = np.zeros(shape, np.int64) if 0 < shape[0] * shape[1] <= MAX_CELLS else None
+
+    def add(self, block: pa.Table, labels_M: Ints) -> None:
+        if self.rows_KS is not None:
+            self.rows_KS += diagnostics.contingency(labels_M, self._store.codes(block, "source"), self._shape)
+
+
+@dataclass(frozen=True)
+class _WritePart:
+    """Task: write the part of some blocks, and count their rows by group and source."""
+
+    files: AssignedFiles
+    shape: tuple[int, int]
+    write: Callable[[int, Assigned], FileRecord]
+    num_blocks: int
+
+    def __call__(self, first: int, blocks: list[pa.Table]) -> tuple[FileRecord, NDArray[np.int64] | None]:
+        counted, assigned = _BySource(self.files.store, self.shape), list(self.files.of(first, blocks))
+        for block, labels_M, _ in assigned:
+            counted.add(block, labels_M)
+        return self.write(first // self.num_blocks, iter(assigned)), counted.rows_KS
 
 
 class Grouping:
@@ -181,12 +245,13 @@ class Grouping:
         spectrum: Spectrum,
         totals: _Totals,
         points: Sequence[int] | None,
+        starts_BS: NDArray[np.int64],
     ) -> None:
         self._store, self._config, self._strata = store, config, strata
         self._features, self._spectrum, self._totals, self._points = features, spectrum, totals, points
         center_T = features.center_T if features.kind == "raw" and points is None else None
         self._are_losses = center_T is not None
-        self._numbering, self._centroids_KT = Numbering.canonical(store, config.stratify_by, strata, center_T)
+        self._numbering, self._centroids_KT = Numbering.canonical(store, config.stratify_by, strata, center_T, starts_BS)
         self.parents: tuple[NDArray[np.int64], ...] = ()
         """The levels above the groups (see `levels`)."""
 
@@ -198,15 +263,30 @@ class Grouping:
         """Time of the iterations over all rows."""
         return sum(stratum.lloyd_seconds for stratum in self._strata)
 
-    def assignments(self) -> Iterator[tuple[pa.Table, Ints, Floats]]:
+    def assignments(self) -> Assigned:
         """Blocks of the store with the group of each row and its distance to the centroid. `groups` comes after it."""
-        shape = (self._numbering.num_clusters, len(self._totals.sizes_S))
-        rows_KS = np.zeros(shape, np.int64) if 0 < shape[0] * shape[1] <= MAX_CELLS else None
+        counted = _BySource(self._store, self._shape)
         for block, labels_M, distances_M in self._numbering.blocks("source"):
-            if rows_KS is not None:
-                rows_KS += diagnostics.contingency(labels_M, self._store.codes(block, "source"), shape)
+            counted.add(block, labels_M)
             yield block, labels_M, distances_M
-        self._rows_KS = rows_KS
+        self._rows_KS = counted.rows_KS
+
+    def write_parts(self, write: Callable[[int, Assigned], FileRecord], rows_per_part: int) -> Iterator[FileRecord]:
+        """The same in tasks, where all is in files: `write(part, blocks)` writes a part. `groups` comes after it."""
+        files, total = self._numbering.files(), _BySource(self._store, self._shape)
+        assert files is not None
+        columns = ("source", *([] if files.by is None else [files.by]))
+        part = _WritePart(files, self._shape, write, rows_per_part // BLOCK_ROWS)
+        for record, rows_KS in files.store.each_stretch(part, columns, part.num_blocks):
+            if total.rows_KS is not None and rows_KS is not None:
+                total.rows_KS += rows_KS
+            yield record
+        self._rows_KS = total.rows_KS
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        """How many groups and sources there are."""
+        return self._numbering.num_clusters, len(self._totals.sizes_S)
 
     @property
     def num_clusters(self) -> int:

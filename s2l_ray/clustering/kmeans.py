@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from s2l_ray.clustering.bounds import Search, squares_to_nearest
 from s2l_ray.clustering.columns import Column, Floats, Ints
 from s2l_ray.clustering.threads import SearchThreads, faiss
+from s2l_ray.examples.hashes import mixed
 from s2l_ray.trajectories.sorting import in_order
 from s2l_ray.trajectories.store import BLOCK_ROWS
 
@@ -213,36 +214,44 @@ def plus_plus(features_NF: Floats, num_clusters: int, seed: int) -> Floats:
     return features_NF[chosen]
 
 
-def far_rows(features: Column, centroids_KF: Floats, num_wanted: int, seed: np.uint64, pool: SearchThreads) -> Floats:
-    """Rows sampled by their squared distances to the nearest centroid, shape (at most `num_wanted`, F): one pass over all.
+FarRows = tuple[NDArray[np.float64], Floats]
+"""Rows, shape (M, F), and by what the first of them are chosen, the lowest first."""
+
+
+def far_candidates(
+    features: Column, centroids_KF: Floats, num_wanted: int, seed: np.uint64, pool: SearchThreads, first: int = 0
+) -> FarRows:
+    """Rows sampled by their squared distances to the nearest centroid, at most `num_wanted`: one pass over all.
 
     Without replacement and in one stream: the smallest of -log(u) / squared distance (Efraimidis and Spirakis, 2006), u
-    being a hash of the row's number in the order of ids.
+    being a hash of the row's number in the order of ids; that of the first row here is `first`.
     """
     width = centroids_KF.shape[1]
 
-    def lowest(keys_N: NDArray[np.float64], rows_NF: Floats) -> tuple[NDArray[np.float64], Floats]:
-        kept = np.sort(np.argsort(keys_N, kind="stable")[:num_wanted])
-        return keys_N[kept], rows_NF[kept]
-
-    def one_block(start: int) -> tuple[NDArray[np.float64], Floats]:
+    def one_block(start: int) -> FarRows:
         rows_NF = features.read(start, start + BLOCK_ROWS).reshape(-1, width)
-        random_N = uniform(np.arange(start, start + len(rows_NF)), seed)
+        random_N = uniform(np.arange(first + start, first + start + len(rows_NF)), seed)
         keys_N = -np.log(random_N) / squares_to_nearest(rows_NF, centroids_KF)
         if num_wanted >= len(keys_N):
             return keys_N, rows_NF
         kept = np.sort(np.argpartition(keys_N, num_wanted)[:num_wanted])
         return keys_N[kept], rows_NF[kept]
 
-    keys, rows = np.empty(0), np.empty((0, width), np.float32)
-    for more_keys, more_rows in in_order(pool, one_block, range(0, len(features), BLOCK_ROWS)):
-        keys, rows = lowest(np.concatenate([keys, more_keys]), np.concatenate([rows, more_rows]))
-    return rows
+    return lowest_rows(in_order(pool, one_block, range(0, len(features), BLOCK_ROWS)), num_wanted)
+
+
+def lowest_rows(found: Iterable[FarRows], num_wanted: int) -> FarRows:
+    """The rows of lowest keys, `num_wanted` at most, in their order."""
+
+    def lowest(left: FarRows, right: FarRows) -> FarRows:
+        keys_N, rows_NF = np.concatenate([left[0], right[0]]), np.concatenate([left[1], right[1]])
+        kept = np.sort(np.argsort(keys_N, kind="stable")[:num_wanted])
+        return keys_N[kept], rows_NF[kept]
+
+    return functools.reduce(lowest, found)
 
 
 def uniform(numbers_N: NDArray[np.int64], seed: np.uint64) -> NDArray[np.float64]:
-    """A random number in (0, 1) for each number, shape (N,): the finalizer of SplitMix64 (Steele et al., 2014)."""
-    mixed = (numbers_N.astype(np.uint64) + seed) * np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((mixed ^ (mixed >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2.0**-53 + 2.0**-54
+    """A random number in (0, 1) for each number, shape (N,), by SplitMix64."""
+    bits_N = mixed((numbers_N.astype(np.uint64) + seed) * np.uint64(0x9E3779B97F4A7C15))
+    return (bits_N >> np.uint64(11)).astype(np.float64) * 2.0**-53 + 2.0**-54

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from s2l_ray.clustering.bounds import Search, drift_of, is_unsettled, nearest_centroids
@@ -99,18 +101,22 @@ class LocalRows:
     def results(self) -> Iterator[tuple[Ints, Floats]]:
         return map(self._results_of, self._blocks)
 
-    def block(self, number: int) -> tuple[Ints, Floats] | None:
-        """The results of one block, None after the last."""
-        return self._results_of(self._blocks[number]) if number < len(self._blocks) else None
-
-    def blocks(self) -> Iterator[tuple[int, Floats]]:
-        """The number of each block's first row, and its features, shape (M, F)."""
+    def distinct(self, most: int) -> list[bytes] | None:
+        """The distinct rows (as bytes) in the order in which they come first; None where they are more than `most`."""
+        found: dict[bytes, None] = {}
         for block in self._blocks:
-            yield block.start, self._read(block)
+            found |= dict.fromkeys(distinct_rows(self._read(block)).dictionary.to_pylist())
+            if len(found) > most:
+                return None
+        return list(found)
 
-    def set_labels(self, start: int, labels_M: Ints) -> None:
-        """Put the rows from `start` on into groups without a search."""
-        self._labels.write(start, labels_M)
+    def match(self, keys: Sequence[bytes]) -> None:
+        """Put every row into the group of the row that is equal, without a search."""
+        places = {key: place for place, key in enumerate(keys)}
+        for block in self._blocks:
+            encoded = distinct_rows(self._read(block))
+            codes = np.array([places[key] for key in encoded.dictionary.to_pylist()], np.int32)
+            self._labels.write(block.start, codes[encoded.indices.to_numpy()])
 
     def sizes(self, num_clusters: int) -> NDArray[np.int64]:
         """Rows in each group, shape (K,)."""
@@ -125,3 +131,10 @@ class LocalRows:
     def _results_of(self, block: slice) -> tuple[Ints, Floats]:
         """Labels and gaps (after `finish`: distances) of a block."""
         return self._labels_of(block), self._gaps.read(block.start, block.stop)
+
+
+def distinct_rows(features_NF: Floats) -> Any:
+    """Rows as a dictionary-encoded column of their bytes: hashing takes a tenth of the time of np.unique."""
+    num_rows, width = features_NF.shape
+    buffers = [None, pa.py_buffer(np.ascontiguousarray(features_NF))]
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(4 * width), num_rows, buffers).dictionary_encode()

@@ -5,26 +5,29 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from s2l_ray.clustering.columns import Floats, Ints
+from s2l_ray.clustering.columns import Floats
 from s2l_ray.clustering.engines import Engine
-from s2l_ray.clustering.grouping import group, measured_of
+from s2l_ray.clustering.grouping import Assigned, group, measured_of
 from s2l_ray.clustering.groups import Clustering, Groups
+from s2l_ray.clustering.opening import open_rows
 from s2l_ray.clustering.stratifying import AUTO
 from s2l_ray.clustering.threads import SearchThreads
 from s2l_ray.config import ClusteringConfig, GroupingConfig, checked
 from s2l_ray.progress import duration, get_log
-from s2l_ray.runtime.session import connect_ray
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.drafts import Draft, table_bytes
 from s2l_ray.storage.layout import ASSIGNMENTS, CENTROIDS, FEATURE_CENTROIDS, RESTARTS, assignments_name
+from s2l_ray.storage.places import Storage
+from s2l_ray.storage.records import FileRecord
 from s2l_ray.storage.stages import Context
-from s2l_ray.trajectories.files import streamed
+from s2l_ray.trajectories.ranged_store import RangedStore
 from s2l_ray.trajectories.sorting import SortedTable, in_order
 from s2l_ray.trajectories.store import Trajectories, TrajectoryStore
 
@@ -98,13 +101,12 @@ def cluster_store(
 def build(context: Context) -> Artifact:
     """Group a run's trajectories and publish the groups (see `publish_clustering`)."""
     config, draft = context.section, context.draft
-    if context.machines.engine == "ray":
-        connect_ray()
     source = context.inputs["trajectories"]
     examples = context.config.examples
     by = None if config.stratify_by == AUTO else config.stratify_by
     profiles = config.features == "profile"
-    with streamed(source, draft.shared, seed=config.seed, stratify_by=by, statistics=profiles) as (store, scratch):
+    opened = open_rows(source, draft.shared, context.machines, seed=config.seed, stratify_by=by, statistics=profiles)
+    with opened as (store, scratch):
         return publish_clustering(
             config,
             context.machines,
@@ -139,16 +141,18 @@ def publish_clustering(
     machine or these trajectories in vain.
     """
     begun = time.monotonic()
-    width = measured_of(store, config).width
-    with SearchThreads() as pool, Engine.choose(machines, pool, scratch, len(store), width) as engine:
+    width, shared = measured_of(store, config).width, store.place if isinstance(store, RangedStore) else None
+    with SearchThreads() as pool, Engine.choose(machines, pool, scratch, len(store), width, shared) as engine:
         _log.info("%s trajectories of %d points, %s", f"{len(store):,}", store.num_points, engine.describe())
         grouping = group(store, config, engine, sources_are_files=sources_are_files)
         grouped = time.monotonic()
-        parts = in_order(pool, lambda table: table_bytes(table, ["cluster_id"]), _parts(grouping.assignments()))
-        for part, data in enumerate(parts):
-            draft.write(assignments_name(part), data)
+        if shared is not None:
+            draft.add(*grouping.write_parts(partial(_write_part, draft.storage), ROWS_PER_PART))
+        else:
+            for part, data in enumerate(in_order(pool, _part_bytes, _parts(grouping.assignments()))):
+                draft.write(assignments_name(part), data)
         groups = grouping.groups(has_untrained)
-        described = engine.describe()
+        described, lost = engine.describe(), engine.recovery_seconds
     _write_array(draft, CENTROIDS, groups.centroids_KT)
     if grouping.feature_centroids_KF is not None:
         _write_array(draft, FEATURE_CENTROIDS, grouping.feature_centroids_KF)
@@ -158,10 +162,11 @@ def publish_clustering(
     _log_groups(groups, time.monotonic() - begun)
     seconds = {"grouping": grouped - begun, "lloyd": grouping.lloyd_seconds, "writing": time.monotonic() - grouped}
     rounded = {name: round(spent, 3) for name, spent in seconds.items()}
-    return draft.publish(groups.summary(), {"engine": described, "seconds": rounded})
+    recovered = {"recovery_seconds": [round(spent, 3) for spent in lost]} if lost else {}
+    return draft.publish(groups.summary(), {"engine": described, "seconds": rounded} | recovered)
 
 
-def _parts(assignments: Iterator[tuple[pa.Table, Ints, Floats]]) -> Iterator[pa.Table]:
+def _parts(assignments: Assigned) -> Iterator[pa.Table]:
     """The parts of the artifact."""
 
     def batches() -> Iterator[pa.RecordBatch]:
@@ -170,6 +175,18 @@ def _parts(assignments: Iterator[tuple[pa.Table, Ints, Floats]]) -> Iterator[pa.
             yield from pa.table(columns).to_batches()
 
     return SortedTable.joined(batches(), ROWS_PER_PART)
+
+
+def _part_bytes(table: pa.Table) -> bytes:
+    return table_bytes(table, ["cluster_id"])
+
+
+def _write_part(place: Storage, part: int, assigned: Assigned) -> FileRecord:
+    """Write a part wherever its rows were read."""
+    [table] = _parts(assigned)
+    name, data = assignments_name(part), _part_bytes(table)
+    place.write(name, data)
+    return FileRecord.of(name, data)
 
 
 def _log_groups(groups: Groups, seconds: float) -> None:

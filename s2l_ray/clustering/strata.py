@@ -9,18 +9,21 @@ rows, and a group that loses its last row is seeded again.
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from s2l_ray.clustering.columns import Column, Floats, Ints, MemoryColumn
+from s2l_ray.clustering.columns import Floats, Ints, MemoryColumn
 from s2l_ray.clustering.engines import Engine
 from s2l_ray.clustering.features import on_grid
-from s2l_ray.clustering.kmeans import Fit, KMeansRows, far_rows, lloyd, plus_plus
-from s2l_ray.clustering.local_rows import LocalRows
+from s2l_ray.clustering.kmeans import Fit, KMeansRows, far_candidates, lloyd, plus_plus
+from s2l_ray.clustering.local_rows import LocalRows, distinct_rows
+from s2l_ray.clustering.threads import SearchThreads
 from s2l_ray.config import ClusteringConfig
 from s2l_ray.examples.ids import priorities, priority_cut
 from s2l_ray.progress import get_log
@@ -38,46 +41,141 @@ def lowest(priorities_M: NDArray[np.uint64], num_wanted: int) -> NDArray[np.int6
     return np.sort(np.argsort(priorities_M, kind="stable")[:num_wanted])
 
 
-class StratumRows:
-    """The features of a stratum's rows, and which rows are its sample."""
+@dataclass(frozen=True)
+class Picked:
+    """Of some rows of a stratum that follow each other, which may be in a sample."""
 
-    def __init__(self, name: str, num_rows: int, width: int, config: ClusteringConfig, engine: Engine) -> None:
+    num_rows: int
+    low: NDArray[np.int64]
+    """Those below the stratum's cut, by their places among these rows."""
+
+    priorities_L: NDArray[np.uint64]
+    """Theirs."""
+
+    diagnostic: NDArray[np.int64]
+    """The places of those on which the stability of the subset is measured."""
+
+    ids: pa.Array
+    """Theirs."""
+
+    @classmethod
+    def of(cls, priorities_M: NDArray[np.uint64], ids: pa.Array, cut: np.uint64 | None, diagnostic_cut: np.uint64) -> Picked:
+        """Those of a priority up to the cuts; with None for a cut none is looked for."""
+        low = np.flatnonzero(priorities_M <= cut) if cut is not None else np.zeros(0, np.int64)
+        rows = np.flatnonzero(priorities_M <= diagnostic_cut)
+        return cls(len(priorities_M), low, priorities_M[low], rows, ids.take(pa.array(rows)))
+
+
+@dataclass(frozen=True)
+class Restarts:
+    """How the restarts of a stratum run."""
+
+    num_clusters: int
+    num_iterations: int
+    tolerance: float
+    """Sum of the squared moves of all centroids, in squared units of the features, that ends one."""
+
+
+class MatchableRows(KMeansRows, Protocol):
+    """Rows that may be put into groups without a search."""
+
+    def distinct(self, most: int) -> list[bytes] | None:
+        """The distinct rows (as bytes) in the order in which they come first; None where they are more than `most`."""
+
+    def match(self, keys: Sequence[bytes]) -> None:
+        """Put every row into the group of the row that is equal."""
+
+    def sizes(self, num_clusters: int) -> NDArray[np.int64]:
+        """Rows in each group, shape (K,)."""
+
+
+class SampledStratum(ABC):
+    """The rows of a stratum, wherever they are, and which of them are its sample."""
+
+    def __init__(self, name: str, num_rows: int, width: int, config: ClusteringConfig) -> None:
         self.name, self.num_rows, self.width = name, num_rows, width
         self.num_training = min(num_rows, config.training_rows or num_rows)
         self.num_sampled = min(self.num_training, SAMPLE_ROWS_PER_CLUSTER * config.num_clusters)
         # Rows to be found by their priorities: those trained on where that is not all of them, else the sample.
         num_low = self.num_training if self.num_training < num_rows else self.num_sampled
-        self.needs_priorities = num_low < num_rows
-        self._cut = np.uint64(priority_cut(num_low, num_rows))
-        self.features = engine.new_column(num_rows, width, np.float32)
-        self._num_filled = 0
+        self.cut = np.uint64(priority_cut(num_low, num_rows)) if num_low < num_rows else None
+        """The priority below which the sample lies; None where it is all rows."""
+
+        self._num_noted = 0
         self._low: list[tuple[NDArray[np.int64], NDArray[np.uint64]]] = []
         """Numbers and priorities of the rows below the cut."""
         self.diagnostic_rows: list[tuple[NDArray[np.int64], pa.Array]] = []
         """Numbers and ids of the rows on which the stability of the subset is measured."""
 
-    def add(self, features_MF: Floats, priorities_M: NDArray[np.uint64], ids: pa.Array, diagnostic_cut: np.uint64) -> None:
-        """Take the next rows in order of ids; stability is measured on those of a priority up to `diagnostic_cut`."""
-        start = self._num_filled
-        self.features.write(start, features_MF)
-        if self.needs_priorities:
-            low = np.flatnonzero(priorities_M <= self._cut)
-            self._low.append((low + start, priorities_M[low]))
-        rows = np.flatnonzero(priorities_M <= diagnostic_cut)
-        self.diagnostic_rows.append((rows + start, ids.take(pa.array(rows))))
-        self._num_filled += len(features_MF)
+    def note(self, picked: Picked) -> None:
+        """Take the samples of the next rows in order of ids."""
+        if self.cut is not None:
+            self._low.append((picked.low + self._num_noted, picked.priorities_L))
+        self.diagnostic_rows.append((picked.diagnostic + self._num_noted, picked.ids))
+        self._num_noted += picked.num_rows
 
     def sample(self) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
         """Numbers of the rows for the restarts and, where these are not all there are, of those to train on; ascending."""
-        if not self.needs_priorities:
+        if self.cut is None:
             return np.arange(self.num_rows), None
         numbers, order = (np.concatenate(found) for found in zip(*self._low, strict=True))
         self._low.clear()
         training = numbers[lowest(order, self.num_training)] if self.num_training < self.num_rows else None
         return numbers[lowest(order, self.num_sampled)], training
 
+    @abstractmethod
     def take(self, numbers: NDArray[np.int64]) -> Floats:
-        """Some rows by number, ascending, read block by block, shape (len(numbers), F)."""
+        """Some rows by number, ascending, shape (len(numbers), F)."""
+
+    @abstractmethod
+    def subtract(self, center_F: Floats) -> None:
+        """Move the origin of all rows."""
+
+    @abstractmethod
+    def start(self, seeding_SF: Floats, num_clusters: int, seed: int) -> Floats:
+        """See `plus_plus`."""
+
+    @abstractmethod
+    def far(self, centroids_KF: Floats, num_wanted: int, seed: np.uint64) -> Floats:
+        """See `far_candidates`."""
+
+    @abstractmethod
+    def restarts(
+        self, sample_SF: Floats, seeding_SF: Floats, seeds: Sequence[int], restarts: Restarts
+    ) -> list[tuple[Fit, Ints]]:
+        """For each seed the fit of a sample, and the groups of its rows."""
+
+    @abstractmethod
+    def all_rows(self) -> KMeansRows:
+        """All rows, ready for `lloyd`."""
+
+    @abstractmethod
+    def matched_rows(self) -> MatchableRows:
+        """All rows, to be put into groups without a search."""
+
+    @abstractmethod
+    def some_rows(self, numbers: NDArray[np.int64]) -> KMeansRows:
+        """Some rows by number, ascending, ready for `lloyd`."""
+
+    @abstractmethod
+    def done(self, rows: KMeansRows) -> KMeansRows:
+        """Nothing but the results of these rows is needed any more."""
+
+
+class StratumRows(SampledStratum):
+    """The features of a stratum's rows in the columns of an engine."""
+
+    def __init__(self, name: str, num_rows: int, width: int, config: ClusteringConfig, engine: Engine) -> None:
+        super().__init__(name, num_rows, width, config)
+        self._engine = engine
+        self._features = engine.new_column(num_rows, width, np.float32)
+
+    def add(self, features_MF: Floats, picked: Picked) -> None:
+        """Take the next rows in order of ids."""
+        self._features.write(self._num_noted, features_MF)
+        self.note(picked)
+
+    def take(self, numbers: NDArray[np.int64]) -> Floats:
         pieces = [np.empty((0, self.width), np.float32)]
         for start in range(0, self.num_rows, BLOCK_ROWS):
             first, last = np.searchsorted(numbers, [start, start + BLOCK_ROWS])
@@ -85,27 +183,54 @@ class StratumRows:
                 pieces.append(self._read(start)[numbers[first:last] - start])
         return np.concatenate(pieces)
 
-    def column_of(self, numbers: NDArray[np.int64], engine: Engine) -> Column:
-        """A column of some rows."""
-        column = engine.new_column(len(numbers), self.width, np.float32)
+    def subtract(self, center_F: Floats) -> None:
+        for start in range(0, self.num_rows, BLOCK_ROWS):
+            self._features.write(start, self._read(start) - center_F)
+
+    def start(self, seeding_SF: Floats, num_clusters: int, seed: int) -> Floats:
+        return self._engine.pool.submit(plus_plus, seeding_SF, num_clusters, seed).result()
+
+    def far(self, centroids_KF: Floats, num_wanted: int, seed: np.uint64) -> Floats:
+        return far_candidates(self._features, centroids_KF, num_wanted, seed, self._engine.pool)[1]
+
+    def restarts(
+        self, sample_SF: Floats, seeding_SF: Floats, seeds: Sequence[int], restarts: Restarts
+    ) -> list[tuple[Fit, Ints]]:
+        pool = self._engine.pool
+        starts = pool.map(lambda seed: plus_plus(seeding_SF, restarts.num_clusters, seed), seeds)
+        return [restart(sample_SF, start_KF, restarts, pool) for start_KF in starts]
+
+    def all_rows(self) -> KMeansRows:
+        return self._engine.rows(self._features, self.width)
+
+    def matched_rows(self) -> MatchableRows:
+        return LocalRows(self._features, self.width, self._engine.pool, self._engine.new_column)
+
+    def some_rows(self, numbers: NDArray[np.int64]) -> KMeansRows:
+        column = self._engine.new_column(len(numbers), self.width, np.float32)
         for start in range(0, len(numbers), BLOCK_ROWS):
             column.write(start, self.take(numbers[start : start + BLOCK_ROWS]))
-        return column
+        return self._engine.rows(column, self.width)
 
-    def subtract(self, center_F: Floats) -> None:
-        """Move the origin of all rows."""
-        for start in range(0, self.num_rows, BLOCK_ROWS):
-            self.features.write(start, self._read(start) - center_F)
+    def done(self, rows: KMeansRows) -> KMeansRows:
+        return rows
 
     def _read(self, start: int) -> Floats:
-        return self.features.read(start, start + BLOCK_ROWS).reshape(-1, self.width)
+        return self._features.read(start, start + BLOCK_ROWS).reshape(-1, self.width)
+
+
+def restart(sample_SF: Floats, start_KF: Floats, restarts: Restarts, pool: SearchThreads) -> tuple[Fit, Ints]:
+    """The fit of a sample from given centroids, and the groups of its rows."""
+    rows = LocalRows(MemoryColumn(sample_SF), sample_SF.shape[1], pool)
+    fit = lloyd(rows, start_KF, restarts.num_iterations, restarts.tolerance)
+    return fit, np.concatenate([labels_M for labels_M, _ in rows.results()])
 
 
 @dataclass(frozen=True, eq=False)
 class FittedStratum:
     """The groups of a stratum, numbered as k-means did; some may have stayed empty."""
 
-    source: StratumRows
+    source: SampledStratum
     center_F: Floats
     """What was subtracted from its rows before k-means saw them."""
 
@@ -134,8 +259,8 @@ class FittedStratum:
 class StratumKMeans:
     """k-means on a stratum whose rows are all there. `fit` is the algorithm, the other methods are its steps."""
 
-    def __init__(self, source: StratumRows, config: ClusteringConfig, engine: Engine) -> None:
-        self._source, self._config, self._engine = source, config, engine
+    def __init__(self, source: SampledStratum, config: ClusteringConfig) -> None:
+        self._source, self._config = source, config
         self._sampled, self._training = source.sample()
         self._center_F = np.zeros(source.width, np.float32)
 
@@ -169,22 +294,13 @@ class StratumKMeans:
 
     def _fit_distinct(self, low_SF: Floats) -> FittedStratum | None:
         """Each distinct trajectory as its own group, where there are no more of them than groups; else None."""
-        source, num_clusters = self._source, self._config.num_clusters
-        if len(_distinct(low_SF).dictionary) > num_clusters:
+        if len(distinct_rows(low_SF).dictionary) > self._config.num_clusters:
             return None
-        rows = LocalRows(source.features, source.width, self._engine.pool, self._engine.new_column)
-        found: dict[bytes, int] = {}
-        blocks: list[tuple[int, Any]] = []
-        for start, features_MF in rows.blocks():
-            encoded = _distinct(features_MF)
-            for key in encoded.dictionary.to_pylist():
-                found.setdefault(key, len(found))
-            if len(found) > num_clusters:
-                return None
-            blocks.append((start, encoded))
-        for start, encoded in blocks:
-            codes = np.array([found[key] for key in encoded.dictionary.to_pylist()], np.int32)
-            rows.set_labels(start, codes[encoded.indices.to_numpy()])
+        rows = self._source.matched_rows()
+        found = rows.distinct(self._config.num_clusters)
+        if found is None:
+            return None
+        rows.match(found)
         centroids_KF = np.frombuffer(b"".join(found), np.float32).reshape(len(found), -1)
         fit = Fit(centroids_KF, rows.sizes(len(found)), rows.finish(centroids_KF), 0, "converged")
         return self._fitted(rows, fit, self._too_few(len(found)))
@@ -205,8 +321,8 @@ class StratumKMeans:
         if source.num_sampled == source.num_rows or self._training is not None:
             return low_SF[:0]
         [seed] = priorities([f"{source.name}/far"], self._config.seed)
-        seeding = self._engine.pool.submit(plus_plus, self._seeding_rows(low_SF, low_SF[:0]), num_clusters, int(seed))
-        return far_rows(source.features, seeding.result(), FAR_ROWS_PER_CLUSTER * num_clusters, seed, self._engine.pool)
+        start_KF = source.start(self._seeding_rows(low_SF, low_SF[:0]), num_clusters, int(seed))
+        return source.far(start_KF, FAR_ROWS_PER_CLUSTER * num_clusters, seed)
 
     @staticmethod
     def _seeding_rows(low_SF: Floats, far_SF: Floats) -> Floats:
@@ -215,32 +331,28 @@ class StratumKMeans:
 
     def _best_restart(self, sample_SF: Floats, seeding_SF: Floats, tolerance: float) -> tuple[Fit, Ints]:
         """The fit of lowest inertia on the sample (of equal ones the first), and the groups of its rows in each restart."""
-        config, pool = self._config, self._engine.pool
+        config = self._config
         names = [f"{self._source.name}/restart-{restart}" for restart in range(config.num_restarts)]
         seeds = priorities(names, config.seed).tolist()
-        fits, labels = [], []
-        for start_KF in pool.map(lambda seed: plus_plus(seeding_SF, config.num_clusters, seed), seeds):
-            rows = LocalRows(MemoryColumn(sample_SF), self._source.width, pool)
-            fits.append(lloyd(rows, start_KF, config.num_iterations, tolerance))
-            labels.append(np.concatenate([labels_M for labels_M, _ in rows.results()]))
+        restarts = Restarts(config.num_clusters, config.num_iterations, tolerance)
+        fits, labels = zip(*self._source.restarts(sample_SF, seeding_SF, seeds, restarts), strict=True)
         return min(fits, key=lambda fit: fit.inertia), np.stack(labels)
 
     def _fit_all_rows(self, best: Fit, tolerance: float) -> tuple[KMeansRows, Fit]:
         """Lloyd's iterations from the best restart, over all rows or those to train on; then each row to its centroid."""
-        source, engine, num_iterations = self._source, self._engine, self._config.num_iterations
+        source, num_iterations = self._source, self._config.num_iterations
         fit = best
         if source.num_training > source.num_sampled:  # else the restarts have seen all that there is to train on
             if self._training is None:
-                rows = engine.rows(source.features, source.width)
+                rows: KMeansRows = source.all_rows()
                 return rows, lloyd(rows, best.centroids_KF, num_iterations, tolerance)
-            trained = engine.rows(source.column_of(self._training, engine), source.width)
-            fit = lloyd(trained, best.centroids_KF, num_iterations, tolerance)
-        rows = engine.rows(source.features, source.width)
+            fit = lloyd(source.some_rows(self._training), best.centroids_KF, num_iterations, tolerance)
+        rows = source.all_rows()
         assigned = lloyd(rows, fit.centroids_KF, 0)
         return rows, replace(assigned, num_iterations=fit.num_iterations, ended_by=fit.ended_by)
 
     def _fitted(self, rows: KMeansRows, fit: Fit, capped_by: str | None, **others: Any) -> FittedStratum:
-        return FittedStratum(self._source, self._center_F, rows, fit, self._sampled, capped_by, **others)
+        return FittedStratum(self._source, self._center_F, self._source.done(rows), fit, self._sampled, capped_by, **others)
 
     def _log(self, fitted: FittedStratum) -> None:
         source, num_clusters = self._source, len(fitted.filled)
@@ -253,10 +365,3 @@ class StratumKMeans:
         if fitted.capped_by is not None:
             wanted = self._config.num_clusters
             _log.warning("%s: %d groups instead of %d: %s", source.name, num_clusters, wanted, fitted.capped_by)
-
-
-def _distinct(features_NF: Floats) -> Any:
-    """Rows as a dictionary-encoded column of their bytes: hashing takes a tenth of the time of np.unique."""
-    num_rows, width = features_NF.shape
-    buffers = [None, pa.py_buffer(np.ascontiguousarray(features_NF))]
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(4 * width), num_rows, buffers).dictionary_encode()

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from s2l_ray.compare.arms import FULL, RANDOM
+from s2l_ray.compare.arms import BALANCED, FULL, RANDOM
 from s2l_ray.compare.statistics import (
     ACCURACY,
     LOSSES,
@@ -39,7 +39,7 @@ from s2l_ray.compare.table_text import (
     short_difference,
     terminal_cells,
 )
-from s2l_ray.compare.verdict import verdict
+from s2l_ray.compare.verdict import WORDS, verdict
 from s2l_ray.errors import DataError
 
 WIDTH = 100
@@ -67,6 +67,8 @@ class Comparison:
 
     costs: dict[str, Any] = field(default_factory=dict)
     ablations: dict[str, list[tuple[Any, str]]] = field(default_factory=dict)
+    to_balanced: dict[str, Difference] = field(default_factory=dict)
+    """Of the primary arm to source-balanced random, by loss, at the first budget: what it adds to counting sources alike."""
 
     @property
     def has_pool(self) -> bool:
@@ -127,6 +129,7 @@ class Comparison:
             "contrasts an interval clear of 0 may have none.",
             *self._about_gaps(),
             *self._about_pool(),
+            *self._about_balance(),
             *self._about_equals(),
         ]
         trained = Counter((cell["arm"], cell["budget"]) for cell in self.cells)
@@ -162,6 +165,13 @@ class Comparison:
         rows = [row for row in self.rows if row.budget == self.budgets[0] and POOL in row.differences]
         shown = "; ".join(f"{row.arm} {short_difference(row.differences[POOL])}" for row in rows)
         return [f"To random with each source weighed by its rows in the pool, at {self.budgets[0]:,} examples: {shown}."]
+
+    def _about_balance(self) -> list[str]:
+        """What the primary arm adds to balancing sources, for which no proxy is needed."""
+        if not self.to_balanced:
+            return []
+        shown = [f"{short_difference(self.to_balanced[kind]).rstrip('*')} {words}" for kind, words in WORDS.items()]
+        return [f"{self.primary} to {BALANCED}, which needs no proxy, at {self.budgets[0]:,} examples: {', '.join(shown)}."]
 
     def _about_gaps(self) -> list[str]:
         """Why a share of the gap has no interval, or is not there."""
@@ -215,6 +225,7 @@ def compare_cells(
         detectable=detectable,
         costs=costs or {},
         ablations=ablations or {},
+        to_balanced=_to_balanced(cells, found, primary, budgets[0], losses.kinds),
     )
 
 
@@ -233,12 +244,22 @@ def _check(cells: Sequence[Cell], primary: str, budgets: Sequence[int]) -> None:
         paired(own)
 
 
-def _pairs(cells: Sequence[Cell], arm: str, budget: int) -> list[tuple[Cell, Cell]]:
-    """An arm's cells at a budget, each with random's of the same seed; without those of which one has diverged."""
-    of_random = {cell.seed: cell for cell in cells if (cell.arm, cell.budget) == (RANDOM, budget)}
+def _pairs(cells: Sequence[Cell], arm: str, budget: int, rival: str = RANDOM) -> list[tuple[Cell, Cell]]:
+    """An arm's cells at a budget, each with a rival's of the same seed; without those of which one has diverged."""
+    of_rival = {cell.seed: cell for cell in cells if (cell.arm, cell.budget) == (rival, budget)}
     own = sorted((cell for cell in cells if (cell.arm, cell.budget) == (arm, budget)), key=lambda cell: cell.seed)
-    together = [(cell, of_random[cell.seed]) for cell in own]
+    together = [(cell, of_rival[cell.seed]) for cell in own if cell.seed in of_rival]
     return [pair for pair in together if not any(cell.diverged for cell in pair)]
+
+
+def _to_balanced(
+    cells: Sequence[Cell], found: Mapping[str, Mapping[str, float]], primary: str, budget: int, kinds: Sequence[str]
+) -> dict[str, Difference]:
+    """Of the primary arm to source-balanced random; nothing where that is no arm, or fewer than two pairs are finite."""
+    pairs = [] if primary == BALANCED else _pairs(cells, primary, budget, BALANCED)
+    if len(pairs) < 2:
+        return {}
+    return {kind: paired(np.array([found[a.name][kind] - found[b.name][kind] for a, b in pairs])) for kind in kinds}
 
 
 def _over_rows(losses: HeldOutLosses, pairs: Mapping[str, list[tuple[Cell, Cell]]]) -> dict[str, dict[str, Floats]]:
@@ -292,24 +313,18 @@ def _row(
 
 
 def _corrected(rows: list[Row], primary: str, budget: int) -> list[Row]:
-    """The rows with Holm's correction over all their differences in loss, but for those of the primary contrast; and over all
-    differences in accuracy."""
-    others = [row for row in rows if row.differences and (row.arm, row.budget) != (primary, budget)]
-    contrasts = [(row, kind) for row in others for kind in LOSSES]
-    corrected = iter(holm([row.differences[kind].p for row, kind in contrasts]))
-    by_row = {
-        (row.arm, row.budget): row.differences
-        | {kind: replace(row.differences[kind], p_holm=next(corrected)) for kind in LOSSES}
-        for row in others
-    }
-    rows = [replace(row, differences=by_row.get((row.arm, row.budget), row.differences)) for row in rows]
-    scored = iter(holm([row.differences[ACCURACY].p for row in rows if ACCURACY in row.differences]))
-    return [
-        replace(row, differences=row.differences | {ACCURACY: replace(row.differences[ACCURACY], p_holm=next(scored))})
-        if ACCURACY in row.differences
-        else row
-        for row in rows
+    """The rows with Holm's correction over all their differences in the two losses, but for those of the primary contrast; and
+    each over all rows, over those with sources weighed as in the pool and over those in accuracy."""
+    others = [
+        (row, kind) for row in rows for kind in LOSSES if kind in row.differences and (row.arm, row.budget) != (primary, budget)
     ]
+    families = [others, *([(row, kind) for row in rows if kind in row.differences] for kind in (POOL, ACCURACY))]
+    found = {(row.arm, row.budget): dict(row.differences) for row in rows}
+    for family in families:
+        corrected = holm([row.differences[kind].p for row, kind in family])
+        for (row, kind), p in zip(family, corrected, strict=True):
+            found[row.arm, row.budget][kind] = replace(row.differences[kind], p_holm=p)
+    return [replace(row, differences=found[row.arm, row.budget]) for row in rows]
 
 
 def _plain(cell: Cell, losses: Mapping[str, float]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def verdict(rows: Sequence[Row], primary: Row, detectable: float | None) -> list
     better = _better(rows, primary)
     both = f"{_amount(found[TOKENS])} per token and {_amount(found[MACRO])} averaged over sources"
     if signs[TOKENS] == signs[MACRO] == -1:
-        sentence = f"{name} is better than random here: by {both}{_share(primary)}."
+        sentence = f"{name} is better than random here: by {both}{_share(primary)}.{_in_the_pool(primary)}"
     elif signs[TOKENS] == signs[MACRO] == 1:
         advice = f"{name} is worse than random here" if better else f"Take random: {name} is worse here"
         sentence = f"{advice}, by {both}."
@@ -36,7 +36,8 @@ def verdict(rows: Sequence[Row], primary: Row, detectable: float | None) -> list
     else:
         parts = [f"{_word(signs[kind])} {WORDS[kind]} ({_amount(found[kind])})" for kind in WORDS]
         sentence = f"{name} against random: {parts[0]}, {parts[1]}."
-    return [sentence, *better]
+    lost = f" ({primary.diverged} of {primary.diverged + primary.seeds} of its targets diverged and are left out.)"
+    return [sentence + lost * bool(primary.diverged), *better]
 
 
 def _sign(found: Difference) -> int:
@@ -57,8 +58,16 @@ def _amount(found: Difference) -> str:
 
 def _share(row: Row) -> str:
     shares = {kind: row.gap_closed.get(kind) for kind in WORDS}
-    known = [f"{one.share:.0%} of the gap to all data {WORDS[kind]}" for kind, one in shares.items() if one is not None]
+    known = [
+        f"{one.share:.0%} of the gap to all data {WORDS[kind]}" for kind, one in shares.items() if one and one.low is not None
+    ]
     return f"; {' and '.join(known)}" if known else ""
+
+
+def _in_the_pool(row: Row) -> str:
+    """What a win in both losses hides where the pool's large sources count more."""
+    found = row.differences.get(POOL)
+    return f" With sources weighed as in the pool it is worse, by {_amount(found)}." if found and _sign(found) > 0 else ""
 
 
 def _better(rows: Sequence[Row], primary: Row) -> list[str]:
@@ -69,7 +78,8 @@ def _better(rows: Sequence[Row], primary: Row) -> list[str]:
         below = all(
             row.differences[kind].high < primary.differences[kind].low for kind in WORDS if _sign(row.differences[kind]) < 0
         )
-        return min(signs) == -1 and max(signs) < 1 and below
+        worse = any(row.differences[kind].low > primary.differences[kind].high for kind in WORDS)
+        return min(signs) == -1 and max(signs) < 1 and below and not worse
 
     others = [row for row in rows if row.budget == primary.budget and row.differences and row.arm != primary.arm]
     better = sorted((row for row in others if beats(row)), key=lambda row: row.differences[MACRO].mean)
@@ -82,9 +92,5 @@ def _better(rows: Sequence[Row], primary: Row) -> list[str]:
 
 def _advice(best: Row) -> str:
     """When to take the better arm: not where the target will meet rows like the pool's, if it is worse there."""
-    found = best.differences.get(POOL)
-    if found is None or _sign(found) < 1:
-        return "Take that."
-    return (
-        f"Take that where every source is to count alike; with sources weighed as in the pool it is worse, by {_amount(found)}."
-    )
+    worse = _in_the_pool(best)
+    return f"Take that where every source is to count alike.{worse}" if worse else "Take that."

@@ -64,18 +64,33 @@ class TargetWorkerConfig(TrainingWorkerConfig):
     parameters too (stage 3)."""
 
 
+class EvaluationWorkerConfig(WorkerConfig):
+    """Workers that evaluate the target. `gpus_per_worker` above 1: one model is spread over so many GPUs."""
+
+    sharding: Literal["auto", "none", "device_map", "zero3"] = "auto"
+    """Where a model's weights are. none: whole on a worker's device. device_map (accelerate): spread over the worker's GPUs,
+    then in the machine's memory, then on its disk. zero3 (DeepSpeed ZeRO 3, inference): a share in every worker, over nodes.
+    auto: the first of none, device_map over GPUs of a node, zero3 over all GPUs that is enough by the predicted memory, else
+    device_map with memory and disk."""
+
+    max_memory: dict[Literal["gpu", "cpu"], Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    """GB that a worker may take of each GPU (`gpu`) and of the machine's memory (`cpu`), weights and working space together;
+    what is not given is what there is."""
+
+
 class GroupingConfig(Section):
     """Where k-means keeps the trajectories. Decides no result."""
 
     engine: Literal["auto", "memory", "disk", "ray", "gpu"] = "auto"
-    """`memory`, a file (`disk`), Ray actors or all GPUs of this machine; auto: gpu where faiss sees one, else memory or
-    disk by `memory_gb`."""
+    """`memory`, a file (`disk`), `ray` (tasks read and sort, actors hold the rows, none passes the driver) or all GPUs of this
+    machine; auto: gpu where faiss sees one; ray where Ray is connected and has several nodes, or one that would get more than
+    `memory_gb`; else memory or disk by `memory_gb`."""
 
     memory_gb: Annotated[float, Field(gt=0)] = 0.5
-    """Losses up to this size are kept in memory."""
+    """Losses up to this size are kept in memory; with Ray connected, on each of its nodes."""
 
     num_workers: Positive = 2
-    """Ray actors, of one CPU each, each with its share of the trajectories in memory."""
+    """Ray actors, of one CPU each, each with its share of the features in memory; a lost one is made again from files."""
 
 
 class MachinesConfig(Section):
@@ -86,5 +101,5 @@ class MachinesConfig(Section):
     trajectories: WorkerConfig = WorkerConfig()
     clustering: GroupingConfig = GroupingConfig()
     target: TargetWorkerConfig = TargetWorkerConfig()
-    evaluation: WorkerConfig = WorkerConfig()
+    evaluation: EvaluationWorkerConfig = EvaluationWorkerConfig()
     compare: WorkerConfig = WorkerConfig()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 from s2l_ray.errors import ArtifactError
 from s2l_ray.examples.hashes import HELD_OUT, POOL, VALIDATION
 from s2l_ray.examples.ids import name_examples
+from s2l_ray.runtime.passes import in_tasks
 from s2l_ray.storage.artifacts import Artifact
 
 
@@ -53,36 +55,44 @@ def _read_split(artifact: Artifact, part: str, split: str, columns: list[str] | 
     return table if columns is None else table.select(columns)
 
 
-def fetch_rows(artifact: Artifact, ids: pa.Array | Sequence[str]) -> Iterator[pa.Table]:
-    """The examples with these ids, part by part, in order of id. Parts without any are not read.
+def fetch_rows(artifact: Artifact, ids: pa.Array | Sequence[str], *, in_ray: bool = False) -> Iterator[pa.Table]:
+    """The examples with these ids, part by part, in order of id. Parts without any are not read; `in_ray`: tasks read them.
 
     The tables have the columns `example_id`, `row`, a struct of the corpus's own columns, and where rows have a text of their
     own `row_json`. Raises ArtifactError naming ids that are not in the corpus.
     """
-    for table in fetch_examples(artifact, ids, ["original", "row_json"]):
+    for table in fetch_examples(artifact, ids, ["original", "row_json"], in_ray=in_ray):
         yield table.rename_columns(["row" if name == "original" else name for name in table.column_names])
 
 
-def fetch_examples(artifact: Artifact, ids: pa.Array | Sequence[str], columns: list[str]) -> Iterator[pa.Table]:
+def fetch_examples(
+    artifact: Artifact, ids: pa.Array | Sequence[str], columns: list[str], *, in_ray: bool = False
+) -> Iterator[pa.Table]:
     """The examples with these ids, part by part, in order of id: `example_id`, and of `columns` those that the parts have.
 
     Parts without any are not read. Raises ArtifactError naming ids that are not in the corpus.
     """
     wanted = ids.cast(pa.string()) if isinstance(ids, pa.Array) else pa.array(ids, pa.string())
     is_found = np.zeros(len(wanted), bool)
-    for part in artifact.parts():
-        footer = _footer(artifact, part)
-        if footer is not None and not _may_hold(footer, wanted):
-            continue
-        known = set(columns) if footer is None else set(footer.schema.to_arrow_schema().names)
-        table = artifact.read_table(part, ["example_id", *(name for name in columns if name in known)])
-        table = table.filter(pc.is_in(table["example_id"], wanted))
-        is_found |= pc.is_in(wanted, table["example_id"].combine_chunks()).to_numpy(zero_copy_only=False)
-        if len(table):
+    read, parts = partial(_examples_of, artifact, wanted, columns), artifact.parts()
+    for table in in_tasks(read, parts) if in_ray else map(read, parts):
+        if table is not None:
+            is_found |= pc.is_in(wanted, table["example_id"].combine_chunks()).to_numpy(zero_copy_only=False)
             yield table
     if not is_found.all():
         missing = wanted.filter(pa.array(~is_found))
         raise ArtifactError(f"{artifact.root.uri}: no example has the id {name_examples(missing)}.")
+
+
+def _examples_of(artifact: Artifact, wanted: pa.Array, columns: list[str], part: str) -> pa.Table | None:
+    """Those of a part, None where there are none."""
+    footer = _footer(artifact, part)
+    if footer is not None and not _may_hold(footer, wanted):
+        return None
+    known = set(columns) if footer is None else set(footer.schema.to_arrow_schema().names)
+    table = artifact.read_table(part, ["example_id", *(name for name in columns if name in known)])
+    table = table.filter(pc.is_in(table["example_id"], wanted))
+    return table if len(table) else None
 
 
 def _footer(artifact: Artifact, part: str) -> pq.FileMetaData | None:

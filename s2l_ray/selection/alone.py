@@ -7,13 +7,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+from s2l_ray.clustering.opening import open_rows
 from s2l_ray.clustering.stage import has_untrained, publish_clustering
 from s2l_ray.clustering.stratifying import AUTO
 from s2l_ray.config import ClusteringConfig, GroupingConfig, SelectionConfig
 from s2l_ray.config.recipes import SCHEMAS
 from s2l_ray.errors import ArtifactError
 from s2l_ray.progress import duration, get_log
-from s2l_ray.runtime.session import connect_ray
 from s2l_ray.selection.stage import publish_selection
 from s2l_ray.selection.subsets import check_columns
 from s2l_ray.storage.artifacts import Artifact, Key, refusal
@@ -22,8 +22,10 @@ from s2l_ray.storage.layout import SELECTED
 from s2l_ray.storage.lock import exclusive
 from s2l_ray.storage.ownership import check_stages, scratch_of
 from s2l_ray.storage.places import Storage
-from s2l_ray.trajectories.files import fetch_rows, streamed
+from s2l_ray.trajectories.files import fetch_rows
 from s2l_ray.trajectories.parts import files_identity, find_artifact
+from s2l_ray.trajectories.ranged_store import RangedStore
+from s2l_ray.trajectories.ranges import fetch_in_tasks
 
 log = get_log("run")
 
@@ -42,13 +44,12 @@ def select_trajectories(
     """
     begun, place = time.monotonic(), Storage(output)
     check_stages(place, ("clustering", "selection"))
-    if machines.engine == "ray":
-        connect_ray()
     with exclusive(place) as still_held:
         own, work = find_artifact(source), scratch_of(place)
         by = None if clustering.stratify_by == AUTO else clustering.stratify_by
         profiles = clustering.features == "profile"
-        with streamed(own or source, work, seed=clustering.seed, stratify_by=by, statistics=profiles) as (store, scratch):
+        opened = open_rows(own or source, work, machines, seed=clustering.seed, stratify_by=by, statistics=profiles)
+        with opened as (store, scratch):
             check_columns(selection, store)
             with ThreadPoolExecutor(2) as pool:
                 identity = own.identity if own is not None else store.identity(pool)
@@ -61,7 +62,7 @@ def select_trajectories(
             if own is None:  # columns that are only passed through are in no identity yet
                 inputs["rows"] = files_identity(source)
             key = Key("selection", SCHEMAS["selection"], selection.model_dump(mode="json"), inputs)
-            fetch = partial(fetch_rows, own or source)
+            fetch = partial(fetch_in_tasks if isinstance(store, RangedStore) else fetch_rows, own or source)
             subset = _build_or_reuse(
                 place, key, still_held, lambda draft: publish_selection(selection, store, groups, fetch, scratch, draft)
             )

@@ -28,6 +28,9 @@ NO_TOKENS = (
 _PRUNED_ROWS = 262_144
 _log = get_log("selection")
 
+EachBlock = Callable[[Callable[[pa.Table], Any]], Iterable[Any]]
+"""A pass over the pool: what a function returns for every block of its rows, in their order. It may run in other processes."""
+
 Budget = int | float | dict[str, int]
 """A number of examples, a fraction of the pool below 1, or `{"tokens": n}`."""
 
@@ -54,24 +57,25 @@ def select_rows(
     sharing = Sharing(
         sizes_K, strata_K, defer_up_to=defer_up_to, allocation=allocation, allocation_of_strata=allocation_of_strata
     )
-    return np.asarray(choose(lambda: [pa.table(columns)], sharing, [budget])[0]["row"].to_numpy())
+    table = pa.table(columns)
+    return np.asarray(choose(lambda function: [function(table)], sharing, [budget])[0]["row"].to_numpy())
 
 
 def choose(
-    rows: Callable[[], Iterable[pa.Table]],
+    each_block: EachBlock,
     sharing: Sharing,
     budgets: Sequence[Budget],
     *,
     sizes_S: Integers | None = None,
     min_per_source: int = 0,
 ) -> list[pa.Table]:
-    """The chosen rows for each budget, in the order in which `rows` gives them; one contains the smaller.
+    """The chosen rows for each budget, in the order in which the pool has them; one contains the smaller.
 
-    `rows()` streams the pool in tables of `cluster_id`, `priority` (uint64), for budgets in tokens `num_response_tokens`, for
-    `min_per_source` a `source` (a number), and whatever else shall come along. It is called again where a first guess
-    of how many rows a budget in tokens takes was too low. `sizes_S` are the rows of each source. Inside a group rows come by
-    priority, or by the column `key` (uint64) where there is one. With `min_per_source` the rows of lowest priority of each
-    source come first, then all others in their order.
+    `each_block` passes over the pool in tables of `cluster_id`, `priority` (uint64), for budgets in tokens
+    `num_response_tokens`, for `min_per_source` a `source` (a number), and whatever else shall come along; again where a first
+    guess of how many rows a budget in tokens takes was too low. `sizes_S` are the rows of each source. Inside a group rows
+    come by priority, or by the column `key` (uint64) where there is one. With `min_per_source` the rows of lowest priority of
+    each source come first, then all others in their order.
 
     Raises ConfigError for a budget that takes nothing or less than the minimum of every source, or in tokens where
     token counts are unknown.
@@ -79,9 +83,11 @@ def choose(
     num_rows = int(sharing.sizes_K.sum())
     if sizes_S is None or not min_per_source:
         sizes_S = np.zeros(0, np.int64)
-    num_wanted = _first_guess(rows, budgets, num_rows)
+    num_wanted = _first_guess(each_block, budgets, num_rows)
     while True:
-        found = _candidates(rows, sharing.quotas(num_wanted), sharing.sizes_K, np.minimum(sizes_S, min_per_source), sizes_S)
+        found = _candidates(
+            each_block, sharing.quotas(num_wanted), sharing.sizes_K, np.minimum(sizes_S, min_per_source), sizes_S
+        )
         order_M = selection_order(found["cluster_id"].to_numpy(), keys_of(found), sharing, num_wanted)
         num_first = 0
         if len(sizes_S):
@@ -103,42 +109,49 @@ def keys_of(rows: pa.Table) -> NDArray[np.uint64]:
     return np.asarray(rows["key" if "key" in rows.column_names else "priority"].to_numpy())
 
 
-def _first_guess(rows: Callable[[], Iterable[pa.Table]], budgets: Sequence[Budget], num_rows: int) -> int:
+def _first_guess(each_block: EachBlock, budgets: Sequence[Budget], num_rows: int) -> int:
     """Examples that the largest budget takes: exactly, but for budgets in tokens."""
     largest = max((num_examples(b, num_rows, quietly=True) for b in budgets if not isinstance(b, dict)), default=0)
     tokens = max((budget["tokens"] for budget in budgets if isinstance(budget, dict)), default=0)
     if not tokens:
         return largest
-    total = 0
-    for block in rows():
-        if NUM_RESPONSE_TOKENS not in block.column_names:
-            raise ConfigError(NO_TOKENS)
-        total += int(block[NUM_RESPONSE_TOKENS].to_numpy().sum(dtype=np.int64))
+    total = sum(each_block(num_tokens))
     return max(largest, min(num_rows, int(1.1 * num_rows * tokens / max(total, 1)) + 1_000))
 
 
+def num_tokens(rows: pa.Table) -> int:
+    """Response tokens of some rows. Raises ConfigError where they are unknown."""
+    if NUM_RESPONSE_TOKENS not in rows.column_names:
+        raise ConfigError(NO_TOKENS)
+    return int(rows[NUM_RESPONSE_TOKENS].to_numpy().sum(dtype=np.int64))
+
+
 def _candidates(
-    rows: Callable[[], Iterable[pa.Table]], quotas_K: Integers, sizes_K: Integers, minimums_S: Integers, sizes_S: Integers
+    each_block: EachBlock, quotas_K: Integers, sizes_K: Integers, minimums_S: Integers, sizes_S: Integers
 ) -> pa.Table:
     """Of each group the rows of lowest key and of each source those of lowest priority: as many as wanted, and few more."""
     margin = 6.0
     while True:
         cuts_K, cuts_S = _cuts(quotas_K, sizes_K, margin), _cuts(minimums_S, sizes_S, margin)
-        found = _pruned(rows(), quotas_K, cuts_K, cuts_S)
+        found = _pruned(each_block, quotas_K, cuts_K, cuts_S)
         is_complete = "key" in found.column_names or (_num_below(found, "cluster_id", cuts_K) >= quotas_K).all()
         if is_complete and (not len(cuts_S) or (_num_below(found, "source", cuts_S) >= minimums_S).all()):
             return found
         margin *= 4  # once in a billion
 
 
-def _pruned(rows: Iterable[pa.Table], quotas_K: Integers, cuts_K: NDArray[np.uint64], cuts_S: NDArray[np.uint64]) -> pa.Table:
+def _pruned(each_block: EachBlock, quotas_K: Integers, cuts_K: NDArray[np.uint64], cuts_S: NDArray[np.uint64]) -> pa.Table:
     """The rows of a stream below their cuts. Of keys nobody knows which are low: the lowest so far are kept, group by group."""
     kept: list[pa.Table] = []
     num_kept, limit = 0, 2 * int(quotas_K.sum()) + _PRUNED_ROWS
-    for block in rows:
-        kept.append(block if "key" in block.column_names else _below(block, cuts_K, cuts_S))
-        num_kept += len(kept[-1])
-        if "key" in block.column_names and num_kept > limit:
+
+    def one_block(block: pa.Table) -> pa.Table:
+        return _lowest(block, quotas_K, cuts_S) if "key" in block.column_names else _below(block, cuts_K, cuts_S)
+
+    for low in each_block(one_block):
+        kept.append(low)
+        num_kept += len(low)
+        if "key" in low.column_names and num_kept > limit:
             kept = [_lowest(pa.concat_tables(kept), quotas_K, cuts_S)]
             num_kept = len(kept[0])
     found = pa.concat_tables(kept).combine_chunks()

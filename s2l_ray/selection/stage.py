@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,27 +15,27 @@ from numpy.typing import NDArray
 
 from s2l_ray.clustering.columns import Floats, Ints
 from s2l_ray.clustering.groups import Clustering
+from s2l_ray.clustering.opening import open_rows
 from s2l_ray.clustering.stage import cluster_store, read_groups
 from s2l_ray.clustering.stratifying import AUTO
 from s2l_ray.config import ClusteringConfig, SelectionConfig, checked
 from s2l_ray.config.recipes import counts_target_tokens
-from s2l_ray.errors import DataError
 from s2l_ray.examples.ids import id_column, one_array
 from s2l_ray.examples.reading import fetch_rows
 from s2l_ray.progress import get_log
 from s2l_ray.runtime.session import connect_ray
+from s2l_ray.selection.assignments import PartAssignments
 from s2l_ray.selection.card import describe, front_matter
-from s2l_ray.selection.choosing import Budget
+from s2l_ray.selection.choosing import Budget, num_tokens
 from s2l_ray.selection.subset_rows import FetchRows, SubsetRows
 from s2l_ray.selection.subsets import Selection, Subset, check_columns, choose_subsets, random_rows, stability
 from s2l_ray.selectors import S2L
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.drafts import Draft
-from s2l_ray.storage.layout import ASSIGNMENTS, CARD, RANDOM, SELECTED, as_written, further_subset
+from s2l_ray.storage.layout import CARD, RANDOM, SELECTED, as_written, further_subset
 from s2l_ray.storage.stages import Context
-from s2l_ray.trajectories.files import streamed
 from s2l_ray.trajectories.measured import given_measurements
-from s2l_ray.trajectories.sorting import SortedTable
+from s2l_ray.trajectories.ranged_store import RangedStore
 from s2l_ray.trajectories.store import BLOCK_ROWS, NUM_RESPONSE_TOKENS, Trajectories, TrajectoryStore
 
 _log = get_log("selection")
@@ -133,7 +133,8 @@ def build(context: Context) -> Artifact:
     """Choose a run's subset and publish it (see `publish_selection`)."""
     config, inputs, draft = context.config, context.inputs, context.draft
     profiles = config.selection.draw == "spread" and config.clustering.features == "profile"
-    with streamed(inputs["trajectories"], draft.shared, seed=config.selection.seed, statistics=profiles) as (found, scratch):
+    machines, seed = config.machines.clustering, config.selection.seed
+    with open_rows(inputs["trajectories"], draft.shared, machines, seed=seed, statistics=profiles) as (found, scratch):
         store = found
         if counts_target_tokens(config):
             from s2l_ray.training.token_parts import count_response_tokens
@@ -144,7 +145,7 @@ def build(context: Context) -> Artifact:
             config.selection,
             store,
             inputs["clustering"],
-            lambda ids, _numbers: fetch_rows(inputs["examples"], ids),
+            lambda ids, _numbers: fetch_rows(inputs["examples"], ids, in_ray=isinstance(store, RangedStore)),
             scratch,
             draft,
             random_control=config.evaluation.random_control,
@@ -172,9 +173,7 @@ def publish_selection(
     """
     groups = read_groups(clustering)
 
-    def assigned() -> Iterator[tuple[Ints, Floats]]:
-        return _assigned(clustering, store)
-
+    assigned = PartAssignments(clustering, store)
     grouping = checked(ClusteringConfig, **clustering.manifest["recipe"])
     subsets = choose_subsets(store, assigned, groups, config, grouping)
     largest = max(subsets, key=lambda one: len(one.selection))
@@ -228,23 +227,6 @@ def _file_name(budget: Budget) -> str:
     return f"tokens-{budget['tokens']}" if isinstance(budget, dict) else str(budget)
 
 
-def _assigned(clustering: Artifact, store: TrajectoryStore) -> Iterator[tuple[Ints, Floats]]:
-    """The groups of the store's rows and their distances, block by block. Raises DataError for a clustering of others."""
-
-    def assignments() -> Iterator[pa.RecordBatch]:
-        for part in clustering.parts(ASSIGNMENTS):
-            yield from clustering.read_table(part, columns=["example_id", "cluster_id", "distance"]).to_batches()
-
-    found = SortedTable.joined(assignments(), BLOCK_ROWS)
-    for block in store.blocks("example_id"):
-        table = next(found, None)
-        if table is None or not table["example_id"].equals(block["example_id"]):
-            raise DataError("the clustering is of other examples than the trajectories. Build clustering again.")
-        yield table["cluster_id"].to_numpy(), table["distance"].to_numpy()
-    if next(found, None) is not None:
-        raise DataError("the clustering is of more examples than the trajectories. Build clustering again.")
-
-
 def _summary(store: TrajectoryStore, subset: Subset, control: pa.Table | None) -> dict[str, Any]:
     """For the manifest and the report; `random` is null where there is no random control."""
     selection = subset.selection
@@ -253,10 +235,8 @@ def _summary(store: TrajectoryStore, subset: Subset, control: pa.Table | None) -
     def counts(rows: pa.Table | None) -> list[int] | None:
         return None if rows is None else np.bincount(rows["source"].to_numpy(), minlength=len(names)).tolist()
 
-    def tokens(tables: Iterable[pa.Table] | None) -> int | None:
-        if tables is None or not store.has(NUM_RESPONSE_TOKENS):
-            return None
-        return sum(int(table[NUM_RESPONSE_TOKENS].to_numpy().sum(dtype=np.int64)) for table in tables)
+    def tokens(table: pa.Table | None) -> int | None:
+        return None if table is None or not store.has(NUM_RESPONSE_TOKENS) else num_tokens(table)
 
     pool = store.counts_of("source").tolist() if names else []
     selected, random = (counts(subset.rows), counts(control)) if names else ([], None)
@@ -273,9 +253,11 @@ def _summary(store: TrajectoryStore, subset: Subset, control: pa.Table | None) -
             if selected is not None
         },
         "num_response_tokens": {
-            "pool": tokens(store.blocks(NUM_RESPONSE_TOKENS)),
-            "selected": tokens([subset.rows]),
-            "random": tokens(None if control is None else [control]),
+            "pool": None
+            if not store.has(NUM_RESPONSE_TOKENS)
+            else sum(store.each_block(None, num_tokens, NUM_RESPONSE_TOKENS)),
+            "selected": tokens(subset.rows),
+            "random": tokens(control),
         },
     }
 

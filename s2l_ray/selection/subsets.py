@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from s2l_ray.clustering.threads import SearchThreads
 from s2l_ray.config import ClusteringConfig, SelectionConfig
 from s2l_ray.errors import ConfigError
 from s2l_ray.examples.ids import priorities, priority_cut
+from s2l_ray.selection.assignments import BLOCKS_PER_PART, Assignments, PartAssignments
 from s2l_ray.selection.choosing import (
     NO_TOKENS,
     Budget,
@@ -34,10 +36,10 @@ from s2l_ray.selectors import S2L, SELECTORS, SOURCES, Pool, Selector
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.layout import RESTARTS
 from s2l_ray.trajectories.loss_columns import losses_matrix
+from s2l_ray.trajectories.ranged_store import RangedStore
 from s2l_ray.trajectories.store import NUM_RESPONSE_TOKENS, TrajectoryStore
 
-Assignments = Callable[[], Iterator[tuple[Ints, Floats]]]
-"""Streams the group of every row of a store and its distance to the centroid, in the store's blocks."""
+_POOL_COLUMNS = ("example_id", "priority", "source", NUM_RESPONSE_TOKENS, "position")
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,8 +104,7 @@ def choose_subsets(
     if config.method != S2L:
         return chosen_by(SELECTORS[config.method], store, assigned, groups, config, budgets)
 
-    def rows() -> Iterator[pa.Table]:
-        return _pool(store, assigned, lambda block: store.priorities(block, config.seed), config.draw == "central")
+    rows = _PoolRows(store, assigned, config.seed, config.draw == "central")
 
     sharing = sharing_of(groups, config)
     if config.draw == "spread":
@@ -111,10 +112,10 @@ def choose_subsets(
             features, _ = features_of(store, grouping, pool)
         measured = measured_of(store, grouping)
         quotas_K = sharing.quotas(num_examples(config.budget, len(store)))  # type: ignore[arg-type]
-        tables = [spread(rows, map(measured, store.blocks(*measured.columns)), features, quotas_K)]
+        tables = [spread(rows.blocks, map(measured, store.blocks(*measured.columns)), features, quotas_K)]
     else:
         tables = choose(
-            rows,
+            rows.each,
             sharing,
             budgets,
             sizes_S=store.counts_of("source") if config.min_per_source else None,
@@ -122,9 +123,8 @@ def choose_subsets(
         )
     rows_KS = None
     if config.min_per_source:
-        rows_KS = np.zeros((groups.num_clusters, len(store.names_of("source"))), np.int64)
-        for block in rows():
-            rows_KS += _by_group_and_source(block, rows_KS)
+        shape = groups.num_clusters, len(store.names_of("source"))
+        rows_KS = np.asarray(sum(rows.each(lambda block: _by_group_and_source(block, shape))))
     return [_subset(budget, table, groups, rows_KS) for budget, table in zip(budgets, tables, strict=True)]
 
 
@@ -161,8 +161,7 @@ def pool_of(
     store: TrajectoryStore, assigned: Assignments, groups: Groups, config: SelectionConfig, method: Selector
 ) -> tuple[Pool, pa.Table]:
     """What a selector sees of a store, and the same rows as `Subset.rows` has them."""
-    seed = f"random-{config.seed}"
-    rows = pa.concat_tables(_pool(store, assigned, lambda block: priorities(block["example_id"], seed))).combine_chunks()
+    rows = pa.concat_tables(_PoolRows(store, assigned, f"random-{config.seed}").blocks()).combine_chunks()
     priorities_N = rows["priority"].to_numpy()
     losses_NT = np.concatenate([losses_matrix(block) for block in store.blocks("losses")])
 
@@ -170,8 +169,7 @@ def pool_of(
         return selection_order(groups_N, priorities_N, Sharing(np.bincount(groups_N), allocation=allocation))
 
     def by_s2l() -> Integers:
-        blocks = _pool(store, assigned, lambda block: store.priorities(block, config.seed), config.draw == "central")
-        table = pa.concat_tables(blocks)
+        table = pa.concat_tables(_PoolRows(store, assigned, config.seed, config.draw == "central").blocks())
         order_N = selection_order(table["cluster_id"].to_numpy(), keys_of(table), sharing_of(groups, config))
         return minimum_first(order_N, table, config.min_per_source)[0] if config.min_per_source else order_N
 
@@ -199,10 +197,12 @@ def sharing_of(groups: Groups, config: SelectionConfig) -> Sharing:
 
 def random_rows(store: TrajectoryStore, assigned: Assignments, count: int, seed: int) -> pa.Table:
     """The random control, as `Subset.rows`: the examples of lowest priority under another seed, with memory for them only."""
-    rows = _pool(store, assigned, lambda block: priorities(block["example_id"], f"random-{seed}"))
     cut = np.uint64(priority_cut(count, len(store)))
-    found = [block.take(pa.array(np.flatnonzero(block["priority"].to_numpy() <= cut))) for block in rows]
-    table = pa.concat_tables(found).combine_chunks()
+
+    def low(block: pa.Table) -> pa.Table:
+        return block.take(pa.array(np.flatnonzero(block["priority"].to_numpy() <= cut)))
+
+    table = pa.concat_tables(_PoolRows(store, assigned, f"random-{seed}").each(low)).combine_chunks()
     return table.take(pa.array(np.sort(np.argsort(table["priority"].to_numpy(), kind="stable")[:count])))
 
 
@@ -244,23 +244,59 @@ def stability(clustering: Artifact, groups: Groups, config: SelectionConfig, num
     }
 
 
-def _pool(
-    store: TrajectoryStore,
-    assigned: Assignments,
-    priorities_of: Callable[[pa.Table], NDArray[np.uint64]],
-    by_distance: bool = False,
-) -> Iterator[pa.Table]:
+@dataclass(frozen=True)
+class _PoolRows:
     """The rows to choose from, block by block, with their groups and priorities; as keys the distances, if they count."""
-    wanted = ("example_id", "priority", "source", NUM_RESPONSE_TOKENS, "position")
-    for block, (labels_M, distances_M) in zip(store.blocks(*wanted), assigned(), strict=True):
-        columns = {"example_id": block["example_id"], "cluster_id": labels_M, "priority": priorities_of(block)}
-        if by_distance:  # bits of floats above zero ascend as they do; of equally far rows the lower priority is first
+
+    store: TrajectoryStore
+    assigned: Assignments
+    seed: int | str
+    """Of the priorities."""
+
+    by_distance: bool = False
+
+    def blocks(self) -> Iterator[pa.Table]:
+        """All of them in this process."""
+        for block, found in zip(self.store.blocks(*_POOL_COLUMNS), self.assigned(), strict=True):
+            yield self._of(block, *found)
+
+    def each(self, function: Callable[[pa.Table], Any]) -> Iterable[Any]:
+        """What a function returns for each block; where rows and groups are in files, in tasks."""
+        if not (isinstance(self.store, RangedStore) and isinstance(self.assigned, PartAssignments)):
+            return map(function, self.blocks())
+        self.assigned.check()
+        store = replace(self.store, measurements={})
+        there = replace(self, store=store, assigned=replace(self.assigned, store=store))
+        found = store.each_stretch(_EachOfPool(there, function), _POOL_COLUMNS, BLOCKS_PER_PART)
+        return itertools.chain.from_iterable(found)
+
+    def of_part(self, first: int, blocks: list[pa.Table]) -> Iterator[pa.Table]:
+        """The blocks of a part of the groups, from number `first` on."""
+        assert isinstance(self.assigned, PartAssignments)
+        for block, found in zip(blocks, self.assigned.of_part(first // BLOCKS_PER_PART, blocks), strict=True):
+            yield self._of(block, *found)
+
+    def _of(self, block: pa.Table, labels_M: Ints, distances_M: Floats) -> pa.Table:
+        store, order_M = self.store, self.store.priorities(block, self.seed)
+        columns = {"example_id": block["example_id"], "cluster_id": labels_M, "priority": order_M}
+        if self.by_distance:  # bits of floats above zero ascend as they do; of equally far rows the lower priority is first
             far_M = np.ascontiguousarray(distances_M, np.float32).view(np.uint32).astype(np.uint64)
-            columns["key"] = far_M << np.uint64(32) | columns["priority"] >> np.uint64(32)
+            columns["key"] = far_M << np.uint64(32) | order_M >> np.uint64(32)
         columns |= {name: block[name] for name in ("position", NUM_RESPONSE_TOKENS) if store.has(name)}
         if "source" in store.names:
             columns["source"] = store.codes(block, "source")
-        yield pa.table(columns)
+        return pa.table(columns)
+
+
+@dataclass(frozen=True)
+class _EachOfPool:
+    """Task: what a function returns for each block of a part."""
+
+    pool: _PoolRows
+    function: Callable[[pa.Table], Any]
+
+    def __call__(self, first: int, blocks: list[pa.Table]) -> list[Any]:
+        return [self.function(block) for block in self.pool.of_part(first, blocks)]
 
 
 def _subset(budget: Budget, rows: pa.Table, groups: Groups, rows_KS: Integers | None) -> Subset:
@@ -293,12 +329,12 @@ def _weights_by_source(chosen: pa.Table, rows_KS: Integers) -> NDArray[np.float6
     """Weights where some sources were preferred: an example stands for its source's rows in its group, and all chosen of a
     group together for the whole group, those of sources without a chosen example included."""
     cluster_ids_M, sources_M = chosen["cluster_id"].to_numpy(), chosen["source"].to_numpy()
-    chosen_KS = _by_group_and_source(chosen, rows_KS)
+    chosen_KS = _by_group_and_source(chosen, (rows_KS.shape[0], rows_KS.shape[1]))
     reached_K = np.where(chosen_KS > 0, rows_KS, 0).sum(axis=1)
     scale_K = rows_KS.sum(axis=1) / np.maximum(reached_K, 1)
     return np.asarray(rows_KS[cluster_ids_M, sources_M] / chosen_KS[cluster_ids_M, sources_M] * scale_K[cluster_ids_M])
 
 
-def _by_group_and_source(rows: pa.Table, like_KS: Integers) -> Integers:
+def _by_group_and_source(rows: pa.Table, shape: tuple[int, int]) -> Integers:
     """How many rows are in each group and source."""
-    return contingency(rows["cluster_id"].to_numpy(), rows["source"].to_numpy(), (like_KS.shape[0], like_KS.shape[1]))
+    return contingency(rows["cluster_id"].to_numpy(), rows["source"].to_numpy(), shape)

@@ -175,13 +175,16 @@ class Storage:
             path.write_bytes(data)
 
     @contextlib.contextmanager
-    def atomic_path(self, name: str) -> Iterator[Path]:
-        """A local path to write to; at the end of the block what is there becomes the file, whole or not at all."""
-        with self.explained(name), self._unexplained_path(name) as path:
+    def atomic_path(self, name: str, *, is_scratch: bool = False) -> Iterator[Path]:
+        """A local path to write to; at the end of the block what is there becomes the file, whole or not at all.
+
+        What is scratch need not outlive the machine: it is not flushed to the disk.
+        """
+        with self.explained(name), self._unexplained_path(name, is_scratch) as path:
             yield path
 
     @contextlib.contextmanager
-    def _unexplained_path(self, name: str) -> Iterator[Path]:
+    def _unexplained_path(self, name: str, is_scratch: bool) -> Iterator[Path]:
         if self.is_local:
             target = Path(self.path(name))
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -193,8 +196,9 @@ class Storage:
         try:
             yield path
             if self.is_local:
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
+                if not is_scratch:
+                    with path.open("rb") as file:
+                        os.fsync(file.fileno())
                 path.replace(target)
             else:
                 self._upload_file(path, name)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -69,12 +70,12 @@ def open_trajectories(
         return table if seed is None else table.append_column("priority", pa.array(priorities(table["example_id"], seed)))
 
     try:
-        rows = sort_by_id(_checked_batches(parts, stratify_by, names, statistics), scratch, pool, finish)
+        rows = sort_by_id(checked_batches(parts, stratify_by, names, statistics), scratch, pool, finish)
     except DataError as error:
         raise error if str(error).startswith(where) else DataError(f"{where}: {error}") from error
     num_points = rows.schema.field("losses").type.list_size
     _log.info("%s trajectories of %d points from %d files", f"{rows.num_rows:,}", num_points, len(parts))
-    measured = measurements_of(parts, find_artifact(source) if isinstance(source, str) else source, lambda: _integers_of(parts))
+    measured = measurements_of(parts, find_artifact(source) if isinstance(source, str) else source, lambda: integers_of(parts))
     found_names = {name: found.values for name, found in names.items()}
     return TrajectoryStore(rows, num_points, found_names, seed, measurements=measured)
 
@@ -104,7 +105,7 @@ def fetch_rows(source: str | Artifact, example_ids: pa.Array, positions_M: NDArr
     the cut of the parts. Raises DataError where another id stands at a place (any more).
     """
     parts = parts_of(source)
-    schema = _common_schema(parts, source, example_ids.type)
+    schema = common_schema(parts, source, example_ids.type)
     order_M = np.argsort(positions_M, kind="stable")
     places_M = positions_M[order_M]
     start = 0
@@ -112,15 +113,15 @@ def fetch_rows(source: str | Artifact, example_ids: pa.Array, positions_M: NDArr
         stop = start + part.num_rows()
         first, last = np.searchsorted(places_M, [start, stop])
         if first < last:
-            yield from _rows_of(
+            yield from rows_of(
                 part, schema, places_M[first:last] - start, example_ids.take(pa.array(order_M[first:last])), source
             )
         start = stop
     if len(places_M) and places_M[-1] >= start:
-        raise _changed(source)
+        raise changed(source)
 
 
-def _rows_of(
+def rows_of(
     part: Part, schema: pa.Schema, places_M: NDArray[np.int64], ids: pa.Array, source: str | Artifact
 ) -> Iterator[pa.Table]:
     """Some rows of a part, by their (ascending) numbers."""
@@ -135,7 +136,7 @@ def _rows_of(
             found = _plain(batch).take(pa.array(places_M[first:last] - done))
             integers = ids.type if pa.types.is_integer(ids.type) else None
             if not id_column(found["example_id"], part.name, integers).equals(ids[first:last]):
-                raise _changed(source)
+                raise changed(source)
             yield pa.table({"example_id": ids[first:last], "row": _as_struct(found, schema, part.name)})
 
 
@@ -146,11 +147,11 @@ def _plain(batch: pa.RecordBatch) -> pa.RecordBatch:
     return batch.cast(pa.schema(fields)) if any(f.type in kinds for f in batch.schema) else batch
 
 
-def _changed(source: str | Artifact) -> DataError:
+def changed(source: str | Artifact) -> DataError:
     return DataError(f"{place_name(source)}: changed while it was read. Run again when nothing writes there.")
 
 
-def _common_schema(parts: list[Part], source: str | Artifact, ids: pa.DataType) -> pa.Schema:
+def common_schema(parts: list[Part], source: str | Artifact, ids: pa.DataType) -> pa.Schema:
     """The columns of all parts but those that are measured, dictionaries decoded, integers and floats as wide as the widest."""
     schemas = []
     left_out = {LOSSES}
@@ -183,14 +184,32 @@ def _as_struct(batch: pa.RecordBatch, schema: pa.Schema, where: str) -> pa.Array
     return pa.StructArray.from_arrays(columns, fields=list(schema))
 
 
-def _checked_batches(
-    parts: list[Part], stratify_by: str | None, names: dict[str, Names], statistics: bool
-) -> Iterator[pa.Table]:
-    """All rows as the store has them, in the order of the files. Raises where a file cannot be used, or does not fit."""
+@dataclass(frozen=True)
+class Expected:
+    """What rows of some files must agree on with the rows before them."""
+
+    integers: pa.DataType
+    """The type of integer ids."""
+
     first: tuple[str, pa.Schema] | None = None
+    """The name of the first file and the columns beside what is measured, as they are checked."""
+
     num_points: int | None = None
-    position = 0
-    integers, measured = _integers_of(parts), [LOSSES, *(STATISTICS if statistics else ())]
+
+
+def checked_batches(
+    parts: Sequence[Part],
+    stratify_by: str | None,
+    names: dict[str, Names],
+    statistics: bool,
+    expected: Expected | None = None,
+    position: int = 0,
+) -> Iterator[pa.Table]:
+    """All rows as the store has them, in the order of the files; the first row's number is `position`. Raises where a file
+    cannot be used, or does not fit to the others or to what is `expected`."""
+    expected = expected or Expected(integers_of(parts))
+    first, num_points, integers = expected.first, expected.num_points, expected.integers
+    measured = [LOSSES, *(STATISTICS if statistics else ())]
     for part in parts:
         for _, batch in part.batches(_wanted_columns(part, stratify_by, statistics)):
             table = _checked_columns(batch.drop_columns(measured), part.name, integers)
@@ -234,7 +253,7 @@ def _wanted_columns(part: Part, stratify_by: str | None, statistics: bool) -> li
     return [name for name in dict.fromkeys(wanted) if name in names]
 
 
-def _integers_of(parts: list[Part]) -> pa.DataType:
+def integers_of(parts: Sequence[Part]) -> pa.DataType:
     """The type of integer ids in all parts: int64 unless one of them is above 2**63 - 1."""
     for part in parts:
         schema = part.schema()

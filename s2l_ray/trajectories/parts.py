@@ -23,6 +23,14 @@ from s2l_ray.storage.places import Storage
 from s2l_ray.storage.records import content_digest, digest
 from s2l_ray.trajectories.store import BLOCK_ROWS
 
+IsWanted = Callable[[int, int], bool]
+"""Whether a row group is read, by the number of its first row and its number of rows."""
+
+
+def every_group(_start: int, _count: int) -> bool:
+    """All row groups."""
+    return True
+
 
 @dataclass(frozen=True)
 class Part:
@@ -38,10 +46,27 @@ class Part:
     def num_rows(self) -> int:
         return int(self._open().metadata.num_rows)
 
+    def num_losses(self) -> int:
+        """Values in the column `losses`, 0 where there is none."""
+        metadata = self._open().metadata
+        names = [metadata.schema.column(place).path for place in range(metadata.num_columns)]
+        places = [place for place, name in enumerate(names) if name.split(".")[0] == "losses"]
+        return sum(
+            metadata.row_group(group).column(place).num_values for group in range(metadata.num_row_groups) for place in places
+        )
+
+    def group_sizes(self) -> list[int]:
+        """Rows of each row group."""
+        metadata = self._open().metadata
+        return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
     def batches(
-        self, columns: Sequence[str], wanted: Callable[[int, int], bool] = lambda _start, _count: True
+        self,
+        columns: Sequence[str],
+        wanted: IsWanted = every_group,
+        most: int = BLOCK_ROWS,
     ) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """The part in batches of at most 65,536 rows, each with the number of rows before it. Row groups (by their first row
+        """The part in batches of at most `most` rows, each with the number of rows before it. Row groups (by their first row
         and their number of rows) that are not wanted are not read.
 
         Raises DataError naming the file where it cannot be read.
@@ -54,7 +79,7 @@ class Part:
                 count = file.metadata.row_group(group).num_rows
                 if wanted(start, count):
                     done = start
-                    for batch in file.iter_batches(BLOCK_ROWS, columns=known, row_groups=[group]):
+                    for batch in file.iter_batches(most, columns=known, row_groups=[group]):
                         yield done, self._filled(batch, columns)
                         done += len(batch)
                 start += count

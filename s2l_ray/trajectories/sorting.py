@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from s2l_ray.errors import DataError
 from s2l_ray.examples.ids import NAMED_IDS, not_unique, repeated
+from s2l_ray.storage.places import Storage
 
 # A run is sorted in memory, several at a time: 50 MB of trajectories of 12 points, and no more of long texts.
 RUN_ROWS = 524_288
@@ -35,11 +36,19 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
+class StoredFile:
+    """A file that several machines see, on a shared disk or in object storage."""
+
+    storage: Storage
+    name: str
+
+
+@dataclass(frozen=True)
 class SortedTable:
     """A table in ascending order of unique `example_id` (string bytewise, or integer), as Arrow files one after the other or
     in memory."""
 
-    files: tuple[Path, ...]
+    files: Sequence[Path | StoredFile]
     schema: pa.Schema
     num_rows: int
     table: pa.Table | None = None
@@ -55,7 +64,11 @@ class SortedTable:
 
     def rows_of(self, num_bytes: int, limit: int) -> int:
         """How many rows take about `num_bytes`, 1 to `limit`: the size of a block of long texts."""
-        total = self.table.nbytes if self.table is not None else sum(path.stat().st_size for path in self.files)
+        total = (
+            self.table.nbytes
+            if self.table is not None
+            else sum(path.stat().st_size for path in self.files if isinstance(path, Path))
+        )
         return int(min(limit, max(1, num_bytes * self.num_rows // max(total, 1))))
 
     @staticmethod
@@ -80,7 +93,7 @@ class SortedTable:
             table = self.table if columns is None else self.table.select(list(columns))
             yield from table.to_batches()
         for path in self.files:
-            with _Run.open(path, self.schema, columns) as reader:
+            with Run.open(path, self.schema, columns) as reader:
                 for piece in range(reader.num_record_batches):
                     yield reader.get_batch(piece)
 
@@ -94,37 +107,37 @@ def sort_by_id(
     """
     folder.mkdir(parents=True, exist_ok=True)
 
-    def write(numbered: tuple[int, pa.Table]) -> _Run:
+    def write(numbered: tuple[int, pa.Table]) -> Run:
         number, table = numbered
-        return _Run.write(folder / f"run-{number:05d}.arrow", finish(_sorted(table)))
+        return Run.write(folder / f"run-{number:05d}.arrow", finish(sorted_by_id(table)))
 
-    runs = list(in_order(pool, write, enumerate(_of_run_size(batches))))
+    runs = list(in_order(pool, write, enumerate(of_run_size(batches))))
     if not runs:
         raise DataError("no rows.")
-    _check_unique(runs)
+    check_unique(runs)
     if all(left.last < right.first for left, right in itertools.pairwise(runs)):
         return SortedTable(tuple(run.path for run in runs), runs[0].schema, sum(run.num_rows for run in runs))
     return _merged(runs, folder, pool)
 
 
-def _merged(runs: list[_Run], folder: Path, pool: Executor) -> SortedTable:
+def _merged(runs: list[Run], folder: Path, pool: Executor) -> SortedTable:
     """Runs as one table: cut at the same ids, the pieces of each range sorted together."""
     firsts = sorted(first for run in runs for first in run.firsts)
     # A run's rows lie between the samples: with so many samples per range its size varies little.
     splits = [None, *firsts[RUN_ROWS // PIECE_ROWS :: RUN_ROWS // PIECE_ROWS], None]
 
-    def merge(number: int) -> _Run:
+    def merge(number: int) -> Run:
         tables = [run.between(splits[number], splits[number + 1]) for run in runs]
-        return _Run.write(folder / f"merged-{number:05d}.arrow", _sorted(pa.concat_tables(tables)))
+        return Run.write(folder / f"merged-{number:05d}.arrow", sorted_by_id(pa.concat_tables(tables)))
 
     merged = [run for run in in_order(pool, merge, range(len(splits) - 1)) if run.num_rows]
     for run in runs:
-        run.path.unlink()
-    _check_unique(merged)
+        Path(str(run.path)).unlink()
+    check_unique(merged)
     return SortedTable(tuple(run.path for run in merged), runs[0].schema, sum(run.num_rows for run in merged))
 
 
-def _check_unique(runs: list[_Run]) -> None:
+def check_unique(runs: Sequence[Run]) -> None:
     """Raise DataError naming ids that occur more than once in a run."""
     count = sum(run.num_duplicates for run in runs)
     if count:
@@ -132,10 +145,10 @@ def _check_unique(runs: list[_Run]) -> None:
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """A sorted Arrow file, and the first id of every piece of it."""
 
-    path: Path
+    path: Path | StoredFile
     schema: pa.Schema
     num_rows: int
     firsts: list[Any]
@@ -149,7 +162,7 @@ class _Run:
         return self.firsts[0]
 
     @classmethod
-    def write(cls, path: Path, table: pa.Table) -> _Run:
+    def write(cls, path: Path, table: pa.Table) -> Run:
         pieces = RUN_ROWS // PIECE_ROWS
         size = min(PIECE_ROWS, max(1, RUN_BYTES // pieces * len(table) // max(table.nbytes, 1)))
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
@@ -162,10 +175,11 @@ class _Run:
         return cls(path, table.schema, len(table), firsts, last, len(twice), twice[:NAMED_IDS])
 
     @staticmethod
-    def open(path: Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> Any:
+    def open(path: Path | StoredFile, schema: pa.Schema, columns: Sequence[str] | None = None) -> Any:
         """A reader of the file: not mapped, since mapped pages count as this process's memory."""
         fields = [schema.get_field_index(name) for name in columns] if columns is not None else None
-        return pa.ipc.open_file(pa.OSFile(str(path)), options=pa.ipc.IpcReadOptions(included_fields=fields))
+        file = pa.OSFile(str(path)) if isinstance(path, Path) else path.storage.open(path.name)
+        return pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(included_fields=fields))
 
     def between(self, first: Any, stop: Any) -> pa.Table:
         """The rows whose ids lie in [first, stop); None is no limit."""
@@ -197,7 +211,7 @@ def is_ascending(ids: pa.Array) -> bool:
     return bool(pc.all(pc.greater(ids[1:], ids[:-1])).as_py() is not False)
 
 
-def _sorted(table: pa.Table) -> pa.Table:
+def sorted_by_id(table: pa.Table) -> pa.Table:
     table = table.combine_chunks()
     ids = table["example_id"].combine_chunks()
     return table if is_ascending(ids) else table.take(pa.array(_ascending_order(ids))).combine_chunks()
@@ -224,7 +238,7 @@ def _ascending_order(ids: pa.Array) -> NDArray[np.integer[Any]]:
     return np.argsort(keys[:, 0], kind="stable") if keys.shape[1] == 1 else np.lexsort(keys.T[::-1])
 
 
-def _of_run_size(batches: Iterable[pa.Table]) -> Iterator[pa.Table]:
+def of_run_size(batches: Iterable[pa.Table]) -> Iterator[pa.Table]:
     """Tables joined and cut to runs."""
     waiting: list[pa.Table] = []
     count = num_bytes = 0

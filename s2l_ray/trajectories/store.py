@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -37,6 +37,7 @@ BLOCK_ROWS = 65_536
 NUM_RESPONSE_TOKENS = "num_response_tokens"
 # More values than this are no strata: an id, say, given for a source.
 MAX_NAMES = 100_000
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,6 +226,12 @@ class TrajectoryStore:
             yield block.append_column(NUM_RESPONSE_TOKENS, pa.array(self.tokens_N[start : start + len(block)]))
             start += len(block)
 
+    def each_block(self, _pool: Executor | None, function: Callable[[pa.Table], Result], *columns: str) -> Iterator[Result]:
+        """What `function(block)` returns for every block, in their order: a pass over the rows, in threads of the pool if there
+        is one. The function may run in another process: it must not change anything."""
+        blocks = self.blocks(*columns)
+        return map(function, blocks) if _pool is None else in_order(_pool, function, blocks)
+
     def names_of(self, column: str) -> list[str]:
         """The values of a column of names, in bytewise order. Raises ConfigError naming the known columns."""
         if column not in self.names:
@@ -239,10 +246,13 @@ class TrajectoryStore:
     def counts_of(self, column: str) -> NDArray[np.int64]:
         """Rows of each of `names_of(column)`."""
         num_names = len(self.names_of(column))
-        counts = [np.bincount(self.codes(block, column), minlength=num_names) for block in self.blocks(column)]
-        return np.asarray(np.sum(counts, axis=0))
 
-    def priorities(self, block: pa.Table, seed: int) -> NDArray[np.uint64]:
+        def one_block(block: pa.Table) -> NDArray[np.int64]:
+            return np.bincount(self.codes(block, column), minlength=num_names)
+
+        return np.asarray(sum(self.each_block(None, one_block, column)))
+
+    def priorities(self, block: pa.Table, seed: int | str) -> NDArray[np.uint64]:
         """The random numbers of a block's rows: those of the store where it has them for this seed."""
         if seed == self.priority_seed:
             return np.asarray(block["priority"].to_numpy())
@@ -273,7 +283,7 @@ class TrajectoryStore:
         kinds = [str(self.rows.schema.field(name).type) for name in columns if self.has(name)]
         values = {name: self.names_of(name) for name in sorted(self.names)}
         whole = hashlib.blake2b(repr((len(self), kinds, values)).encode(), digest_size=8)
-        for block in in_order(pool, one_block, self.blocks(*columns)):
+        for block in self.each_block(pool, one_block, *columns):
             whole.update(block)
         return whole.hexdigest()
 
