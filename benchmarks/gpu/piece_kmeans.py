@@ -66,7 +66,7 @@ def grouped(kit: Kit, rows: int, is_checked: bool) -> dict[str, Any]:
         nearest = by_the_book(features, fit.centroids_KF, 0)
         require(abs(fit.inertia / nearest - 1) <= SAME, f"inertia {fit.inertia:.8g}, to the nearest centroids {nearest:.8g}")
         theirs = by_the_book(features, start, ITERATIONS)
-        # Of few rows one that lies between two centroids moves them, and the two runs apart.
+        # Of few rows a single one that changes its group moves the centroids, and the two runs apart.
         within = kit.size(WITHIN, 0.01)
         require(abs(fit.inertia / theirs - 1) <= within, f"inertia {fit.inertia:.8g}, on the CPU {theirs:.8g}")
         found |= {"inertia": fit.inertia, "over_cpu": fit.inertia / theirs, "over_nearest": fit.inertia / nearest}
