@@ -145,6 +145,7 @@ def test_an_ablation_is_an_arm_for_each_value_of_a_field(tmp_path):
         ({"primary": "random"}, "compare.primary: random is what the others are compared to"),
         ({"arms": ["s2l", {"b": {}}]}, "'b' changes nothing"),
         ({"arms": ["s2l", {"b": {"selection.budget": 9}}]}, "selection.budget is the comparison's"),
+        ({"ablations": {"clustering.points": [[0, 9]]}}, "no point 9 in trajectories of"),
     ],
 )
 def test_an_arm_that_cannot_be_is_refused_by_name(tmp_path, section, message):
@@ -158,6 +159,7 @@ def test_an_arm_that_cannot_be_is_refused_by_name(tmp_path, section, message):
         ({"seeds": 1}, "one seed has no interval"),
         ({"arms": ["s2l", "s2l"]}, "the arm 's2l' occurs twice"),
         ({"arms": [{"a": {}, "b": {}}]}, "found a mapping of 2"),
+        ({"budgets": []}, "compare.budgets: list should have at least 1 item"),
         ({"budgets": [1.5]}, "a budget is a number of examples, or a fraction"),
         ({"budgets": [0]}, "a budget is a number of examples, or a fraction"),
         ({"budgets": ["many"]}, "compare.budgets"),
@@ -167,6 +169,15 @@ def test_an_arm_that_cannot_be_is_refused_by_name(tmp_path, section, message):
 def test_a_section_that_cannot_be_is_refused(tmp_path, section, message):
     with pytest.raises(ConfigError, match=message):
         config(tmp_path, compare=section)
+
+
+def test_without_arms_of_its_own_a_comparison_has_s2l_and_an_empty_list_has_ablations_alone(tmp_path):
+    def names(**compare):
+        return [arm.name for arm in arms_of(config(tmp_path, compare=compare), SOURCES)]
+
+    assert names(arms=None) == ["random", "source_balanced", "source_matched", "s2l"]
+    primary = "clustering.num_clusters=3"
+    assert names(arms=[], ablations={"clustering.num_clusters": [3]}, primary=primary) == ["random", "source_balanced", primary]
 
 
 def test_a_budget_is_of_the_pool_and_at_least_a_batch(tmp_path):
@@ -242,7 +253,8 @@ def test_source_matched_has_the_source_counts_of_s2l(place):
     assert ids["s2l"] == ids["source_matched"]
 
 
-def test_the_same_command_again_trains_nothing_and_gives_the_same_table(place, folder):
+def test_the_same_command_again_trains_nothing_needs_no_ray_and_gives_the_same_table(place, folder, monkeypatch):
+    monkeypatch.setattr(stage, "connect_ray", lambda: pytest.fail("connected to Ray"))
     before, table = manifests(place), json.loads((place / COMPARE / TABLE).read_text())
     compare(config(folder), str(place))
     assert manifests(place) == before

@@ -328,7 +328,11 @@ def row_of(arm: str, over_tokens: Any, macro: Any, share: float | None = None, b
     [
         (BETTER, BETTER, "S2L is better than random here: by 0.150 nats (95% interval 0.100 to 0.200) per token and 0.150"),
         (WORSE, WORSE, "Take random: S2L is worse here, by 0.150 nats"),
-        (UNCLEAR, UNCLEAR, "No difference between S2L and random that this comparison could see (it would have seen 0.030"),
+        (
+            UNCLEAR,
+            UNCLEAR,
+            "No difference between S2L and random that this comparison could see at 20 examples (it would have seen 0.030",
+        ),
         (BETTER, UNCLEAR, "S2L against random: better over tokens (0.150 nats (95% interval 0.100 to 0.200)), no difference"),
         (UNCLEAR, BETTER, "S2L against random: no difference to be seen over tokens (0.050 nats (95% interval -0.100 to 0.200"),
         (BETTER, WORSE, "S2L against random: better over tokens (0.150 nats (95% interval 0.100 to 0.200)), worse averaged"),
@@ -377,6 +381,16 @@ def test_of_several_better_arms_the_best_by_source_is_named() -> None:
     primary = row_of("s2l", UNCLEAR, UNCLEAR)
     others = [row_of("longest", FAR_BETTER, FAR_BETTER), row_of("ifd", FAR_BETTER, (-0.9, -0.8))]
     assert verdict([primary, *others], primary, 0.03)[1].startswith("ifd is better than both")
+
+
+def test_a_win_that_the_pool_s_shares_would_turn_round_says_so() -> None:
+    primary = row_of("s2l", BETTER, BETTER)
+    worse = Difference(0.15, 0.1, 0.2, 0.05, 0.01, 5)
+    turned = dataclasses.replace(primary, differences=primary.differences | {POOL: worse})
+    assert "weighed as in the pool" not in verdict([primary], primary, 0.1)[0]
+    assert verdict([turned], turned, 0.1)[0].endswith(
+        "With sources weighed as in the pool it is worse, by 0.150 nats (95% interval 0.100 to 0.200)."
+    )
 
 
 def test_balance_is_not_advised_where_the_target_will_meet_the_pool_s_shares() -> None:

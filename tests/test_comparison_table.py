@@ -54,6 +54,24 @@ def cells(lost: tuple[tuple[str, int], ...] = (), full_gain: float = 0.5) -> lis
     return made
 
 
+def test_the_page_of_a_table_has_the_losses_first_and_their_details_below():
+    answer, losses, details, *_ = compared(cells()).markdown().split("\n\n")
+    assert answer.startswith("**S2L is better than random here")
+    assert losses.count("|", 0, losses.index("\n")) == 8
+    assert [line.split(" | ")[:2] for line in losses.splitlines()] == [line.split(" | ")[:2] for line in details.splitlines()]
+    assert "response tokens" in details
+
+
+def test_what_the_question_s_arm_adds_to_balanced_sources_is_said_by_pairs_of_seeds():
+    renamed = [replace(cell, arm=cell.arm.replace("source_and_length_matched", "source_balanced")) for cell in cells()]
+    found = compared(renamed)
+    losses = {(cell["arm"], cell["seed"]): cell[TOKENS] for cell in found.cells if cell["budget"] == BUDGETS[0]}
+    gains = [losses["s2l", seed] - losses["source_balanced", seed] for seed in range(SEEDS)]
+    assert found.to_balanced[TOKENS].mean == pytest.approx(np.mean(gains))
+    assert f"s2l to source_balanced, which needs no proxy, at 10,000 examples: {np.mean(gains):+.4f}" in found.text()
+    assert not compared(cells()).to_balanced
+
+
 def compared(of: list[Cell], **more: Any) -> Comparison:
     return compare_cells(of, primary="s2l", budgets=BUDGETS, redo_from="proxy", **more)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from s2l_ray.selection.stage import read_selection
 from s2l_ray.trajectories.files import read_trajectories
 
 LARGE = 2**63
+PRIORITIES = [9010437112063680508, 18052440137798152440, 9784920567473264470, 6443502462090008174]
 RNG = np.random.default_rng(0)
 
 
@@ -36,6 +39,84 @@ def test_every_integer_of_64_bits_without_a_sign_is_taken_exactly(values):
     assert ids.to_pylist() == values
     assert ids.type == (pa.uint64() if max(values) >= LARGE else pa.int64())
     assert (priorities(ids, 0) == priorities(pa.array(list(map(str, values))), 0)).all()
+
+
+def mixed(number: int) -> int:
+    """SplitMix64's finalizer, number by number."""
+    number = (number ^ number >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    number = (number ^ number >> 27) * 0x94D049BB133111EB % 2**64
+    return number ^ number >> 31
+
+
+def priority(example_id: str, seed: int | str) -> int:
+    """The definition of a priority, word by word."""
+    data = example_id.encode()
+    folded = len(data)
+    for start in range(0, len(data), 8):
+        word = int.from_bytes(data[start : start + 8], "little")
+        folded = mixed(((folded ^ word) + 0x9E3779B97F4A7C15) % 2**64)
+    key = hashlib.blake2b(str(seed).encode(), digest_size=16).digest()
+    first, second = int.from_bytes(key[:8], "little"), int.from_bytes(key[8:], "little")
+    return mixed(mixed(folded ^ first) ^ second)
+
+
+@given(st.lists(st.text(max_size=40), min_size=1, max_size=30), st.integers(0, 9) | st.text(max_size=9), st.data())
+def test_a_priority_is_of_the_id_and_the_seed_alone_wherever_the_row_stands(ids, seed, data):
+    column = pa.array(ids, pa.string())
+    expected = [priority(one, seed) for one in ids]
+    assert priorities(column, seed).tolist() == expected
+    first = data.draw(st.integers(0, len(ids)))
+    last = data.draw(st.integers(first, len(ids)))
+    assert priorities(column[first:last], seed).tolist() == expected[first:last]
+    chunks = pa.chunked_array([column[:first], column[first:]])
+    assert priorities(chunks, seed).tolist() == expected
+    assert priorities(list(reversed(ids)), seed).tolist() == expected[::-1]
+
+
+def test_priorities_stay_the_same_for_ever():
+    assert priorities(["a", "example-17", "é", ""], 7).tolist() == PRIORITIES
+    assert priorities([12, -3], 0).tolist() == [priority("12", 0), priority("-3", 0)]
+    many = priorities([str(i) for i in range(70_000)], "random-1")
+    assert [many[0], many[69_999]] == [priority("0", "random-1"), priority("69999", "random-1")]
+
+
+IDS = {
+    "numbers": np.arange(200_000),
+    "names": [f"example-{i:010d}" for i in range(200_000)],
+    "of every length": ["x" * (i % 400) + str(i // 400) for i in range(200_000)],
+    "that differ at the front": [f"{i:06d}-of-the-same-long-corpus-that-goes-on" for i in range(200_000)],
+}
+
+
+@pytest.mark.parametrize("ids", IDS.values(), ids=IDS)
+def test_priorities_of_ids_that_differ_little_are_as_of_chance(ids):
+    """Uniform in all their bits, none twice, unlike their neighbours', and others under each seed."""
+    found = [priorities(ids, seed) for seed in (0, 1, "0-epoch-1")]
+    for one in found:
+        assert len(np.unique(one)) == len(one)
+        for shift in (0, 28, 54):
+            counts = np.bincount(((one >> np.uint64(shift)) & np.uint64(1023)).astype(np.int64), minlength=1024)
+            chi_square = float(((counts - len(one) / 1024) ** 2).sum() / (len(one) / 1024))
+            assert abs(chi_square - 1023) < 4.9 * np.sqrt(2 * 1023)
+        ones = np.unpackbits(one.view(np.uint8).reshape(-1, 8), axis=1).mean(axis=0)
+        assert np.abs(ones - 0.5).max() < 5.5 * 0.5 / np.sqrt(len(one))
+        neighbours = np.corrcoef(one[1:].astype(float), one[:-1].astype(float))[0, 1]
+        assert abs(neighbours) < 4.9 / np.sqrt(len(one))
+    for left, right in itertools.combinations(found, 2):
+        assert abs(np.corrcoef(left.astype(float), right.astype(float))[0, 1]) < 4.9 / np.sqrt(len(left))
+        assert abs(np.bitwise_count(left ^ right).mean() - 32) < 4.9 * 4 / np.sqrt(len(left))
+
+
+def test_one_bit_of_an_id_turns_half_of_its_priority():
+    base = np.frombuffer(b"example-0000017", np.uint8)
+    flipped = [base.copy() for _ in range(len(base) * 6)]
+    for place, one in enumerate(flipped):
+        one[place // 6] ^= 1 << place % 6
+    texts = [bytes(one).decode("latin-1") for one in flipped]
+    turned = np.bitwise_count(
+        np.concatenate([priorities(texts, seed) ^ priorities(["example-0000017"], seed) for seed in range(40)])
+    )
+    assert abs(turned.mean() - 32) < 4.9 * 4 / np.sqrt(len(turned))
 
 
 def test_integers_that_no_type_holds_are_refused_with_what_to_do():

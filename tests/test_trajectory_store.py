@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import subprocess
@@ -19,7 +18,6 @@ import pytest
 from pyarrow import fs
 
 from s2l_ray.errors import ArtifactError, ConfigError, DataError
-from s2l_ray.examples.ids import priorities
 from s2l_ray.storage.artifacts import Artifact, Key
 from s2l_ray.storage.drafts import Draft
 from s2l_ray.storage.places import Storage
@@ -125,23 +123,6 @@ def test_duplicate_ids_are_named() -> None:
 def test_what_cannot_be_used_is_named_with_what_was_expected(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         Trajectories.of(**({"losses": LOSSES} | changed))
-
-
-def test_priorities_are_the_first_eight_bytes_of_blake2b() -> None:
-    ids = ["a", "example-17", "é", ""]
-    expected = [int.from_bytes(hashlib.blake2b(f"7:{i}".encode()).digest()[:8], "big") for i in ids]
-    assert priorities(ids, 7).tolist() == expected
-    assert priorities([12, -3], 0).tolist() == [
-        int.from_bytes(hashlib.blake2b(text).digest()[:8], "big") for text in (b"0:12", b"0:-3")
-    ]
-    assert priorities(pa.array(ids), 7).dtype == np.uint64
-
-
-def test_priorities_stay_the_same_for_ever() -> None:
-    assert priorities(["a"], 0).tolist() == [int.from_bytes(hashlib.blake2b(b"0:a").digest()[:8], "big")]
-    assert priorities([str(i) for i in range(70_000)], "random-1")[69_999] == int.from_bytes(
-        hashlib.blake2b(b"random-1:69999").digest()[:8], "big"
-    )
 
 
 @pytest.mark.parametrize(

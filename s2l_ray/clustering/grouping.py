@@ -34,12 +34,13 @@ from s2l_ray.errors import ConfigError
 from s2l_ray.examples.ids import priority_cut
 from s2l_ray.progress import get_log
 from s2l_ray.storage.records import FileRecord
+from s2l_ray.trajectories.arriving import LOWEST_ROWS
 from s2l_ray.trajectories.loss_columns import missing_statistics
 from s2l_ray.trajectories.ranged_store import RangedStore
 from s2l_ray.trajectories.store import BLOCK_ROWS, TrajectoryStore
 
 # Principal components, whitening and the stability of the subset are measured on so many rows of lowest priority.
-DIAGNOSTIC_ROWS = 65_536
+DIAGNOSTIC_ROWS = LOWEST_ROWS
 # Groups times sources up to which their agreement is counted: 8 MB.
 MAX_CELLS = 1_000_000
 _log = get_log("clustering")
@@ -71,7 +72,9 @@ def group(store: TrajectoryStore, config: ClusteringConfig, engine: Engine, *, s
     totals, starts_BS = _fill(store, sources, lambda block: features(measured(block)), config, engine.pool)
     if remote:
         assert isinstance(store, RangedStore)
-        load(engine.actors, FeatureFiles(replace(store, measurements={}), measured, features, by, starts_BS), remote)
+        load(
+            engine.actors, FeatureFiles(replace(store, measurements={}, lowest=None), measured, features, by, starts_BS), remote
+        )
     strata = [StratumKMeans(source, own).fit() for source, own in zip(sources, configs, strict=True)]
     engine.end_actors()  # what comes now are tasks, which need the room
     grouping = Grouping(store, config, strata, features, spectrum, totals, measured.points, starts_BS)
@@ -96,7 +99,7 @@ def measured_of(store: TrajectoryStore, config: ClusteringConfig) -> Measured:
 
 def features_of(store: TrajectoryStore, config: ClusteringConfig, pool: SearchThreads) -> tuple[Features, Spectrum]:
     """What k-means will see of what is measured, and the principal components of the losses at its points: one pass over the
-    rows."""
+    rows where the store does not know those of lowest priority."""
     measured = measured_of(store, config)
     cut, is_sampled = _diagnostic_cut(store), len(store) > DIAGNOSTIC_ROWS
 
@@ -105,7 +108,11 @@ def features_of(store: TrajectoryStore, config: ClusteringConfig, pool: SearchTh
         sampled = np.flatnonzero(order_M <= cut)
         return on_grid(measured(block)[sampled]), order_M[sampled]
 
-    values, order = zip(*store.each_block(pool, one_block, *measured.columns, "priority"), strict=True)
+    if store.lowest is not None and config.seed == store.priority_seed:
+        found = [one_block(store.lowest)]
+    else:
+        found = list(store.each_block(pool, one_block, *measured.columns, "priority"))
+    values, order = zip(*found, strict=True)
     sample_ST = np.concatenate(values)[lowest(np.concatenate(order), DIAGNOSTIC_ROWS)]
     spectrum = Spectrum.of(sample_ST[:, : sample_ST.shape[1] // len(measured.columns)])
     return Features.of(config.features, sample_ST, spectrum), spectrum

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from s2l_ray.clustering.bounds import Search, squares_to_nearest
 from s2l_ray.clustering.columns import Column, Floats, Ints
 from s2l_ray.clustering.threads import SearchThreads, faiss
+from s2l_ray.examples.hashes import mixed
 from s2l_ray.trajectories.sorting import in_order
 from s2l_ray.trajectories.store import BLOCK_ROWS
 
@@ -251,8 +252,6 @@ def lowest_rows(found: Iterable[FarRows], num_wanted: int) -> FarRows:
 
 
 def uniform(numbers_N: NDArray[np.int64], seed: np.uint64) -> NDArray[np.float64]:
-    """A random number in (0, 1) for each number, shape (N,): the finalizer of SplitMix64 (Steele et al., 2014)."""
-    mixed = (numbers_N.astype(np.uint64) + seed) * np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((mixed ^ (mixed >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2.0**-53 + 2.0**-54
+    """A random number in (0, 1) for each number, shape (N,), by SplitMix64."""
+    bits_N = mixed((numbers_N.astype(np.uint64) + seed) * np.uint64(0x9E3779B97F4A7C15))
+    return (bits_N >> np.uint64(11)).astype(np.float64) * 2.0**-53 + 2.0**-54

@@ -13,7 +13,7 @@ from s2l_ray.config.methods import OF_S2L_ALONE
 from s2l_ray.errors import ConfigError
 from s2l_ray.selectors import GROUPS, SELECTORS
 
-RANDOM, FULL, S2L = "random", "full", "s2l"
+RANDOM, BALANCED, FULL, S2L = "random", "source_balanced", "full", "s2l"
 COST_MATCHED = "random_cost_matched"
 """Random, with the selection's own cost spent on more examples."""
 
@@ -86,8 +86,10 @@ def arms_of(config: RunConfig, sources: Sequence[str]) -> list[Arm]:
     """
     compare = config.compare or CompareConfig()
     has_sources = len(sources) > 1
-    wanted: list[str | dict[str, dict[str, Any]]] = list(compare.arms or [*(["source_matched"] if has_sources else []), S2L])
-    always = [RANDOM, *(["source_balanced"] if has_sources else [])]
+    wanted: list[str | dict[str, dict[str, Any]]] = (
+        [*(["source_matched"] if has_sources else []), S2L] if compare.arms is None else list(compare.arms)
+    )
+    always = [RANDOM, *([BALANCED] if has_sources else [])]
     arms = {name: _known(name) for name in always}
     for one in wanted:
         for name, settings in ({one: None} if isinstance(one, str) else one).items():

@@ -111,7 +111,7 @@ def spec(
 def budgets_of(config: RunConfig, num_rows: int) -> list[int]:
     """The budgets in examples, in the order of the config. Raises ConfigError for one that the pool does not have."""
     compare = config.compare or CompareConfig()
-    wanted: list[Any] = list(compare.budgets) or [config.selection.budget]
+    wanted: list[Any] = [config.selection.budget] if compare.budgets is None else [*compare.budgets]
     counts = []
     for budget in wanted:
         if isinstance(budget, dict):

@@ -36,6 +36,8 @@ def comparison_lines(config: RunConfig, made: Plan) -> list[str]:
         f"{num_cells + compare.full_seeds} targets of {', '.join(_steps(config, budget) for budget in budgets)} steps "
         f"({_steps(config, round(sizes.examples))} for all data); each seed redoes {compare.redo_from} and what follows.",
     ]
+    if sources is None:
+        lines.append("(The corpus has not been read: arms as if it named several sources.)")
     if sizes.target_parameters is not None and sizes.tokens_per_example is not None:
         rows = len(arms) * compare.seeds * sum(budgets) + compare.full_seeds * sizes.examples
         operations = 6 * sizes.target_parameters * sizes.tokens_per_example * config.target.epochs * rows

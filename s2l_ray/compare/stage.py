@@ -60,7 +60,6 @@ def compare(config: RunConfig, run_dir: str | None = None, *, reuse: str | None 
     config = config.model_copy(update={"compare": config.compare or CompareConfig()})
     finished = run(config, run_dir, until="trajectories", reuse=reuse)
     place, _ = run_places(config.name, run_dir, reuse)
-    connect_ray()
     with exclusive(place) as still_held:
         return _compare(config, place, finished, still_held)
 
@@ -181,6 +180,7 @@ def _train_together(
     work: Storage,
     still_held: Callable[[], None],
 ) -> None:
+    connect_ray()
     examples, by_unit = finished["examples"], {one.unit: one for one in todo}
     parts = evaluated_parts(config, examples)
     job = CellsJob(examples, finished["proxy"], by_unit, work, parts, choose_generated(config, examples, parts))

@@ -22,6 +22,8 @@ Floats = NDArray[np.float64]
 TOKENS, MACRO, POOL, ACCURACY = "loss_per_token", "loss_macro", "loss_as_pool", "accuracy"
 """The two losses, in nats, under the names of `metrics.json`; the loss with sources weighed as in the pool; and the share of
 answers that are right."""
+LOSSES = (TOKENS, MACRO)
+"""The co-primary ones."""
 LEVEL, POWER = 0.05, 0.8
 RESAMPLES, RESAMPLED_AT_ONCE, QUANTILES = 2000, 2**22, 4000
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from s2l_ray.compare.arms import FULL, RANDOM
+from s2l_ray.compare.arms import BALANCED, FULL, RANDOM
 from s2l_ray.compare.statistics import (
     ACCURACY,
-    LEVEL,
+    LOSSES,
     MACRO,
     POOL,
     TOKENS,
@@ -28,12 +28,22 @@ from s2l_ray.compare.statistics import (
     holm,
     paired,
 )
-from s2l_ray.compare.verdict import verdict
+from s2l_ray.compare.table_text import (
+    LOSSES_HEADER,
+    TERMINAL_HEADER,
+    aligned,
+    detail_cells,
+    details_header,
+    loss_cells,
+    markdown_table,
+    short_difference,
+    terminal_cells,
+)
+from s2l_ray.compare.verdict import WORDS, verdict
 from s2l_ray.errors import DataError
 
-LOSSES = (TOKENS, MACRO)
-WIDTH, ARM_WIDTH = 100, 28
-"""Columns of the terminal's table, and of the arms' names in it."""
+WIDTH = 100
+"""Columns of the terminal's table."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,8 @@ class Comparison:
 
     costs: dict[str, Any] = field(default_factory=dict)
     ablations: dict[str, list[tuple[Any, str]]] = field(default_factory=dict)
+    to_balanced: dict[str, Difference] = field(default_factory=dict)
+    """Of the primary arm to source-balanced random, by loss, at the first budget: what it adds to counting sources alike."""
 
     @property
     def has_pool(self) -> bool:
@@ -75,11 +87,10 @@ class Comparison:
 
     def text(self) -> str:
         """The table for a terminal, of `WIDTH` columns at most."""
-        header = ["", "by token", "to random", "by source", "to random", "gap", "tokens"]
-        lines = [header, *(_shown(row) for row in self.rows)]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+        lines = [TERMINAL_HEADER, *(terminal_cells(row) for row in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         shown = [
-            "  ".join(_aligned(value, width, i) for i, (value, width) in enumerate(zip(line, widths, strict=True))).rstrip()
+            "  ".join(aligned(value, width, i) for i, (value, width) in enumerate(zip(line, widths, strict=True))).rstrip()
             for line in lines
         ]
         titles = [f"{row.budget:,} examples" if row.arm != FULL else f"all {row.budget:,} examples" for row in self.rows]
@@ -92,15 +103,16 @@ class Comparison:
 
     def markdown(self) -> str:
         """The same for a page."""
-        loss = ["to random [95%]", "over rows [95%]", "p"]
-        names = ["loss per token", *loss, "averaged over sources", *loss, "gap closed (tokens / sources)", "accuracy"]
-        if self.has_pool:
-            names += ["as in the pool", "to random [95%]"]
-        header = ["arm", "budget", *names, "response tokens", "steps", "cost with selection", "seeds", "diverged"]
-        lines = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
         spent = {(one["arm"], one["budget"]): one for one in self.costs.get("by_row", [])}
-        lines += [f"| {' | '.join(_shown_in_full(row, spent.get((row.arm, row.budget))))} |" for row in self.rows]
-        return "\n".join([*lines, "", *self.notes(), "", *(f"**{sentence}**" for sentence in self.verdict), ""])
+        tables = [
+            markdown_table(LOSSES_HEADER, [(row, loss_cells(row)) for row in self.rows]),
+            markdown_table(
+                details_header(has_pool=self.has_pool),
+                [(row, detail_cells(row, spent.get((row.arm, row.budget)))) for row in self.rows],
+            ),
+        ]
+        answer = [f"**{sentence}**" for sentence in self.verdict]
+        return "\n\n".join([*answer, *tables, "\n".join(self.notes()), ""])
 
     def notes(self) -> list[str]:
         """What the table does not say by itself."""
@@ -117,6 +129,7 @@ class Comparison:
             "contrasts an interval clear of 0 may have none.",
             *self._about_gaps(),
             *self._about_pool(),
+            *self._about_balance(),
             *self._about_equals(),
         ]
         trained = Counter((cell["arm"], cell["budget"]) for cell in self.cells)
@@ -127,10 +140,13 @@ class Comparison:
         ]
         if lost:
             notes.append(f"diverged, and in no mean: {'; '.join(lost)}. Differences are over the pairs of which neither has.")
-        if all(row.means[ACCURACY] is None for row in self.rows):
+        accuracies = {row.means[ACCURACY] for row in self.rows}
+        if accuracies == {None}:
             notes.append(
                 "No accuracy: no answer that can be verified was generated (evaluation.answer_pattern, max_generations)."
             )
+        elif accuracies <= {None, 0.0}:
+            notes.append("Accuracy: none of these targets answers anything right, so it says nothing yet.")
         costs = self.costs.get("lines", [])
         return [*notes, *costs]
 
@@ -147,8 +163,15 @@ class Comparison:
         if not self.has_pool:
             return []
         rows = [row for row in self.rows if row.budget == self.budgets[0] and POOL in row.differences]
-        shown = "; ".join(f"{row.arm} {_short_difference(row.differences[POOL])}" for row in rows)
+        shown = "; ".join(f"{row.arm} {short_difference(row.differences[POOL])}" for row in rows)
         return [f"To random with each source weighed by its rows in the pool, at {self.budgets[0]:,} examples: {shown}."]
+
+    def _about_balance(self) -> list[str]:
+        """What the primary arm adds to balancing sources, for which no proxy is needed."""
+        if not self.to_balanced:
+            return []
+        shown = [f"{short_difference(self.to_balanced[kind])} {words}" for kind, words in WORDS.items()]
+        return [f"{self.primary} to {BALANCED}, which needs no proxy, at {self.budgets[0]:,} examples: {', '.join(shown)}."]
 
     def _about_gaps(self) -> list[str]:
         """Why a share of the gap has no interval, or is not there."""
@@ -202,6 +225,7 @@ def compare_cells(
         detectable=detectable,
         costs=costs or {},
         ablations=ablations or {},
+        to_balanced=_to_balanced(cells, found, primary, budgets[0], losses.kinds),
     )
 
 
@@ -220,12 +244,22 @@ def _check(cells: Sequence[Cell], primary: str, budgets: Sequence[int]) -> None:
         paired(own)
 
 
-def _pairs(cells: Sequence[Cell], arm: str, budget: int) -> list[tuple[Cell, Cell]]:
-    """An arm's cells at a budget, each with random's of the same seed; without those of which one has diverged."""
-    of_random = {cell.seed: cell for cell in cells if (cell.arm, cell.budget) == (RANDOM, budget)}
+def _pairs(cells: Sequence[Cell], arm: str, budget: int, rival: str = RANDOM) -> list[tuple[Cell, Cell]]:
+    """An arm's cells at a budget, each with a rival's of the same seed; without those of which one has diverged."""
+    of_rival = {cell.seed: cell for cell in cells if (cell.arm, cell.budget) == (rival, budget)}
     own = sorted((cell for cell in cells if (cell.arm, cell.budget) == (arm, budget)), key=lambda cell: cell.seed)
-    together = [(cell, of_random[cell.seed]) for cell in own]
+    together = [(cell, of_rival[cell.seed]) for cell in own if cell.seed in of_rival]
     return [pair for pair in together if not any(cell.diverged for cell in pair)]
+
+
+def _to_balanced(
+    cells: Sequence[Cell], found: Mapping[str, Mapping[str, float]], primary: str, budget: int, kinds: Sequence[str]
+) -> dict[str, Difference]:
+    """Of the primary arm to source-balanced random; nothing where that is no arm, or fewer than two pairs are finite."""
+    pairs = [] if primary == BALANCED else _pairs(cells, primary, budget, BALANCED)
+    if len(pairs) < 2:
+        return {}
+    return {kind: paired(np.array([found[a.name][kind] - found[b.name][kind] for a, b in pairs])) for kind in kinds}
 
 
 def _over_rows(losses: HeldOutLosses, pairs: Mapping[str, list[tuple[Cell, Cell]]]) -> dict[str, dict[str, Floats]]:
@@ -303,92 +337,3 @@ def _plain(cell: Cell, losses: Mapping[str, float]) -> dict[str, Any]:
     names = ("arm", "budget", "seed", "accuracy", "supervised_tokens", "steps", "diverged")
     finite = {kind: value if np.isfinite(value) else None for kind, value in losses.items()}
     return {name: getattr(cell, name) for name in names} | finite
-
-
-# --- words ---------------------------------------------------------------------------------------------------------
-
-
-def _aligned(value: str, width: int, column: int) -> str:
-    return value.ljust(width) if column in (0, 2, 4) else value.rjust(width)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-def _difference(found: Difference | None) -> str:
-    if found is None:
-        return ""
-    p = found.p if found.p_holm is None else found.p_holm
-    return f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]{'*' if p < LEVEL else ''}"
-
-
-def _short_difference(found: Difference | None) -> str:
-    if found is None:
-        return ""
-    p = found.p if found.p_holm is None else found.p_holm
-    return f"{found.mean:+.4f} \N{PLUS-MINUS SIGN}{found.high - found.mean:.4f}{'*' if p < LEVEL else ''}"
-
-
-def _counted(number: float) -> str:
-    """A number of five characters at most."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g}{unit}" if number < 999.5 * size else f"{number / size:.0f}{unit}"
-    return f"{number:.0f}"
-
-
-def _gap(found: GapClosed | None) -> str:
-    if found is None:
-        return "-"
-    if found.low is None:
-        return f"{found.share:.0%} [?]"
-    return f"{found.share:.0%} [{found.low:.0%}, {found.high:.0%}]"
-
-
-def _name(row: Row) -> str:
-    lost = f" ({row.diverged} diverged)" if row.diverged else ""
-    return f"{row.arm}{lost}"
-
-
-def _shown(row: Row) -> list[str]:
-    # The end of a long name: arms of an ablation differ there.
-    name = _name(row)
-    return [
-        f"  {name}" if len(name) <= ARM_WIDTH - 2 else f"  \N{HORIZONTAL ELLIPSIS}{name[3 - ARM_WIDTH :]}",
-        _number(row.means[TOKENS]),
-        _short_difference(row.differences.get(TOKENS)),
-        _number(row.means[MACRO]),
-        _short_difference(row.differences.get(MACRO)),
-        _short_gap(row.gap_closed[MACRO]) if MACRO in row.gap_closed else "",
-        _counted(row.supervised_tokens),
-    ]
-
-
-def _short_gap(found: GapClosed | None) -> str:
-    return "-" if found is None else f"{found.share:.0%}{' [?]' if found.low is None else ''}"
-
-
-def _shown_in_full(row: Row, spent: Mapping[str, Any] | None) -> list[str]:
-    cells = [_name(row), f"{row.budget:,}"]
-    for kind in LOSSES:
-        found = row.differences.get(kind)
-        over = "" if found is None or found.low_rows is None else f"[{found.low_rows:+.4f}, {found.high_rows:+.4f}]"
-        p = "" if found is None else f"{found.p:.2g}" if found.p_holm is None else f"{found.p_holm:.2g} (Holm)"
-        cells += [_number(row.means[kind]), _difference(found), over, p]
-    gaps = " / ".join(_gap(row.gap_closed[kind]) for kind in LOSSES) if row.gap_closed else ""
-    accuracy = "-" if row.means[ACCURACY] is None else f"{row.means[ACCURACY]:.3f}"
-    if ACCURACY in row.differences:
-        accuracy += f" ({_difference(row.differences[ACCURACY])})"
-    pool = [_number(row.means[POOL]), _difference(row.differences.get(POOL))] if POOL in row.means else []
-    cost = "" if spent is None else cost_words(spent)
-    return [
-        *(*cells, gaps, accuracy, *pool, f"{row.supervised_tokens:,.0f}", f"{row.steps:,}", cost),
-        *(str(row.seeds), str(row.diverged)),
-    ]
-
-
-def cost_words(spent: Mapping[str, Any]) -> str:
-    """Operations, hours and money as far as they are known."""
-    units = {"operations": "{:.2e} operations", "hours": "{:,.3g} hours", "money": "{:,.2f} in money"}
-    return ", ".join(words.format(spent[name]) for name, words in units.items() if spent[name] is not None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from s2l_ray.compare.statistics import LEVEL, MACRO, POOL, TOKENS, Difference, Row
+from s2l_ray.compare.statistics import LEVEL, MACRO, POOL, TOKENS, Difference, Row, detectable_difference
 
 WORDS = {TOKENS: "over tokens", MACRO: "averaged over sources"}
 
@@ -23,14 +23,15 @@ def verdict(rows: Sequence[Row], primary: Row, detectable: float | None) -> list
     better = _better(rows, primary)
     both = f"{_amount(found[TOKENS])} per token and {_amount(found[MACRO])} averaged over sources"
     if signs[TOKENS] == signs[MACRO] == -1:
-        sentence = f"{name} is better than random here: by {both}{_share(primary)}."
+        sentence = f"{name} is better than random here: by {both}{_share(primary)}.{_in_the_pool(primary)}"
     elif signs[TOKENS] == signs[MACRO] == 1:
         advice = f"{name} is worse than random here" if better else f"Take random: {name} is worse here"
         sentence = f"{advice}, by {both}."
     elif not any(signs.values()):
+        macro = detectable_difference(found[MACRO].deviation, primary.seeds)
         sentence = (
-            f"No difference between {name} and random that this comparison could see (it would have seen {detectable:.3f} nats "
-            "per token)."
+            f"No difference between {name} and random that this comparison could see at {primary.budget:,} examples (it would "
+            f"have seen {detectable:.3f} nats per token, {macro:.3f} averaged over sources)."
         )
     else:
         parts = [f"{_word(signs[kind])} {WORDS[kind]} ({_amount(found[kind])})" for kind in WORDS]
@@ -60,6 +61,12 @@ def _share(row: Row) -> str:
     return f"; {' and '.join(known)}" if known else ""
 
 
+def _in_the_pool(row: Row) -> str:
+    """What a win in both losses hides where the pool's large sources count more."""
+    found = row.differences.get(POOL)
+    return f" With sources weighed as in the pool it is worse, by {_amount(found)}." if found and _sign(found) > 0 else ""
+
+
 def _better(rows: Sequence[Row], primary: Row) -> list[str]:
     """The arm to take instead, if there is one."""
 
@@ -81,9 +88,5 @@ def _better(rows: Sequence[Row], primary: Row) -> list[str]:
 
 def _advice(best: Row) -> str:
     """When to take the better arm: not where the target will meet rows like the pool's, if it is worse there."""
-    found = best.differences.get(POOL)
-    if found is None or _sign(found) < 1:
-        return "Take that."
-    return (
-        f"Take that where every source is to count alike; with sources weighed as in the pool it is worse, by {_amount(found)}."
-    )
+    worse = _in_the_pool(best)
+    return f"Take that where every source is to count alike.{worse}" if worse else "Take that."

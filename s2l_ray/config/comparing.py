@@ -36,7 +36,7 @@ class CompareConfig(Section):
     """The arm whose difference to random is the question, asked at the first budget. All others are corrected for being
     many."""
 
-    budgets: list[int | float] = Field(default_factory=list)
+    budgets: Annotated[list[int | float], Field(min_length=1)] | None = None
     """Examples, or fractions of the pool below 1; without them `selection.budget`."""
 
     seeds: Positive = 5
@@ -74,11 +74,11 @@ class CompareConfig(Section):
 
     @field_validator("budgets")
     @classmethod
-    def _budgets_are_sizes(cls, budgets: list[Any]) -> list[Any]:
-        for budget in budgets:
+    def _budgets_are_sizes(cls, budgets: list[Any] | None) -> list[Any] | None:
+        for budget in budgets or []:
             if budget <= 0 or (budget >= 1 and not float(budget).is_integer()) or (isinstance(budget, float) and budget == 1):
                 raise ValueError(f"{budget}: a budget is a number of examples, or a fraction of the pool below 1")
-        return [int(budget) if budget > 1 else budget for budget in budgets]
+        return None if budgets is None else [int(budget) if budget > 1 else budget for budget in budgets]
 
     @model_validator(mode="after")
     def _arms_are_named_once(self) -> CompareConfig:

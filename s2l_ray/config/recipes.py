@@ -57,11 +57,11 @@ RECIPES: dict[str, Callable[[RunConfig], dict[str, Any]]] = {
 
 SCHEMAS = {
     "examples": 3,
-    "proxy": 3,
+    "proxy": 4,
     "trajectories": 4,
-    "clustering": 4,
-    "selection": 5,
-    "target": 4,
-    "evaluation": 4,
+    "clustering": 5,
+    "selection": 6,
+    "target": 5,
+    "evaluation": 5,
 }
 """Raised when the same recipe gives another result than before."""

@@ -78,6 +78,7 @@ class RunConfig(Section):
         if zero_stage < {"none": 0, "optimizer": 1, "parameters": 3}[offload]:
             needed = "3" if offload == "parameters" else "1, 2 or 3"
             raise ValueError(f"machines.target.offload={offload} needs target.zero_stage {needed}, found {zero_stage}")
+        self._points_are_recorded()
         if self.clustering.features == "profile" and not self.trajectories.statistics:
             raise ValueError("clustering.features=profile needs what trajectories.statistics=true records. Set both")
         recorded = {"ifd": "without_prompt", "rds_plus": "embeddings"}.get(self.selection.method)
@@ -91,6 +92,17 @@ class RunConfig(Section):
                 "examples.source_field to that column, or use `s2l select`"
             )
         return self
+
+    def _points_are_recorded(self) -> None:
+        proxy, points = self.proxy, self.clustering.points or []
+        count = len(proxy.checkpoints) or proxy.num_checkpoints + proxy.include_untrained
+        is_known = bool(proxy.checkpoints) or proxy.checkpoint_every_steps is None
+        beyond = [point for point in points if not -count <= point < count]
+        if is_known and beyond:
+            raise ValueError(
+                f"clustering.points={points}: no point {beyond[0]} in trajectories of {count} points (proxy.num_checkpoints, "
+                f"include_untrained). Give 0 to {count - 1}, or from the end -1 to -{count}"
+            )
 
     @model_validator(mode="after")
     def _proxy_has_a_tokenizer(self) -> RunConfig:

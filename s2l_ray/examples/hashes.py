@@ -7,6 +7,9 @@ import json
 import re
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 DIGEST_BYTES = 10  # 20 hexadecimal digits: two of ten million contents share a digest in one of 10**10 corpora
 POOL, HELD_OUT, VALIDATION = "pool", "held_out", "validation"
 
@@ -32,6 +35,14 @@ def masked(prompt: str) -> str:
 def prompt_hash(prompt: str) -> int:
     """64 bits; the same for prompts that differ only in numbers, case or white space. All that a split goes by."""
     return int.from_bytes(hashlib.blake2b(masked(prompt).encode(), digest_size=8).digest())
+
+
+def mixed(numbers_N: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Other numbers for numbers, one to one, every bit of which depends on all: the finalizer of SplitMix64 (Steele et al.,
+    2014)."""
+    numbers_N = (numbers_N ^ (numbers_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers_N = (numbers_N ^ (numbers_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(numbers_N ^ (numbers_N >> np.uint64(31)))
 
 
 def split_of(hashed: int, held_out_fraction: float, validation_fraction: float = 0.0) -> str:

@@ -20,9 +20,14 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from s2l_ray.errors import DataError
+from s2l_ray.examples.hashes import mixed
 
-# So many digests stay in the processor's cache: a sixth faster than a whole block.
-_HASHED_ROWS = 4_096
+# So many numbers stay in the processor's cache: twice as fast as a whole block.
+HASHED_ROWS = 16_384
+_WORD = 8
+# By a number of bytes, 0 to 8: those of a word that count.
+_FIRST_BYTES = np.array([2 ** (8 * count) - 1 for count in range(_WORD + 1)], "<u8")
+GAMMA = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's; without it a word of zeros would leave an empty text's 0 as it is
 NAMED_IDS = 5
 """How many ids a message names."""
 NO_INTEGERS = (
@@ -95,19 +100,51 @@ def name_examples(example_ids: pa.Array, count: int | None = None) -> str:
 
 
 def priorities(example_ids: Any, seed: int | str) -> NDArray[np.uint64]:
-    """The random number of each example, uint64, shape (N,): the first 8 bytes of BLAKE2b over `"{seed}:{example_id}"`,
-    integers in decimal.
+    """The random number of each example, uint64, shape (N,): a hash of the id (integers in decimal) and the seed.
 
     The lowest come first. It depends on the id alone and not on the row, so that a choice can be made in a stream
-    and is the same for every order of the rows.
+    and is the same for every order of the rows. The id's bytes, in words of eight (little-endian, the last filled with zeros),
+    are folded into its length by SplitMix64's finalizer, and what comes out is mixed twice more with two words of BLAKE2b over
+    the seed: a hash of ten million ids takes no second. It is not meant to withstand ids that somebody makes up against it.
     """
+    return priorities_of(digests(example_ids), seed)
+
+
+def digests(example_ids: Any) -> NDArray[np.uint64]:
+    """What a priority is made of beside the seed: a number of 64 bits for each id (integers in decimal), shape (N,)."""
     texts = id_column(column_of(example_ids, "example_id"), "example_ids").cast(pa.string())
-    priorities_N = np.empty(len(texts), np.uint64)
-    for start in range(0, len(texts), _HASHED_ROWS):
-        keys = pc.binary_join_element_wise(str(seed), texts[start : start + _HASHED_ROWS], ":").cast(pa.binary())
-        digests = b"".join([hashlib.blake2b(key).digest() for key in keys.to_numpy(zero_copy_only=False)])
-        priorities_N[start : start + _HASHED_ROWS] = np.frombuffer(digests, ">u8")[::8]
+    digests_N = np.empty(len(texts), np.uint64)
+    for start in range(0, len(texts), HASHED_ROWS):
+        digests_N[start : start + HASHED_ROWS] = _folded(texts[start : start + HASHED_ROWS])
+    return digests_N
+
+
+def priorities_of(digests_N: NDArray[np.uint64], seed: int | str) -> NDArray[np.uint64]:
+    """The priorities of ids with these digests, shape (N,)."""
+    first, second = np.frombuffer(hashlib.blake2b(str(seed).encode(), digest_size=16).digest(), "<u8")
+    priorities_N = np.empty(len(digests_N), np.uint64)
+    for start in range(0, len(digests_N), HASHED_ROWS):
+        priorities_N[start : start + HASHED_ROWS] = mixed(mixed(digests_N[start : start + HASHED_ROWS] ^ first) ^ second)
     return priorities_N
+
+
+def _folded(texts: pa.Array) -> NDArray[np.uint64]:
+    """A number for each text (M,), of 64 bits; different for different texts of up to eight bytes and one length."""
+    offsets = np.frombuffer(texts.buffers()[1], np.int32)[texts.offset : texts.offset + len(texts) + 1]
+    begin, end = int(offsets[0]), int(offsets[-1])
+    data = np.zeros(end - begin + _WORD, np.uint8)
+    data[: end - begin] = np.frombuffer(texts.buffers()[2] or b"", np.uint8)[begin:end]
+    # The word that begins at each byte.
+    words = np.lib.stride_tricks.as_strided(data[:_WORD].view("<u8"), shape=(end - begin + 1,), strides=(1,))
+    starts_M, lengths_M = offsets[:-1].astype(np.int64) - begin, np.diff(offsets).astype(np.int64)
+    folded_M = lengths_M.astype(np.uint64)
+    shortest = lengths_M.min(initial=_WORD)
+    for done in range(0, int(lengths_M.max(initial=0)), _WORD):
+        rows = slice(None) if done < shortest else np.flatnonzero(lengths_M > done)
+        left = np.minimum(lengths_M[rows] - done, _WORD)
+        words_M = words[starts_M[rows] + done] & _FIRST_BYTES[left]
+        folded_M[rows] = mixed((folded_M[rows] ^ words_M) + GAMMA)
+    return folded_M
 
 
 def priority_cut(wanted: int, count: int, margin: float = 6.0) -> int:

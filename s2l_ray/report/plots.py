@@ -155,7 +155,7 @@ def source_shares(sources: Sequence[Source]) -> go.Figure:
     shown = sources[:NUM_PLOTTED_SOURCES]
     series: list[tuple[str, str, list[float | None]]] = [
         ("pool", GREY, [s.pool_fraction for s in shown]),
-        ("chosen by S2L", BLUE, [s.selected_fraction for s in shown]),
+        ("chosen", BLUE, [s.selected_fraction for s in shown]),
         ("random", ORANGE, [s.random_fraction for s in shown]),
     ]
     series = [row for row in series if any(value is not None for value in row[2])]

@@ -18,11 +18,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from s2l_ray.errors import ConfigError, DataError
-from s2l_ray.examples.ids import has_large, id_column, one_array, priorities
+from s2l_ray.examples.ids import has_large, id_column, one_array
 from s2l_ray.progress import get_log
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.ownership import scratch_folder
 from s2l_ray.storage.places import Storage
+from s2l_ray.trajectories.arriving import Arriving
 from s2l_ray.trajectories.loss_columns import (
     EMBEDDING,
     LOSS_WITHOUT_PROMPT,
@@ -65,19 +66,18 @@ def open_trajectories(
     parts = parts_of(source)
     where = place_name(source)
     names: dict[str, Names] = {}
-
-    def finish(table: pa.Table) -> pa.Table:
-        return table if seed is None else table.append_column("priority", pa.array(priorities(table["example_id"], seed)))
-
+    arriving = Arriving(seed, lambda: {name: found.values for name, found in names.items()})
     try:
-        rows = sort_by_id(checked_batches(parts, stratify_by, names, statistics), scratch, pool, finish)
+        rows = sort_by_id(checked_batches(parts, stratify_by, names, statistics), scratch, pool, arriving.finish)
     except DataError as error:
         raise error if str(error).startswith(where) else DataError(f"{where}: {error}") from error
     num_points = rows.schema.field("losses").type.list_size
     _log.info("%s trajectories of %d points from %d files", f"{rows.num_rows:,}", num_points, len(parts))
     measured = measurements_of(parts, find_artifact(source) if isinstance(source, str) else source, lambda: integers_of(parts))
     found_names = {name: found.values for name, found in names.items()}
-    return TrajectoryStore(rows, num_points, found_names, seed, measurements=measured)
+    return TrajectoryStore(
+        rows, num_points, found_names, seed, measurements=measured, content=arriving.content, lowest=arriving.lowest()
+    )
 
 
 @contextlib.contextmanager

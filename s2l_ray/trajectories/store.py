@@ -7,7 +7,6 @@ size of the input's parts. Losses go from Arrow to numpy without ever being Pyth
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
@@ -21,6 +20,8 @@ from numpy.typing import NDArray
 
 from s2l_ray.errors import ConfigError, DataError
 from s2l_ray.examples.ids import column_of, id_column, not_unique, one_array, priorities, repeated
+from s2l_ray.storage.records import digest
+from s2l_ray.trajectories.arriving import content_of
 from s2l_ray.trajectories.loss_columns import (
     LOSSES,
     STATISTICS,
@@ -193,6 +194,12 @@ class TrajectoryStore:
     measurements: Mapping[str, Callable[[], NDArray[np.float32]]] = field(default_factory=dict)
     """What else is measured of the rows and read on demand: see `measured`."""
 
+    content: int | None = None
+    """`content_of` the rows; None where it is not known yet."""
+
+    lowest: pa.Table | None = None
+    """`Arriving.lowest`: `example_id`, what is measured at the points, and `priority`; None where that takes a pass."""
+
     @classmethod
     def of(cls, trajectories: Trajectories, seed: int | None = None) -> TrajectoryStore:
         """Trajectories in memory as a store, without a copy of the losses, with the priorities of a seed if one is given."""
@@ -264,33 +271,17 @@ class TrajectoryStore:
         The same for the same ids, losses, names and token counts, however they were ordered or cut into files.
         """
         columns = ["example_id", LOSSES, *STATISTICS, *sorted(self.names), "num_response_tokens"]
-
-        def one_block(block: pa.Table) -> bytes:
-            content = hashlib.blake2b(digest_size=16)
-            for name in block.column_names:
-                column = one_array(block[name])
-                if name in self.names:
-                    content.update(np.ascontiguousarray(self.codes(block, name)).data)
-                elif pa.types.is_string(column.type):
-                    content.update(np.ascontiguousarray(pc.binary_length(column).to_numpy()).data)
-                    offsets = np.frombuffer(column.buffers()[1], np.int32)[column.offset : column.offset + len(column) + 1]
-                    content.update(memoryview(column.buffers()[2] or b"")[offsets[0] : offsets[-1]])
-                else:
-                    values = column.flatten() if name in (LOSSES, *STATISTICS) else column
-                    content.update(np.ascontiguousarray(values.to_numpy()).data)
-            return content.digest()
-
+        content = self.content
+        if content is None:
+            names = self.names
+            content = sum(self.each_block(pool, lambda block: content_of(block, names), *columns)) % 2**64
         kinds = [str(self.rows.schema.field(name).type) for name in columns if self.has(name)]
-        values = {name: self.names_of(name) for name in sorted(self.names)}
-        whole = hashlib.blake2b(repr((len(self), kinds, values)).encode(), digest_size=8)
-        for block in self.each_block(pool, one_block, *columns):
-            whole.update(block)
-        return whole.hexdigest()
+        return digest([len(self), kinds, {name: self.names_of(name) for name in sorted(self.names)}, content])
 
     def with_tokens(self, count: Callable[[pa.Array], NDArray[np.int32]]) -> TrajectoryStore:
         """The same with other token counts, `count(ids)` in the order of the ids: four bytes a row in memory."""
         ids = pa.concat_arrays([one_array(block["example_id"]) for block in self.blocks("example_id")])
-        return replace(self, tokens_N=count(ids))
+        return replace(self, tokens_N=count(ids), content=None)
 
     def in_memory(self) -> Trajectories:
         """All of it as a value."""
