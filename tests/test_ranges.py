@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import signal
 import threading
 import time
@@ -32,6 +33,7 @@ from s2l_ray.storage.places import Storage
 from s2l_ray.trajectories import ranged_store, ranges
 from s2l_ray.trajectories.files import open_trajectories
 from s2l_ray.trajectories.recording import finish_recording, record_losses
+from s2l_ray.trajectories.sorting import Run, sorted_by_id
 
 # More groups than kinds: all six iterations move some rows.
 ITERATED: dict[str, Any] = {"stratify_by": None, "num_iterations": 6, "num_clusters": 40}
@@ -165,6 +167,12 @@ def test_ranges_lie_in_object_storage_as_on_a_disk(tmp_path: Path, bucket: str, 
         here = open_trajectories(source, tmp_path / "sorted", pool, seed=0)
         assert len({store.identity(pool) for store in (*found, here)}) == 1
     assert [block.num_rows for block in found[0].blocks("losses")] == [65_536, 4_464]
+
+
+def test_what_is_known_of_a_run_does_not_take_its_ids_along(tmp_path: Path) -> None:
+    table = trajectories(50_000)
+    run = Run.write(tmp_path / "run.arrow", sorted_by_id(table))
+    assert len(pickle.dumps(run)) < 2_000 < table["example_id"].nbytes
 
 
 def message(source: str, output: Path, engine: str) -> str:

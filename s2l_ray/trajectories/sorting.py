@@ -172,7 +172,9 @@ class Run:
         last = ids[-1].as_py() if len(ids) else None
         ids = ids.combine_chunks()
         twice = ids[:0] if is_ascending(ids) else repeated(ids)
-        return cls(path, table.schema, len(table), firsts, last, len(twice), twice[:NAMED_IDS])
+        # A copy of the few: a slice would take all ids along to another process.
+        named = pa.array(twice[:NAMED_IDS].to_pylist(), ids.type)
+        return cls(path, table.schema, len(table), firsts, last, len(twice), named)
 
     @staticmethod
     def open(path: Path | StoredFile, schema: pa.Schema, columns: Sequence[str] | None = None) -> Any:
