@@ -42,7 +42,7 @@ Row = dict[str, Any]
 # What is timed; rows, points and repeats by default.
 MEASURES: dict[str, tuple[str, list[int], list[int], int]] = {
     "select": ("`s2l select` as a whole process beside faiss in memory, training + assigning alone", [10_000_000], [12], 3),
-    "memory": ("peak memory and time of `s2l select` by rows", [1_000_000, 10_000_000, 40_000_000], [12], 1),
+    "memory": ("peak memory and time of `s2l select` by rows", [100_000, 1_000_000, 10_000_000, 40_000_000], [12], 1),
     "sklearn": ("`cluster()` beside KMeans, one k-means++ and at most 20 iterations, in memory", [5_000_000], [12], 3),
     "reach": ("one restart, the fewest iterations as good as MiniBatchKMeans, fastkmeans", [1_000_000, 5_000_000], [24, 12], 3),
     "choose": ("choosing a tenth from finished groups, no reading or writing; hashing ids apart", [10_000_000], [0], 3),

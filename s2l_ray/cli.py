@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import typer
@@ -141,8 +142,8 @@ def select(
     num_workers: Annotated[int, typer.Option(help="With --engine ray: actors.")] = 2,
 ) -> None:
     """Clustering and selection alone, on trajectories from anywhere (columns `example_id` and `losses`)."""
+    select_trajectories = _selecting()
     from s2l_ray.config import ClusteringConfig, GroupingConfig, SelectionConfig, checked
-    from s2l_ray.selection.alone import select_trajectories
 
     clustering = checked(
         ClusteringConfig,
@@ -168,6 +169,16 @@ def select(
     )
     machines = checked(GroupingConfig, engine=engine, memory_gb=memory_gb, num_workers=num_workers)
     select_trajectories(trajectories, output, clustering, selection, machines)
+
+
+def _selecting() -> Callable[..., object]:
+    """`select_trajectories`, loaded after the process has one heap."""
+    from s2l_ray.runtime.process import share_one_heap
+
+    share_one_heap()
+    from s2l_ray.selection.alone import select_trajectories
+
+    return select_trajectories
 
 
 def _levels(text: str) -> dict[str, list[int | str]]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -106,3 +109,25 @@ def test_with_few_rows_all_are_of_the_lowest_priorities(tmp_path):
     store = opened(table_of(50), tmp_path / "few")
     assert store.lowest is not None
     assert store.lowest["example_id"].to_pylist() == sorted(f"row-{i}" for i in range(50))
+
+
+def test_select_takes_memory_from_one_heap_and_leaves_later_processes_theirs():
+    code = (
+        "import os; from s2l_ray.runtime.process import share_one_heap; share_one_heap(); import pyarrow as pa; "
+        "print(pa.default_memory_pool().backend_name, os.environ.get('ARROW_DEFAULT_MEMORY_POOL'))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "ARROW_DEFAULT_MEMORY_POOL"}
+    for given_pool, expected in ((None, "system None"), ("mimalloc", "mimalloc mimalloc")):
+        chosen = environment if given_pool is None else environment | {"ARROW_DEFAULT_MEMORY_POOL": given_pool}
+        found = subprocess.run([sys.executable, "-c", code], env=chosen, capture_output=True, text=True, check=True)
+        assert found.stdout.strip() == expected
+
+
+def test_a_sorted_run_keeps_none_of_its_ids_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(sorting, "RUN_ROWS", 20_000)
+    table = table_of(100_000).select(["example_id"])
+    num_ids_bytes, before = table.nbytes, pa.total_allocated_bytes()
+    path = tmp_path / "run.arrow"
+    run = sorting._Run.write(path, table.take(pa.array(np.argsort(table["example_id"].to_numpy(zero_copy_only=False)))))
+    assert run.num_rows == 100_000
+    assert pa.total_allocated_bytes() - before < num_ids_bytes / 20

@@ -159,7 +159,7 @@ def test_ranges_lie_in_object_storage_as_on_a_disk(tmp_path: Path, bucket: str, 
     for module, name in ((ranges, "in_tasks"), (ranged_store, "in_tasks")):
         monkeypatch.setattr(module, name, map)
     monkeypatch.setattr(ranges, "run_tasks", lambda task, count, _workers: map(task, range(count)))
-    monkeypatch.setattr(ranges, "RUN_ROWS", 20_000)
+    monkeypatch.setattr(ranges, "TASK_ROWS", 20_000)
     source = write(tmp_path / "files", trajectories(70_000), [10_000], row_group=10_000)
     found = [ranges.open_ranges(source, Storage(place), seed=0) for place in (f"{bucket}/ranges", str(tmp_path / "here"))]
     assert len(found[0].rows.files) > 1
@@ -248,7 +248,7 @@ def test_a_task_s_process_that_dies_changes_no_byte(
     monkeypatch.setattr(ranges, "run_tasks", dying)
     for module in (ranges, ranged_store):
         monkeypatch.setattr(module, "in_tasks", dying)
-    monkeypatch.setattr(ranges, "RUN_ROWS", 60_000)
+    monkeypatch.setattr(ranges, "TASK_ROWS", 60_000)
     source, expected = undisturbed
     assert select(source, tmp_path / "out", "ray", **ITERATED) == expected
     assert mark.exists(), "a process was killed"

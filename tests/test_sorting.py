@@ -270,3 +270,17 @@ def test_results_come_in_order_and_few_items_are_read_ahead(pool: ThreadPoolExec
     for done, result in enumerate(in_order(pool, lambda number: number * number, items())):
         assert result == done * done
         assert len(read) <= done + 3
+
+
+@given(
+    st.lists(st.text(alphabet="ab\0é", min_size=0, max_size=12), max_size=40)
+    | st.lists(st.text(alphabet="ab", min_size=17, max_size=17), max_size=40)
+)
+def test_ids_sorted_as_numbers_come_in_the_order_of_their_bytes_and_equal_ones_in_their_own(texts):
+    ids = texts or ["x"]
+    order = sorted(range(len(ids)), key=lambda row: ids[row].encode())
+    assert sorting._ascending_order(pa.array(ids)).tolist() == order
+    for kind in (pa.int64(), pa.uint64()):
+        numbers = [len(one) // 3 + (2**63 - 99 if kind == pa.uint64() else -2) for one in ids]
+        order = sorted(range(len(ids)), key=numbers.__getitem__)
+        assert sorting._ascending_order(pa.array(numbers, kind)).tolist() == order

@@ -35,10 +35,12 @@ from s2l_ray.trajectories.files import Expected, changed, checked_batches, commo
 from s2l_ray.trajectories.measured import measurements_of
 from s2l_ray.trajectories.parts import IsWanted, Part, every_group, find_artifact, parts_of, place_name
 from s2l_ray.trajectories.ranged_store import Codes, RangedStore, RangedTable, with_codes
-from s2l_ray.trajectories.sorting import PIECE_ROWS, RUN_ROWS, Run, StoredFile, check_unique, of_run_size, sorted_by_id
+from s2l_ray.trajectories.sorting import Run, StoredFile, check_unique, of_run_size, sorted_by_id, splits_of
 from s2l_ray.trajectories.store import BLOCK_ROWS, Names
 
 _AT_ONCE = 16
+# Rows that one task reads: a second or so.
+TASK_ROWS = 524_288
 _log = get_log("trajectories")
 
 
@@ -196,7 +198,7 @@ def _pieces(parts: Sequence[Part], may_split: bool) -> tuple[tuple[_Unread, ...]
     for number, sizes in enumerate(counts):
         start = 0
         for size in sizes if may_split else [sum(sizes)]:
-            if waiting and num_waiting + size > RUN_ROWS:
+            if waiting and num_waiting + size > TASK_ROWS:
                 tasks.append(tuple(waiting))
                 waiting, num_waiting = [], 0
             waiting.append(_Unread(number, start, start + size, position))
@@ -301,8 +303,7 @@ def _ranges(found: list[_NamedRun], place: Storage) -> tuple[RangedTable, dict[s
     lists = {name: values.values for name, values in names.items()}
     if all(left.last < right.first for left, right in itertools.pairwise(runs)):
         return RangedTable.of_runs(runs, codes), lists
-    firsts = sorted(first for run in runs for first in run.firsts)
-    splits = [None, *firsts[RUN_ROWS // PIECE_ROWS :: RUN_ROWS // PIECE_ROWS], None]
+    splits = splits_of(runs)
     merge = _MergeRange(tuple(runs), tuple(codes), tuple(splits), place)
     merged = [run for run in in_tasks(merge, range(len(splits) - 1)) if run.num_rows]
     for run in runs:

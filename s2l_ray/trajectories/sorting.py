@@ -22,14 +22,16 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from s2l_ray.errors import DataError
-from s2l_ray.examples.ids import NAMED_IDS, not_unique, repeated
+from s2l_ray.examples.ids import NAMED_IDS, not_unique, one_array, repeated
 from s2l_ray.storage.places import Storage
 
-# A run is sorted in memory, several at a time: 50 MB of trajectories of 12 points, and no more of long texts.
-RUN_ROWS = 524_288
-RUN_BYTES = 64 * 2**20
+# A run is sorted in memory, several at a time: 12 MB of trajectories of 12 points, and no more of long texts.
+RUN_ROWS = 131_072
+RUN_BYTES = 16 * 2**20
 # What is read of a run at once while merging: a share of a run, by rows or by bytes.
-PIECE_ROWS = 8_192
+PIECE_ROWS = 2_048
+# A merged range is as large as a run, or of many runs (every so many one more) as large as up to four.
+RUNS_OF_LARGER_RANGES, MAX_RUNS_PER_RANGE = 20, 4
 _MAX_WIDTH = 64
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -122,9 +124,7 @@ def sort_by_id(
 
 def _merged(runs: list[Run], folder: Path, pool: Executor) -> SortedTable:
     """Runs as one table: cut at the same ids, the pieces of each range sorted together."""
-    firsts = sorted(first for run in runs for first in run.firsts)
-    # A run's rows lie between the samples: with so many samples per range its size varies little.
-    splits = [None, *firsts[RUN_ROWS // PIECE_ROWS :: RUN_ROWS // PIECE_ROWS], None]
+    splits = splits_of(runs)
 
     def merge(number: int) -> Run:
         tables = [run.between(splits[number], splits[number + 1]) for run in runs]
@@ -135,6 +135,15 @@ def _merged(runs: list[Run], folder: Path, pool: Executor) -> SortedTable:
         Path(str(run.path)).unlink()
     check_unique(merged)
     return SortedTable(tuple(run.path for run in merged), runs[0].schema, sum(run.num_rows for run in merged))
+
+
+def splits_of(runs: Sequence[Run]) -> list[Any]:
+    """Ids at which all runs are cut into ranges, None at both ends."""
+    firsts = sorted(first for run in runs for first in run.firsts)
+    # A run's rows lie between the samples: with so many samples per range its size varies little. Each range opens all runs,
+    # which takes 0.2 ms a run: of many runs ranges are larger.
+    per_range = RUN_ROWS // PIECE_ROWS * min(MAX_RUNS_PER_RANGE, 1 + len(runs) // RUNS_OF_LARGER_RANGES)
+    return [None, *firsts[per_range::per_range], None]
 
 
 def check_unique(runs: Sequence[Run]) -> None:
@@ -170,10 +179,9 @@ class Run:
         ids = table["example_id"]
         firsts = [ids[start].as_py() for start in range(0, len(ids), size)]
         last = ids[-1].as_py() if len(ids) else None
-        ids = ids.combine_chunks()
+        ids = one_array(ids)
         twice = ids[:0] if is_ascending(ids) else repeated(ids)
-        # A copy of the few: a slice would take all ids along to another process.
-        named = pa.array(twice[:NAMED_IDS].to_pylist(), ids.type)
+        named = pa.array(twice[:NAMED_IDS].to_pylist(), ids.type)  # a slice would keep all ids
         return cls(path, table.schema, len(table), firsts, last, len(twice), named)
 
     @staticmethod
@@ -214,16 +222,20 @@ def is_ascending(ids: pa.Array) -> bool:
 
 
 def sorted_by_id(table: pa.Table) -> pa.Table:
-    table = table.combine_chunks()
-    ids = table["example_id"].combine_chunks()
-    return table if is_ascending(ids) else table.take(pa.array(_ascending_order(ids))).combine_chunks()
+    """A table's rows in ascending order of `example_id`."""
+    ids = one_array(table["example_id"])
+    if is_ascending(ids):
+        return table.combine_chunks()
+    order = pa.array(_ascending_order(ids))
+    # Column by column: a second copy of one column at a time, not of all.
+    return pa.table([one_array(column).take(order) for column in table.columns], schema=table.schema)
 
 
 def _ascending_order(ids: pa.Array) -> NDArray[np.integer[Any]]:
     """Row numbers, shape (N,), in ascending order of ids; equal ids keep their order. Integers and strings of one length are
     sorted as numbers: a fifth of the time."""
     if pa.types.is_integer(ids.type):
-        return np.argsort(ids.to_numpy(), kind="stable")
+        return _order_of_words(ids.to_numpy()[:, None])
     lengths = pc.min_max(pc.binary_length(ids)).as_py()
     width = lengths["min"]
     if width != lengths["max"] or not 0 < width <= _MAX_WIDTH:
@@ -236,8 +248,22 @@ def _ascending_order(ids: pa.Array) -> NDArray[np.integer[Any]]:
         return np.arange(len(ids))
     words = np.zeros((len(ids), -(-len(varying) // 8) * 8), np.uint8)
     words[:, : len(varying)] = data[:, varying]
-    keys = words.view(">u8").astype(np.uint64)
-    return np.argsort(keys[:, 0], kind="stable") if keys.shape[1] == 1 else np.lexsort(keys.T[::-1])
+    return _order_of_words(words.view(">u8").astype(np.uint64))
+
+
+def _order_of_words(words_NW: NDArray[Any]) -> NDArray[np.integer[Any]]:
+    """Row numbers in ascending order of rows of numbers, the first number first; equal rows keep their order.
+
+    numpy sorts numbers six times faster where equal ones may change places; these are looked at again.
+    """
+    order_N = np.argsort(words_NW[:, 0])
+    sorted_N = words_NW[order_N, 0]
+    is_equal = sorted_N[1:] == sorted_N[:-1]
+    if is_equal.any():
+        tied = np.flatnonzero(np.append(is_equal, False) | np.append(False, is_equal))
+        among = np.sort(order_N[tied])
+        order_N[tied] = among[np.lexsort(words_NW[among].T[::-1])]
+    return order_N
 
 
 def of_run_size(batches: Iterable[pa.Table]) -> Iterator[pa.Table]:
