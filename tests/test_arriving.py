@@ -128,6 +128,6 @@ def test_a_sorted_run_keeps_none_of_its_ids_in_memory(tmp_path, monkeypatch):
     table = table_of(100_000).select(["example_id"])
     num_ids_bytes, before = table.nbytes, pa.total_allocated_bytes()
     path = tmp_path / "run.arrow"
-    run = sorting._Run.write(path, table.take(pa.array(np.argsort(table["example_id"].to_numpy(zero_copy_only=False)))))
+    run = sorting.Run.write(path, table.take(pa.array(np.argsort(table["example_id"].to_numpy(zero_copy_only=False)))))
     assert run.num_rows == 100_000
     assert pa.total_allocated_bytes() - before < num_ids_bytes / 20
