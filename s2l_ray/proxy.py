@@ -23,7 +23,7 @@ from s2l_ray.storage.layout import CHECKPOINT, TOKENIZER, step_folder
 from s2l_ray.storage.places import Storage
 from s2l_ray.storage.records import FileRecord
 from s2l_ray.storage.stages import Context
-from s2l_ray.training.batches import check_steps, data_order, num_steps
+from s2l_ray.training.batches import check_steps, num_steps
 from s2l_ray.training.checkpoints import checkpoint_records, keep_checkpoint, steps_of
 from s2l_ray.training.fine_tuning import fine_tune, training_loss
 from s2l_ray.training.models import check_positions, load_model, make_model
@@ -125,32 +125,33 @@ def train_proxy(job: ProxyJob, events: Any) -> dict[str, Any]:
     is_first = context.get_world_rank() == 0
     tokenizer = shared_tokenizer(job, is_first)
     parts = job.token_parts()
-    for part in job.examples.parts()[context.get_world_rank() :: context.get_world_size()]:
-        parts.read(part)  # every worker makes its share
+    parts.make(context.get_world_rank(), context.get_world_size())
     torch.distributed.barrier()
-    pool = parts.pool()
-    ids, tokens = pool.row_ids, pool.tokens
+    found = parts.pool() if context.get_local_rank() == 0 else None
+    torch.distributed.barrier()
+    pool = found or parts.pool(check=False)
+    tokens = pool.tokens
     pool.check("proxy", parts.limit, job.corpus)
-    if len(ids) < config.global_batch_size:
+    if len(tokens) < config.global_batch_size:
         raise DataError(
-            f"the pool has {len(ids):,} examples, fewer than one batch of proxy.global_batch_size={config.global_batch_size}. "
-            "Use a smaller batch or a larger corpus."
+            f"the pool has {len(tokens):,} examples, fewer than one batch of proxy.global_batch_size="
+            f"{config.global_batch_size}. Use a smaller batch or a larger corpus."
         )
-    steps = num_steps(len(ids), config.epochs, config.global_batch_size)
+    steps = num_steps(len(tokens), config.epochs, config.global_batch_size)
     check_steps(steps, "proxy")
     kept = checkpoint_steps(config, steps)
     model = make_model(config, tokenizer)
     check_positions(model, config.max_tokens, "proxy")
     num_parameters = int(model.num_parameters())
     if is_first:
-        sizes = f"{num_parameters:,} parameters, {pool.sizes}, {len(tokens.ids):,} tokens, {steps:,} steps"
+        sizes = f"{num_parameters:,} parameters, {pool.sizes}, {tokens.lengths.sum():,} tokens, {steps:,} steps"
         for line in (*said_counts(pool.changed, pool.refused), sizes):
             events.put(line)
 
     def keep(step: int, model: Any) -> None:
         keep_checkpoint(job.storage, step, model, tokenizer)
 
-    order = data_order(ids, steps, config.global_batch_size, config.seed)
+    order = pool.order(steps, config.global_batch_size, config.seed)
     run = TrainingRun("proxy", config, order, tokens, kept, steps)
     trainer = fine_tune(run, model, tokenizer, job.machines, events, on_keep=keep, tracking=job.tracking)
     return {

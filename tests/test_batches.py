@@ -147,6 +147,31 @@ def test_weights_that_are_alike_are_exactly_one_and_reach_no_batch():
     assert all(torch.equal(batches[0][name], batches[1][name]) for name in batches[0])
 
 
+@given(
+    batch=st.integers(1, 24),
+    workers=st.integers(1, 5),
+    device_batch=st.integers(1, 9),
+    steps=st.integers(1, 4),
+    seed=st.integers(),
+)
+def test_rows_that_are_placed_step_by_step_are_those_of_the_whole_order(batch, workers, device_batch, steps, seed):
+    plan = BatchPlan.of(batch, min(workers, batch), device_batch)
+    rng = np.random.default_rng(abs(seed))
+    tokens, weights = rows(rng, 30), rng.integers(1, 5, 30) / 4
+    order = rng.integers(0, 30, steps * batch)
+    config = TrainingConfig(model="none", global_batch_size=batch, learning_rate=1.0)
+    places = length_balanced_order(order, tokens.lengths, plan)
+    for given_weights in (None, weights):
+        lazy = TrainingRows.of(TrainingRun("proxy", config, order, tokens, (), steps, weights=given_weights), plan)
+        whole = TrainingRows(tokens, places, None if given_weights is None else batch_weights(places, weights, plan))
+        assert len(lazy) == len(whole) == steps * plan.num_places
+        for i in rng.permutation(len(whole)).tolist():
+            found, expected = lazy[i], whole[i]
+            assert (found is None) == (expected is None)
+            for one, other in zip(found or (), expected or (), strict=True):
+                np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize("restrict", [True, False])
 def test_a_row_of_weight_three_counts_as_three_of_it(restrict):
     tokens = rows(np.random.default_rng(7), 3)

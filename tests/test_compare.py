@@ -15,7 +15,7 @@ import yaml
 
 from s2l_ray.compare import stage
 from s2l_ray.compare.arms import FULL, RANDOM, VARIANTS, Arm, ablated, arms_of
-from s2l_ray.compare.cells import CellSpec, budgets_of, seeded
+from s2l_ray.compare.cells import CellSpec, budgets_of, resolved, seeded
 from s2l_ray.compare.stage import compare
 from s2l_ray.config import RunConfig, parse_config
 from s2l_ray.errors import ArtifactError, ConfigError, DataError
@@ -116,6 +116,21 @@ def test_every_known_variant_of_s2l_is_a_config(tmp_path):
     assert found["s2l"] == made
 
 
+def test_s2l_is_s2l_whatever_the_run_itself_selects_by(tmp_path):
+    """Somebody who has taken the advice of an earlier comparison asks again."""
+    section = {"arms": ["s2l", "s2l_allocation_0.5"], "ablations": {"clustering.num_clusters": [3]}}
+    made = config(tmp_path, selection={"method": "source_balanced"}, target={"use_weights": True}, compare=section)
+    arms = {arm.name: arm.config(made) for arm in arms_of(made, SOURCES)}
+    assert {arm.selection.method for name, arm in arms.items() if name not in (RANDOM, "source_balanced")} == {"s2l"}
+    assert not arms["s2l_allocation_0.5"].target.use_weights  # but for what its name says it is the paper's
+
+
+def test_an_arm_that_cannot_be_is_refused_before_anything_is_built(folder):
+    with pytest.raises(ConfigError, match="'s2ll' is neither"):
+        compare(config(folder, compare={"arms": ["s2ll"]}), str(folder / "never"))
+    assert not (folder / "never").exists()
+
+
 def test_an_arm_of_one_s_own_is_the_run_with_other_settings(tmp_path):
     own = {"few": {"clustering.num_clusters": 3, "target.use_weights": True}}
     arms = {arm.name: arm for arm in arms_of(config(tmp_path, compare={"arms": ["s2l", own]}), SOURCES)}
@@ -140,6 +155,11 @@ def test_an_ablation_is_an_arm_for_each_value_of_a_field(tmp_path):
         ({"arms": ["s2l", {"b": {"examples.split": "test"}}]}, "cannot differ between arms"),
         ({"arms": ["s2l", {"../b": {"clustering.num_clusters": 3}}]}, "is no name for an arm"),
         ({"arms": ["s2l", {"full": {"clustering.num_clusters": 3}}]}, "the name 'full' is taken"),
+        ({"arms": [{"s2l": {"clustering.num_clusters": 3}}]}, "the name 's2l' is taken"),
+        ({"arms": ["s2l", {"source_balanced": {"selection.method": "longest"}}]}, "the name 'source_balanced' is taken"),
+        ({"ablations": {"selection.budget": [8, 16]}}, "selection.budget is the comparison's"),
+        ({"ablations": {"target.max_tokens": [32]}}, "target.max_tokens decides which tokens of a held-out row count"),
+        ({"ablations": {"target.model": ["a/b", "a b"]}}, "two arms would have the name 'target.model=a_b'"),
         ({"arms": ["source_matched"]}, "compare.primary: no arm 's2l'"),
         ({"arms": ["s2l", "s2l_profile"]}, r"compare.arms: s2l_profile: (.|\n)*trajectories.statistics=true"),
         ({"primary": "random"}, "compare.primary: random is what the others are compared to"),
@@ -215,6 +235,13 @@ def test_a_seed_redoes_what_the_config_says_and_keeps_the_starting_weights(tmp_p
 
 
 # --- a comparison --------------------------------------------------------------------------------------------------
+
+
+def test_of_given_checkpoints_no_seed_redoes_the_proxy(tmp_path):
+    given = resolved(config(tmp_path, proxy={"checkpoints": ["one/step-1", "one/step-2"]}, compare={"redo_from": "proxy"}))
+    assert given.compare.redo_from == "clustering"
+    assert resolved(config(tmp_path, compare={"redo_from": "proxy"})).compare.redo_from == "proxy"
+    assert seeded(given, Arm("s2l", {}), 1).proxy == given.proxy
 
 
 def test_every_cell_has_its_subset_its_losses_and_as_many_steps_as_its_budget_has(place, folder):

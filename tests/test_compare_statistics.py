@@ -377,6 +377,17 @@ def test_an_arm_that_is_better_than_both_is_named_and_no_other(other: Row, is_na
         assert found[1].endswith("Take that.")
 
 
+def test_an_arm_that_loses_what_the_primary_one_wins_is_not_better_than_both() -> None:
+    primary, other = row_of("s2l", FAR_BETTER, UNCLEAR), row_of("x", UNCLEAR, FAR_BETTER)
+    assert len(verdict([primary, other], primary, 0.03)) == 1
+
+
+def test_a_share_of_a_gap_that_may_be_none_is_not_said() -> None:
+    primary = row_of("s2l", BETTER, BETTER, share=14.05)
+    unclear = dict.fromkeys((TOKENS, MACRO), GapClosed(14.05, None, None))
+    assert "of the gap" not in verdict([], dataclasses.replace(primary, gap_closed=unclear), 0.03)[0]
+
+
 def test_of_several_better_arms_the_best_by_source_is_named() -> None:
     primary = row_of("s2l", UNCLEAR, UNCLEAR)
     others = [row_of("longest", FAR_BETTER, FAR_BETTER), row_of("ifd", FAR_BETTER, (-0.9, -0.8))]

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import faiss
@@ -283,33 +281,14 @@ def test_memory_and_file_and_any_number_of_threads_give_the_same_bits(tmp_path: 
     assert all(one == found[0] for one in found)
 
 
-@pytest.fixture
-def gpu_rows(monkeypatch: pytest.MonkeyPatch) -> Callable[[np.ndarray, int], GpuRows]:
-    """`GpuRows` whose devices are this processor. What it cannot see: faiss's search on a GPU, and devices side by side."""
-    torch = pytest.importorskip("torch")
-    stand_in = ModuleType("torch")
-    stand_in.__dict__.update(torch.__dict__)
-    stand_in.device = lambda *_: torch.device("cpu")  # type: ignore[attr-defined]
-    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
-
-    def nearest(self: GpuRows, block: Any, centroids_KF: np.ndarray) -> Any:
-        return torch.from_numpy(faiss.knn(block.numpy(), centroids_KF, 1)[1][:, 0].copy())
-
-    monkeypatch.setattr(GpuRows, "_nearest", nearest)
-
-    def make(features: np.ndarray, num_devices: int) -> GpuRows:
-        with monkeypatch.context() as patch:
-            patch.setitem(sys.modules, "torch", stand_in)
-            return GpuRows(MemoryColumn(features), features.shape[1], list(range(num_devices)))
-
-    return make
+def gpu_rows(features: np.ndarray, num_devices: int) -> GpuRows:
+    """`GpuRows` whose devices are this processor. What it cannot see: devices side by side."""
+    return GpuRows(MemoryColumn(features), features.shape[1], ["cpu"] * num_devices)
 
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("num_devices", [1, 2, 3])
-def test_the_gpu_engines_sums_and_seeds_are_those_of_a_cpu(
-    pool: SearchThreads, gpu_rows: Callable[[np.ndarray, int], GpuRows], num_devices: int
-) -> None:
+def test_the_gpu_engines_sums_and_seeds_are_those_of_a_cpu(pool: SearchThreads, num_devices: int) -> None:
     features, _ = planted(1_250)
     start = np.concatenate([FOUR[:3] + 1, np.full((1, 3), 500, np.float32)])  # the last is seeded again
     here, there = in_memory(features, pool), gpu_rows(features, num_devices)
@@ -323,9 +302,7 @@ def test_the_gpu_engines_sums_and_seeds_are_those_of_a_cpu(
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_the_gpu_engine_is_as_good_where_groups_run_into_each_other(
-    pool: SearchThreads, gpu_rows: Callable[[np.ndarray, int], GpuRows]
-) -> None:
+def test_the_gpu_engine_is_as_good_where_groups_run_into_each_other(pool: SearchThreads) -> None:
     features = on_grid(np.random.default_rng(4).gamma(2, 1, (3_000, 5)))
     here, there = in_memory(features, pool), gpu_rows(features, 2)
     expected, found = (lloyd(rows, features[:20], 15) for rows in (here, there))

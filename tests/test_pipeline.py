@@ -34,6 +34,7 @@ from s2l_ray.selection.alone import select_trajectories
 from s2l_ray.selection.export import export_subset
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.layout import is_stage_file
+from s2l_ray.storage.node_files import NodeFiles
 from s2l_ray.storage.places import Storage
 
 STAGE_NAMES = ["examples", "proxy", "trajectories", "clustering", "selection", "target", "evaluation"]
@@ -401,6 +402,7 @@ def test_the_report_shows_texts_of_the_corpus_and_runs_none_of_them(finished):
 def test_nothing_is_left_in_the_scratch_directory_but_its_mark_the_lock_and_the_hashes(finished):
     left = [p for p in (finished.place / ".work").rglob("*") if p.is_file()]
     assert {p.name for p in left} == {"CACHEDIR.TAG", "lock", "corpus_hashes.json"}
+    assert not NodeFiles.of(Storage(str(finished.place / ".work")), "").folder.exists(), "nor on the node"
 
 
 # --- again ---------------------------------------------------------------------------------------------------------

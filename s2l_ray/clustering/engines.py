@@ -95,7 +95,7 @@ class Engine:
     def rows(self, features: Column, width: int) -> KMeansRows:
         """The rows of a column of features, N values of `width` each, ready for `lloyd`."""
         if self.kind == "gpu":
-            return GpuRows(features, width, list(range(faiss.get_num_gpus())))
+            return GpuRows(features, width, [f"cuda:{number}" for number in range(faiss.get_num_gpus())])
         return LocalRows(features, width, self.pool, self.new_column)
 
     @property

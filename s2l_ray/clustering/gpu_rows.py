@@ -1,8 +1,7 @@
-"""The rows of k-means on GPUs, by faiss for GPUs and torch."""
+"""The rows of k-means on GPUs, by torch alone."""
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -13,14 +12,7 @@ from numpy.typing import NDArray
 from s2l_ray.clustering.bounds import Search
 from s2l_ray.clustering.columns import Column, Floats, Ints
 from s2l_ray.clustering.kmeans import Step, squared_distances
-from s2l_ray.clustering.threads import faiss
 from s2l_ray.trajectories.store import BLOCK_ROWS
-
-
-@functools.cache
-def _gpu_resources(device: int) -> Any:  # noqa: ARG001 - one for each device
-    """faiss's scratch memory on a GPU, 1.5 GB: once, not for every stratum."""
-    return faiss.StandardGpuResources()
 
 
 class GpuRows:
@@ -31,13 +23,12 @@ class GpuRows:
     exact, so that inertia agrees.
     """
 
-    def __init__(self, features: Column, width: int, devices: list[int]) -> None:
+    def __init__(self, features: Column, width: int, devices: list[str]) -> None:
         import torch
 
         self._torch = torch
         self.shape = (len(features), width)
-        self._devices = [torch.device("cuda", device) for device in devices]
-        self._resources = {device: _gpu_resources(device) for device in devices}
+        self._devices = [torch.device(device) for device in devices]
         starts = list(range(0, len(features), BLOCK_ROWS))
         each = math.ceil(len(starts) / len(devices))
         self._blocks = [
@@ -71,12 +62,10 @@ class GpuRows:
         return Step.sum([Step(sums.cpu().numpy(), sizes.cpu().numpy(), len(changed)) for sums, sizes, changed in steps])
 
     def _nearest(self, block: Any, centroids_KF: Floats) -> Any:
-        """Labels of a block: by faiss on its GPU."""
-        import faiss.contrib.torch_utils
-
-        centroids = self._torch.from_numpy(centroids_KF).to(block.device)
-        _, labels = faiss.knn_gpu(self._resources[block.device.index], block, centroids, 1, device=block.device.index)
-        return labels.flatten()
+        """Labels of a block: the lowest |c|^2 - 2xc, a matrix of rows x centroids that stays in the GPU's cache."""
+        torch = self._torch
+        centroids = torch.from_numpy(centroids_KF).to(block.device)
+        return torch.addmm((centroids**2).sum(1), block, centroids.T, alpha=-2).argmin(1)
 
     def farthest(self, centroids_KF: Floats, seed_F: Floats | None) -> tuple[float, Floats]:
         # Rare, so that it may go through the host: all of it is there for that while.

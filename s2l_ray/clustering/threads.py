@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from s2l_ray.errors import S2LError
 
-try:
-    import faiss as faiss  # noqa: PLC0414 - the other files take it from here
-except ModuleNotFoundError as error:
-    raise S2LError("faiss is not installed: pip install 's2l_ray[cpu]', or 's2l_ray[gpu]' for CUDA; not both.") from error
 
-# Below so many numbers faiss takes a kernel that is five times slower for so few dimensions: 10,000 rows of 12, say.
-faiss.cvar.distance_compute_blas_threshold = 1
+class _Faiss:
+    """The module, imported where it is first used: k-means on GPUs does not need it."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            import faiss
+        except ModuleNotFoundError as error:
+            raise S2LError(
+                "faiss is not installed: pip install 's2l_ray[cpu]', or 's2l_ray[gpu]' for CUDA; not both."
+            ) from error
+        # Below so many numbers faiss takes a kernel that is five times slower for so few dimensions: 10,000 rows of 12, say.
+        faiss.cvar.distance_compute_blas_threshold = 1
+        return getattr(faiss, name)
+
+
+faiss: Any = _Faiss()
 
 
 class SearchThreads(ThreadPoolExecutor):

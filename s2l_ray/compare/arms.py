@@ -17,6 +17,9 @@ RANDOM, BALANCED, FULL, S2L = "random", "source_balanced", "full", "s2l"
 COST_MATCHED = "random_cost_matched"
 """Random, with the selection's own cost spent on more examples."""
 
+ANY_SOURCES = ("one", "two")
+"""Where the corpus has not been read yet: as if it named several."""
+
 Settings = Mapping[str, Any]
 """Dotted field -> value."""
 
@@ -24,10 +27,12 @@ _PAPER: dict[str, Any] = {
     f"clustering.{name}": ClusteringConfig.model_fields[name].default for name in ("features", "levels")
 } | {
     "clustering.stratify_by": None,
+    "target.use_weights": False,
+    "selection.method": S2L,
     **{f"selection.{name}": SelectionConfig.model_fields[name].default for name in OF_S2L_ALONE},
 }
 VARIANTS: dict[str, dict[str, Any]] = {
-    S2L: {},
+    S2L: {"selection.method": S2L},
     "s2l_allocation_0": _PAPER,
     "s2l_allocation_0.5": _PAPER | {"selection.allocation": 0.5},
     "s2l_allocation_1": _PAPER | {"selection.allocation": 1.0},
@@ -97,6 +102,11 @@ def arms_of(config: RunConfig, sources: Sequence[str]) -> list[Arm]:
     for field, values in compare.ablations.items():
         for value in values:
             arm = ablated(field, value)
+            _of_one_s_own(arm.name, {field: value})
+            if arm.name in arms and arms[arm.name] != arm:
+                raise ConfigError(
+                    f"compare.ablations: two arms would have the name '{arm.name}'. Give one as an arm of your own."
+                )
             arms[arm.name] = arm
     for arm in arms.values():
         arm.config(config)
@@ -113,7 +123,7 @@ def arms_of(config: RunConfig, sources: Sequence[str]) -> list[Arm]:
 def ablated(field: str, value: Any) -> Arm:
     """The run's S2L with one field at another value."""
     shown = "-".join(map(str, value)) if isinstance(value, list) else str(value)
-    return Arm(re.sub(r"[^\w.=+-]+", "_", f"{field}={shown}"), {field: value})
+    return Arm(re.sub(r"[^\w.=+-]+", "_", f"{field}={shown}"), {"selection.method": S2L, field: value})
 
 
 def listing() -> str:
@@ -154,11 +164,16 @@ def _of_one_s_own(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     budgets = [field for field in settings if field in ("selection.budget", "selection.more_budgets")]
     if budgets:
         raise ConfigError(f"compare.arms: {name}: {budgets[0]} is the comparison's, for all arms alike. Set compare.budgets.")
+    if cuts := settings.keys() & {"target.tokenizer", "target.max_tokens", "target.truncation"}:
+        raise ConfigError(
+            f"compare.arms: {name}: {min(cuts)} decides which tokens of a held-out row count, and losses over other tokens "
+            "are not compared. Set it for the run."
+        )
     return settings
 
 
 def _checked(name: str) -> str:
-    if name in {FULL, RANDOM}:
+    if name in {FULL, COST_MATCHED} | SELECTORS.keys() | VARIANTS.keys():
         raise ConfigError(f"compare.arms: the name '{name}' is taken. Give your own arm another.")
     if not re.fullmatch(r"[A-Za-z0-9][\w.=+-]*", name):
         raise ConfigError(f"compare.arms: '{name}' is no name for an arm of your own: letters, digits and _ . = + - alone.")

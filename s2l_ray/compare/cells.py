@@ -73,6 +73,14 @@ class CellSpec:
         return found
 
 
+def resolved(config: RunConfig) -> RunConfig:
+    """A config with its section `compare`. Of a proxy whose checkpoints are given no seed can redo anything."""
+    compare = config.compare or CompareConfig()
+    if config.proxy.checkpoints and compare.redo_from == "proxy":
+        compare = compare.model_copy(update={"redo_from": "clustering"})
+    return config.model_copy(update={"compare": compare})
+
+
 def seeded(config: RunConfig, arm: Arm, seed: int) -> RunConfig:
     """An arm's config under a seed: what the comparison redoes gets its seeds + `seed`, and the target's random weights
     stay."""

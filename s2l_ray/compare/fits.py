@@ -32,7 +32,14 @@ def losses_of_run(one: CellSpec, config: RunConfig, place: Storage) -> tuple[pa.
     found = {decision.stage.name: decision.artifact for decision in decisions if decision.artifact is not None}
     if found["selection"].summary["rows"] != one.budget or one.config.target != config.target:
         return None
+    if model == _SELECTED and _chooses(one.config) != _chooses(config):
+        return None
     return _evaluated(found["target"], found["evaluation"], model)
+
+
+def _chooses(config: RunConfig) -> tuple[Any, ...]:
+    """What decides the subset of a budget, from the same trajectories."""
+    return config.clustering, config.selection.model_dump(exclude={"budget", "more_budgets"})
 
 
 def _evaluated(target: Artifact, evaluation: Artifact, model: str) -> tuple[pa.Table, dict[str, Any]]:
@@ -59,7 +66,8 @@ def fit_alone(one: CellSpec, trajectories: Artifact | None, place: Storage, work
 
     What it leaves is its losses: the model goes away with the scratch directory.
     """
-    evaluation = one.config.evaluation.model_copy(update={"random_control": False})
+    unused = {"random_control": False, "tasks": [], "bert_score_model": None}  # a cell keeps losses and exact matches
+    evaluation = one.config.evaluation.model_copy(update=unused)
     chosen = one.config.model_copy(update={"evaluation": evaluation})
     own = work.child("runs").child(one.unit)
     _log.info("%s: a fit of its own", one.name)

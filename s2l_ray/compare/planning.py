@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from s2l_ray.compare.arms import arms_of
-from s2l_ray.compare.cells import budgets_of
+from s2l_ray.compare.arms import ANY_SOURCES, arms_of
+from s2l_ray.compare.cells import budgets_of, resolved
 from s2l_ray.compare.statistics import detectable_difference
 from s2l_ray.config import RunConfig
 from s2l_ray.config.comparing import CompareConfig
@@ -15,20 +15,17 @@ from s2l_ray.storage.layout import COMPARE, TABLE
 from s2l_ray.storage.places import Storage
 from s2l_ray.training.batches import subset_steps
 
-# Where the corpus has not been read yet: as if it named several.
-_ANY_SOURCES = ("one", "two")
-
 
 def comparison_lines(config: RunConfig, made: Plan) -> list[str]:
     """Lines about the config's comparison; none where it has no section `compare`, or the corpus's size is not known.
 
     Raises ConfigError for arms or budgets that cannot be.
     """
-    compare, sizes = config.compare, made.sizes
-    if compare is None or sizes.examples is None:
+    sizes, compare = made.sizes, resolved(config).compare
+    if config.compare is None or compare is None or sizes.examples is None:
         return []
     sources = _sources(made.decisions)
-    arms = arms_of(config, _ANY_SOURCES if sources is None else sources)
+    arms = arms_of(config, ANY_SOURCES if sources is None else sources)
     budgets = budgets_of(config, round(sizes.examples))
     num_cells = len(arms) * len(budgets) * compare.seeds
     lines = [

@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from s2l_ray.compare.arms import COST_MATCHED, FULL, Arm, arms_of
-from s2l_ray.compare.cells import CellSpec, budgets_of, missing, publish, read_bytes_table, seeded, spec
+from s2l_ray.clustering.stratifying import AUTO, strata_of
+from s2l_ray.compare.arms import ANY_SOURCES, COST_MATCHED, FULL, Arm, arms_of
+from s2l_ray.compare.cells import CellSpec, budgets_of, missing, publish, read_bytes_table, resolved, seeded, spec
 from s2l_ray.compare.costs import cost_matched
 from s2l_ray.compare.fits import fit_alone, losses_of_run
 from s2l_ray.compare.premise import PremiseSettings, measure_premise
@@ -57,7 +58,8 @@ def compare(config: RunConfig, run_dir: str | None = None, *, reuse: str | None 
     Returns the `Comparison`, which is also in `compare/table.json` and `table.md`. Raises ConfigError for arms and budgets that
     cannot be, ArtifactError where a finished cell has another recipe (naming the fields), and what a run raises.
     """
-    config = config.model_copy(update={"compare": config.compare or CompareConfig()})
+    config = resolved(config)
+    arms_of(config, ANY_SOURCES)  # what no corpus would mend, before anything is trained
     finished = run(config, run_dir, until="trajectories", reuse=reuse)
     place, _ = run_places(config.name, run_dir, reuse)
     with exclusive(place) as still_held:
@@ -110,7 +112,10 @@ def plan_cells(config: RunConfig, place: Storage, finished: dict[str, Artifact])
             f"compare: no {config.evaluation.split} row to evaluate on. Set examples.held_out_per_source (100, say), "
             "held_out_fraction or validation_fraction."
         )
-    arms = arms_of(config, [name for name, counts in examples.summary["sources"].items() if counts["pool"]])
+    sources = [name for name, counts in examples.summary["sources"].items() if counts["pool"]]
+    as_auto = config.clustering.model_copy(update={"stratify_by": AUTO})  # shards of one corpus are no sources
+    named = strata_of(as_auto, sources, pool, config.examples.sources_are_files).column is not None
+    arms = arms_of(config, sources if named else [])
     budgets = budgets_of(config, pool)
     everything = {"examples": examples, "proxy": finished["proxy"]}
     sizes = sizes_of(config, finished)

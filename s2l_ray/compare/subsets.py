@@ -70,6 +70,8 @@ class StoreGroups:
 def subsets(config: RunConfig, budgets: Sequence[int], store: TrajectoryStore, groups: StoreGroups) -> list[pa.Table]:
     """The subset of an arm for each budget: `example_id` and `weight`, in order of ids."""
     found = groups.of(config)
+    if config.selection.draw == "spread" and len(budgets) > 1:  # which has no order that budgets share
+        return [table for budget in budgets for table in subsets(config, [budget], store, groups)]
     selection = config.selection.model_copy(update={"budget": budgets[0], "more_budgets": list(budgets[1:])})
     chosen = choose_subsets(store, lambda: in_blocks(found), found, selection, config.clustering)
     return [pa.table({"example_id": one.selection.example_ids, "weight": one.selection.weights_M}) for one in chosen]

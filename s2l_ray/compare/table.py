@@ -170,7 +170,7 @@ class Comparison:
         """What the primary arm adds to balancing sources, for which no proxy is needed."""
         if not self.to_balanced:
             return []
-        shown = [f"{short_difference(self.to_balanced[kind])} {words}" for kind, words in WORDS.items()]
+        shown = [f"{short_difference(self.to_balanced[kind]).rstrip('*')} {words}" for kind, words in WORDS.items()]
         return [f"{self.primary} to {BALANCED}, which needs no proxy, at {self.budgets[0]:,} examples: {', '.join(shown)}."]
 
     def _about_gaps(self) -> list[str]:
@@ -313,24 +313,18 @@ def _row(
 
 
 def _corrected(rows: list[Row], primary: str, budget: int) -> list[Row]:
-    """The rows with Holm's correction over all their differences in loss, but for those of the primary contrast; and over all
-    differences in accuracy."""
-    others = [row for row in rows if row.differences and (row.arm, row.budget) != (primary, budget)]
-    contrasts = [(row, kind) for row in others for kind in LOSSES]
-    corrected = iter(holm([row.differences[kind].p for row, kind in contrasts]))
-    by_row = {
-        (row.arm, row.budget): row.differences
-        | {kind: replace(row.differences[kind], p_holm=next(corrected)) for kind in LOSSES}
-        for row in others
-    }
-    rows = [replace(row, differences=by_row.get((row.arm, row.budget), row.differences)) for row in rows]
-    scored = iter(holm([row.differences[ACCURACY].p for row in rows if ACCURACY in row.differences]))
-    return [
-        replace(row, differences=row.differences | {ACCURACY: replace(row.differences[ACCURACY], p_holm=next(scored))})
-        if ACCURACY in row.differences
-        else row
-        for row in rows
+    """The rows with Holm's correction over all their differences in the two losses, but for those of the primary contrast; and
+    each over all rows, over those with sources weighed as in the pool and over those in accuracy."""
+    others = [
+        (row, kind) for row in rows for kind in LOSSES if kind in row.differences and (row.arm, row.budget) != (primary, budget)
     ]
+    families = [others, *([(row, kind) for row in rows if kind in row.differences] for kind in (POOL, ACCURACY))]
+    found = {(row.arm, row.budget): dict(row.differences) for row in rows}
+    for family in families:
+        corrected = holm([row.differences[kind].p for row, kind in family])
+        for (row, kind), p in zip(family, corrected, strict=True):
+            found[row.arm, row.budget][kind] = replace(row.differences[kind], p_holm=p)
+    return [replace(row, differences=found[row.arm, row.budget]) for row in rows]
 
 
 def _plain(cell: Cell, losses: Mapping[str, float]) -> dict[str, Any]:

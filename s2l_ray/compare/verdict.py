@@ -36,7 +36,8 @@ def verdict(rows: Sequence[Row], primary: Row, detectable: float | None) -> list
     else:
         parts = [f"{_word(signs[kind])} {WORDS[kind]} ({_amount(found[kind])})" for kind in WORDS]
         sentence = f"{name} against random: {parts[0]}, {parts[1]}."
-    return [sentence, *better]
+    lost = f" ({primary.diverged} of {primary.diverged + primary.seeds} of its targets diverged and are left out.)"
+    return [sentence + lost * bool(primary.diverged), *better]
 
 
 def _sign(found: Difference) -> int:
@@ -57,7 +58,9 @@ def _amount(found: Difference) -> str:
 
 def _share(row: Row) -> str:
     shares = {kind: row.gap_closed.get(kind) for kind in WORDS}
-    known = [f"{one.share:.0%} of the gap to all data {WORDS[kind]}" for kind, one in shares.items() if one is not None]
+    known = [
+        f"{one.share:.0%} of the gap to all data {WORDS[kind]}" for kind, one in shares.items() if one and one.low is not None
+    ]
     return f"; {' and '.join(known)}" if known else ""
 
 
@@ -75,7 +78,8 @@ def _better(rows: Sequence[Row], primary: Row) -> list[str]:
         below = all(
             row.differences[kind].high < primary.differences[kind].low for kind in WORDS if _sign(row.differences[kind]) < 0
         )
-        return min(signs) == -1 and max(signs) < 1 and below
+        worse = any(row.differences[kind].low > primary.differences[kind].high for kind in WORDS)
+        return min(signs) == -1 and max(signs) < 1 and below and not worse
 
     others = [row for row in rows if row.budget == primary.budget and row.differences and row.arm != primary.arm]
     better = sorted((row for row in others if beats(row)), key=lambda row: row.differences[MACRO].mean)

@@ -13,7 +13,14 @@ they fit together), `shipped` (those that come with the package), `parsing` (fro
 # ruff: noqa: F401
 # mypy: implicit-reexport
 from s2l_ray.config.generated import Imperfections, MimicRadiologyDataset, ReasoningGym, ReasoningGymDataset
-from s2l_ray.config.machines import GroupingConfig, MachinesConfig, TargetWorkerConfig, TrainingWorkerConfig, WorkerConfig
+from s2l_ray.config.machines import (
+    EvaluationWorkerConfig,
+    GroupingConfig,
+    MachinesConfig,
+    TargetWorkerConfig,
+    TrainingWorkerConfig,
+    WorkerConfig,
+)
 from s2l_ray.config.parsing import checked, load_config, parse_config
 from s2l_ray.config.run import RunConfig
 from s2l_ray.config.section import Schedule, Section

@@ -64,6 +64,20 @@ class TargetWorkerConfig(TrainingWorkerConfig):
     parameters too (stage 3)."""
 
 
+class EvaluationWorkerConfig(WorkerConfig):
+    """Workers that evaluate the target. `gpus_per_worker` above 1: one model is spread over so many GPUs."""
+
+    sharding: Literal["auto", "none", "device_map", "zero3"] = "auto"
+    """Where a model's weights are. none: whole on a worker's device. device_map (accelerate): spread over the worker's GPUs,
+    then in the machine's memory, then on its disk. zero3 (DeepSpeed ZeRO 3, inference): a share in every worker, over nodes.
+    auto: the first of none, device_map over GPUs of a node, zero3 over all GPUs that is enough by the predicted memory, else
+    device_map with memory and disk."""
+
+    max_memory: dict[Literal["gpu", "cpu"], Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    """GB that a worker may take of each GPU (`gpu`) and of the machine's memory (`cpu`), weights and working space together;
+    what is not given is what there is."""
+
+
 class GroupingConfig(Section):
     """Where k-means keeps the trajectories. Decides no result."""
 
@@ -87,5 +101,5 @@ class MachinesConfig(Section):
     trajectories: WorkerConfig = WorkerConfig()
     clustering: GroupingConfig = GroupingConfig()
     target: TargetWorkerConfig = TargetWorkerConfig()
-    evaluation: WorkerConfig = WorkerConfig()
+    evaluation: EvaluationWorkerConfig = EvaluationWorkerConfig()
     compare: WorkerConfig = WorkerConfig()

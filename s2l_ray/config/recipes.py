@@ -56,7 +56,7 @@ RECIPES: dict[str, Callable[[RunConfig], dict[str, Any]]] = {
 }
 
 SCHEMAS = {
-    "examples": 3,
+    "examples": 4,
     "proxy": 4,
     "trajectories": 4,
     "clustering": 5,

@@ -156,7 +156,8 @@ class TargetConfig(TrainingConfig):
 
     use_weights: bool = False
     """Count each example's loss as often as its weight in `selected.parquet` says, divided by the mean weight of its batch: an
-    unbiased estimate of the pool's gradient, which equal shares of groups are not. Random subsets have equal weights."""
+    estimate of the pool's gradient, which equal shares of groups are not. Its direction is unbiased; its length varies with the
+    batch, by how many labels the examples of large weight have. Random subsets have equal weights."""
 
     @model_validator(mode="after")
     def _adapters_have_a_base(self) -> TargetConfig:

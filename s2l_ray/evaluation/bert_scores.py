@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from s2l_ray.errors import ConfigError
-from s2l_ray.training.models import check_bert_score, local_place, positions
+from s2l_ray.training.locations import local_place
+from s2l_ray.training.models import check_bert_score, positions
 
 # BERT's and RoBERTa's kin keep up to two positions for themselves.
 RESERVED_POSITIONS = 2

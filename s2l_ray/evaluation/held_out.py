@@ -16,12 +16,14 @@ from s2l_ray.config import RunConfig
 from s2l_ray.evaluation.bert_scores import BertScore
 from s2l_ray.evaluation.generation import generate
 from s2l_ray.evaluation.scores import scorers
+from s2l_ray.evaluation.sharding import OFFLOADED_TOKENS_PER_BATCH
 from s2l_ray.examples.reading import read_evaluated
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.training.losses import example_losses
+from s2l_ray.training.output_head import is_dispatched
 from s2l_ray.training.token_pools import check_refused
 from s2l_ray.training.token_rows import RowLimit
-from s2l_ray.training.tokens import PartTokens, encode_table, generation_prompt, num_answers
+from s2l_ray.training.tokens import PartTokens, encode_table, ends_of_answers, generation_prompt, num_answers
 
 TOKENS_PER_BATCH = 4096
 # The field of a table's schema metadata with what was counted of its held-out rows.
@@ -72,7 +74,8 @@ def evaluate_rows(
     """The rows with `loss` (nats per response token), `num_response_tokens`, and for those of `generated_ids` whose answer can
     be verified `prediction` and `scores` (JSON); null where a row has none."""
     found, rows, precision = held_out.found, held_out.rows, config.target.precision
-    losses = example_losses(model, found.tokens, tokens_per_batch=TOKENS_PER_BATCH, precision=precision, owners=found.owners)
+    tokens_per_batch = OFFLOADED_TOKENS_PER_BATCH if is_dispatched(model) else TOKENS_PER_BATCH
+    losses = example_losses(model, found.tokens, tokens_per_batch=tokens_per_batch, precision=precision, owners=found.owners)
     predictions, scores = _answer(model, tokenizer, held_out, config, generated_ids, bert_score)
     columns = {
         "example_id": held_out.table["example_id"],
@@ -104,7 +107,8 @@ def _answer(
     wanted = [i for i, row in enumerate(rows) if row["example_id"] in generated_ids] if score else []
     lasts = (np.searchsorted(found.owners, wanted, "right") - 1).tolist()  # of an example's several rows the last
     prompts = [generation_prompt(*found.tokens[row]) for row in lasts]
-    responses = generate(model, tokenizer, prompts, config.evaluation.max_new_tokens)
+    ends = ends_of_answers(tokenizer, found.tokens)
+    responses = generate(model, tokenizer, prompts, config.evaluation.max_new_tokens, ends)
     scored = {i: score(rows[i], text) if score else {} for i, text in zip(wanted, responses, strict=True)}
     answers = dict(zip(wanted, responses, strict=True))
     summaries = [i for i, of_row in scored.items() if "rougeL" in of_row]

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import io
 import json
+import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,19 +28,21 @@ from s2l_ray.evaluation.bert_scores import BertScore
 from s2l_ray.evaluation.generation import run_tasks
 from s2l_ray.evaluation.held_out import COUNTED, HeldOut, evaluate_rows
 from s2l_ray.evaluation.scores import summarize
+from s2l_ray.evaluation.sharding import Sharding, held_precision, resolve_sharding
+from s2l_ray.evaluation.shares import ShareJob, do_units_together
 from s2l_ray.examples.ids import priorities
 from s2l_ray.examples.reading import read_evaluated
 from s2l_ray.progress import get_log
 from s2l_ray.runtime.pool import Unit, UnitWorker, do_units
-from s2l_ray.runtime.workers import Workers
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.drafts import Draft, table_bytes
 from s2l_ray.storage.layout import METRICS, MODEL_FOLDERS, MODEL_RECORD, PREDICTIONS, ROW_LOSSES
 from s2l_ray.storage.stages import Context
-from s2l_ray.training.models import load_model, make_model
+from s2l_ray.training.models import Held, load_model, make_model
 from s2l_ray.training.token_pools import row_counts
 from s2l_ray.training.tokenizers import target_tokenizer
 from s2l_ray.training.tokens import RefusedExample
+from s2l_ray.training.zero_inference import inference_config
 
 UNTRAINED = "untrained"
 # The part name of a unit that runs the tasks of the lm-evaluation-harness.
@@ -55,6 +59,8 @@ class EvaluationJob:
     generated_ids: frozenset[str]
     """Held-out ids for which an answer is generated."""
 
+    sharding: Sharding = field(default_factory=Sharding)
+
 
 def build(context: Context) -> Artifact:
     """Evaluate the untrained target, the one trained on the subset and the control; publish metrics and predictions.
@@ -63,15 +69,17 @@ def build(context: Context) -> Artifact:
     """
     config, inputs, draft = context.config, context.inputs, context.draft
     examples, published = inputs["examples"], inputs["target"].manifest["files"]
-    workers = Workers.resolve(context.machines, one_per_cpu=True)
+    sharding, workers = resolve_sharding(config, context.machines, inputs["target"].summary.get("num_parameters", 0))
     models = [UNTRAINED, *(name for name, folder in MODEL_FOLDERS.items() if f"{folder}/{MODEL_RECORD}" in published)]
     parts = evaluated_parts(config, examples)
     _log.info("%s on %d held-out examples", ", ".join(models), examples.summary["held_out"])
-    job = EvaluationJob(config, inputs, choose_generated(config, examples, parts))
+    job = EvaluationJob(config, inputs, choose_generated(config, examples, parts), sharding)
     units = [Unit(model, part) for model in models for part in [*parts, *([TASKS] if config.evaluation.tasks else [])]]
-    if units:
+    if units and sharding.kind == "zero3":
+        do_units_together(ShareJob(Evaluator, job, units, draft.work, workers, held_precision(config.target)))
+    elif units:
         do_units("evaluation", units, Evaluator, job, draft.work, workers)
-    return draft.publish(_write_results(context, models, parts), asdict(workers))
+    return draft.publish(_write_results(context, models, parts), asdict(workers) | {"sharding": asdict(sharding)})
 
 
 def _write_results(context: Context, models: list[str], parts: list[str]) -> dict[str, Any]:
@@ -162,16 +170,26 @@ class Evaluator(UnitWorker):
         return target_tokenizer(self.job.config.target, self.job.inputs["proxy"])
 
     @cached_property
+    def _files(self) -> tempfile.TemporaryDirectory[str]:
+        return tempfile.TemporaryDirectory()
+
+    @cached_property
     def _bert_score(self) -> BertScore | None:
         name = self.job.config.evaluation.bert_score_model
         return None if name is None else BertScore(name, self.device)
 
     def load(self, model: str) -> Any:
-        target = self.job.config.target
+        import torch
+
+        target, number = self.job.config.target, torch.cuda.device_count() if self.device.type == "cuda" else 0
+        files = Path(self._files.name) / model  # of one that is spread
+        sharding, precision = self.job.sharding, held_precision(target)
+        shares = inference_config(precision) if sharding.kind == "zero3" else None
+        held = Held(precision, sharding.max_memory(number), shares, files)
         if model == UNTRAINED:
-            return make_model(target, self._tokenizer)
+            return make_model(target, self._tokenizer, held)
         folder = self.job.inputs["target"].folder(MODEL_FOLDERS[model])
-        return load_model(folder, self._tokenizer, trust_remote_code=target.trust_remote_code)
+        return load_model(folder, self._tokenizer, trust_remote_code=target.trust_remote_code, held=held)
 
     def work_on(self, part: str, models: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
         for name, model in models.items():

@@ -37,7 +37,7 @@ class Examples:
     table: pa.Table
     """example_id, source, prompt, response, split, messages and tools (null but for conversations), `prompt_hash` (null where
     the row stays in the pool), two
-    hashes of DIGEST_BYTES, `content` (equal for exact copies) and `row` (equal for rows that are equal in every field), and
+    hashes of DIGEST_BYTES, `content` (equal for exact copies) and `row` (equal for rows that come out alike), and
     the row as it was: `row_json` or `original` (see `CorpusRows.own`)."""
     dropped: Dropped
     columns: Columns
@@ -97,6 +97,10 @@ def _table(
     splits = [POOL if hashed is None else split_of(hashed, *fractions) for hashed in hashes]
     ids = [given or digest.hex() for (given, _), digest in zip(labels, digests, strict=True)]
     own_name, own = rows.own(kept)
+    if own_name == "row_json":  # two rows that differ in how they are written come out differently
+        row_digests = [digest_of(written) for written in own.cast(pa.binary()).to_pylist()]
+    else:
+        row_digests = [digest_of(canonical_json(rows.record(row)).encode()) for row in kept]
     return pa.table(
         {
             "example_id": pa.array(ids, pa.string()),
@@ -108,7 +112,7 @@ def _table(
             "messages": pa.array([text.messages for text in texts], pa.string()),
             "tools": pa.array([text.tools for text in texts], pa.string()),
             "content": pa.array(digests, pa.binary(DIGEST_BYTES)),
-            "row": pa.array([digest_of(canonical_json(rows.record(row))) for row in kept], pa.binary(DIGEST_BYTES)),
+            "row": pa.array(row_digests, pa.binary(DIGEST_BYTES)),
             own_name: own,
         }
     )
@@ -125,8 +129,8 @@ def _hash_for_split(prompt: str, config: ExamplesConfig) -> int | None:
 def content_digest(text: LearnedText) -> bytes:
     """Hash of what is learned: the id of a row without one, and equal for exact copies."""
     if text.messages is None:
-        return digest_of(f"{text.prompt}\0{text.response}")
-    return digest_of(text.messages if text.tools is None else f"{text.messages}\0{text.tools}")
+        return digest_of(f"{text.prompt}\0{text.response}".encode())
+    return digest_of((text.messages if text.tools is None else f"{text.messages}\0{text.tools}").encode())
 
 
 def _with_known_fields(config: ExamplesConfig) -> ExamplesConfig:

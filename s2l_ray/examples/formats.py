@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from s2l_ray.errors import DataError
 from s2l_ray.examples.files import BYTE_ORDER_MARK, CorpusFile, not_unicode
+from s2l_ray.examples.json_values import loads_json
 from s2l_ray.examples.row_problems import kind_in_words
 from s2l_ray.examples.rows import ROWS_AT_A_TIME, BadRow, CorpusRows, Records, TableRows
 
@@ -165,7 +166,7 @@ def _decoded(line: bytes) -> str | UnicodeDecodeError:
 def parse_json(text: str) -> Any:
     """A JSON value, or the error that says why it is none."""
     try:
-        return json.loads(text)
+        return loads_json(text)
     except (ValueError, RecursionError) as error:
         return error
 

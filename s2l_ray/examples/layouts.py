@@ -113,7 +113,8 @@ class _RowReader:
         self.dialect = Dialect(layout.tags)
         self.nulls_are_absent = nulls_are_absent
         self.template = template_fields(layout.prompt_template or "")
-        self.template_if_empty = template_fields(layout.prompt_template_if_empty or "")
+        of_both = (*self.template, *template_fields(layout.prompt_template_if_empty or ""))
+        self.template_names = tuple(dict.fromkeys(of_both))
 
     def conversation(self, row: Row) -> LearnedText:
         """Reads a row whose `messages_field` is a conversation."""
@@ -179,10 +180,11 @@ class _RowReader:
 
     def filled_template(self, row: Row, template: str) -> str:
         """The prompt that is put together from several fields; empty where all of them are."""
-        values = {name: _template_value(row, name) for name in (*self.template, *self.template_if_empty)}
-        if not any(value.strip() for value in values.values()):
+        values = {name: _template_value(row, name) for name in self.template_names}
+        is_filled = {name: bool(value.strip()) for name, value in values.items()}
+        if True not in is_filled.values():
             return ""
-        has_all = all(values[name].strip() for name in self.template)
+        has_all = all(is_filled[name] for name in self.template)
         if_empty = self.layout.prompt_template_if_empty
         return (template if has_all or if_empty is None else if_empty).format_map(values)
 
@@ -294,6 +296,8 @@ def _is_misspelt(name: str, fields: tuple[str, ...]) -> bool:
 def _template_value(row: Row, name: str) -> str:
     """Text or a whole number for a template."""
     value = row.get(name, MISSING)
+    if type(value) is str:
+        return value
     is_whole = isinstance(value, int) and not isinstance(value, bool)
     return str(value) if is_whole else text_of(row, name, "prompt_template", value)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +12,9 @@ from numpy.typing import NDArray
 
 from s2l_ray.config import WorkerConfig
 from s2l_ray.examples.columns import struct_from_arrow, struct_from_values
+from s2l_ray.examples.json_values import loads_json
 from s2l_ray.examples.order import Addresses
-from s2l_ray.examples.shards import take_rows
+from s2l_ray.examples.shards import REPEATING, take_rows
 from s2l_ray.examples.splits import with_held_out
 from s2l_ray.progress import get_log, track
 from s2l_ray.runtime.data import run_tasks
@@ -53,7 +53,7 @@ class PartColumns:
     def of(self, table: pa.Table) -> pa.Table:
         """Rows of a shard with these columns."""
         if self.has_json:
-            made = struct_from_values([json.loads(text) for text in table["row_json"].to_pylist()], self.original)
+            made = struct_from_values([loads_json(text) for text in table["row_json"].to_pylist()], self.original)
         else:
             made = struct_from_arrow(table["original"].combine_chunks(), self.original)
             table = table.drop_columns(["original"])
@@ -107,7 +107,7 @@ class _WriteParts:
         records = []
         for part in self.parts[number]:
             first, end = np.searchsorted(rows_M, [self.size * part, self.size * (part + 1)])
-            data = table_bytes(table.slice(first, end - first).combine_chunks())
+            data = table_bytes(table.slice(first, end - first).combine_chunks(), REPEATING)
             self.storage.write(part_name(part), data)
             records.append(dataclasses.asdict(FileRecord.of(part_name(part), data)))
         return {"records": records}

@@ -9,6 +9,8 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from s2l_ray.examples.json_values import loads_json
+
 # Of clinical notes.
 ANOTHER_CATEGORY, MARKED_AS_ERROR = "another_category", "marked_as_error"
 NO_FINDINGS, NO_IMPRESSION = "no_findings", "no_impression"
@@ -116,7 +118,7 @@ def require_unicode(text: str) -> None:
 def from_json_text(text: str) -> Any:
     """The value of a JSON text. Raises RowProblem for any other text."""
     try:
-        return json.loads(text.removeprefix("\ufeff"))
+        return loads_json(text.removeprefix("\ufeff"))
     except RecursionError:
         raise RowProblem("too_deep", "is JSON text that is nested too deeply. Fix or remove the row.") from None
     except ValueError as error:

@@ -37,7 +37,7 @@ def find_target(name: str) -> TargetModel:
     """
     name = os.path.expanduser(name)
     if hub_model(name) is None:
-        from s2l_ray.training.models import local_place
+        from s2l_ray.training.locations import local_place
 
         return _loaded(name, local_place(name), is_local=True)
     if name.startswith(("/", ".")):

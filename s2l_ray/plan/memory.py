@@ -24,6 +24,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from s2l_ray.training.shapes import Shape, layer_bytes
+
 Offload = Literal["none", "optimizer", "parameters"]
 
 # DeepSpeed's defaults (runtime/zero/config.py), in numbers, not bytes: reduce_bucket_size, stage3_max_live_parameters and
@@ -35,44 +37,6 @@ SUB_GROUP = 1e9
 CONTEXT_BYTES = 1.5e9
 # An assumption: what is allocated and freed in every step (activations, buffers) takes this share more than it holds.
 FRAGMENTATION = 0.10
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A causal transformer's size."""
-
-    parameters: float
-    hidden: int
-    layers: int
-    vocabulary: int
-    intermediate: int
-    """Width of the feed-forward layer."""
-
-    is_gated: bool
-    """Whether the feed-forward layer has a gate and the norms are RMSNorm (Llama, Qwen), not GELU and LayerNorm (GPT-NeoX)."""
-
-    @classmethod
-    def estimated(cls, parameters: float, vocabulary: int | None = None) -> Shape:
-        """The shape that models of this size have: P = 12 l h^2 + 2 v h with h = 100 l.
-
-        Pythia-70M to Llama-70B have h / l of 80 to 128, and 32 to 152 thousand tokens (100 thousand unless told). The
-        feed-forward layer is taken as gated and 3.5 h wide (Llama 3), which keeps a third more than GPT-NeoX's.
-        """
-        vocabulary = vocabulary or 100_000
-        low, high = 1.0, 1e6
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (middle, high) if 0.12 * middle**3 + 2 * vocabulary * middle < parameters else (low, middle)
-        hidden = max(1, round(high))
-        return cls(parameters, hidden, max(1, round(hidden / 100)), vocabulary, math.ceil(3.5 * hidden), is_gated=True)
-
-    def adapter_parameters(self, rank: int) -> float:
-        """LoRA on every linear layer but the output: rank * (inputs + outputs) each (Hu et al. 2021, section 4.1).
-
-        Four square ones in attention; two or three of h x intermediate.
-        """
-        feed_forward = (3 if self.is_gated else 2) * (self.hidden + self.intermediate)
-        return float(rank * self.layers * (4 * 2 * self.hidden + feed_forward))
 
 
 @dataclass(frozen=True)
@@ -228,18 +192,6 @@ def activation_bytes(training: Training, *, gradient_checkpointing: bool) -> flo
     whole = (shape.layers + 1) * layer + logits
     kept = shape.layers * training.weight_bytes * shape.hidden * tokens + max(3 * layer, layer + logits)
     return outside + (min(whole, kept) if gradient_checkpointing else whole)
-
-
-def layer_bytes(shape: Shape, weight_bytes: int) -> float:
-    """Bytes that a layer keeps per token.
-
-    Numbers of size h: inputs of 2 norms, 2 outputs of norms, query, key, value, rotated query and key, attention's result:
-    10. Of the feed-forward's width: 2 (before and after GELU), with a gate 4 (and the gate's result, and the product).
-    In bfloat16 an RMSNorm works in float32, which keeps 2 h numbers more. With 4 h wide GELU that is Korthikanti's 34 s b h
-    without the dropout's masks (2 s b h), with rotated queries and keys (4 s b h).
-    """
-    norms = 2 if shape.is_gated and weight_bytes == 2 else 0
-    return float(weight_bytes * ((10 + norms) * shape.hidden + (4 if shape.is_gated else 2) * shape.intermediate))
 
 
 def logit_bytes(weight_bytes: int) -> int:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from s2l_ray.config import RunConfig, ScratchModel
+from s2l_ray.evaluation.sharding import UNKNOWN, Fleet, decide, evaluation_need
 from s2l_ray.plan.accelerators import ACCELERATORS, ACCELERATORS_PER_NODE, size
 from s2l_ray.plan.costs import Sizes, vocabulary_of
-from s2l_ray.plan.memory import Setting, Shape, Training, need, recommended, resume_point_bytes, settings
+from s2l_ray.plan.memory import Setting, Training, need, recommended, resume_point_bytes, settings
+from s2l_ray.runtime.workers import Workers
 from s2l_ray.training.batches import BatchPlan
+from s2l_ray.training.shapes import Shape, shape_of
 
 
 def num_accelerators_of(config: RunConfig) -> int:
@@ -51,37 +54,36 @@ def memory_lines(config: RunConfig, parameters: float, accelerator: str, number:
         if number != num_accelerators_of(config):
             values.append(f"machines.target.num_workers={number}")
         lines.append("Recommended: " + " ".join(f"--set {value}" for value in values))
-    if 4 * parameters > memory_bytes:
-        whole = f"{4 * parameters / 1e9:.0f} GB"
-        lines.append(
-            f"The evaluation holds the target in float32 on one of them, {whole}, which does not fit: use --until target."
-        )
+    lines += _evaluation_lines(config, training.shape, memory_bytes, number, per_node)
     if best is not None:
         lines.append("Whether the machines have that much memory of their own is not known here.")
     return lines
 
 
+def _evaluation_lines(config: RunConfig, shape: Shape, memory_bytes: float, number: int, per_node: int) -> list[str]:
+    """How the evaluation holds the target on the same accelerators; nothing where one holds it, or it asks for none."""
+    machines = config.machines.evaluation
+    if machines.gpus_per_worker == 0:
+        return []
+    each = 1.0 if machines.gpus_per_worker == "auto" else float(machines.gpus_per_worker)
+    fleet = Fleet(UNKNOWN, (1,), (per_node,) * max(1, number // per_node), memory_bytes)
+    need = evaluation_need(config, shape, on_gpu=True)
+    sharding, workers = decide(machines, need, fleet, Workers(number, 1, each, number))
+    if sharding.kind == "none":
+        return []
+    spread = f"by a device map over {workers.gpus_per_worker:g}"
+    if sharding.kind == "device_map" and need.weights > sharding.gpu_bytes * workers.gpus_per_worker:
+        spread += ", the rest in the machine's memory and on its disk, which is slow"
+    spread = f"by ZeRO 3 over all {number}" if sharding.kind == "zero3" else spread
+    return [f"The evaluation holds the target {spread}: {sharding.reason}."]
+
+
 def _shape(config: RunConfig, parameters: float) -> Shape:
     """The target's shape; estimated from its parameters where it cannot be looked at."""
-    target, vocabulary = config.target, vocabulary_of(config.target, config.proxy)
+    vocabulary = vocabulary_of(config.target, config.proxy)
     if config.plan.target_parameters is not None:  # named, so that the model need not be looked at
         return Shape.estimated(parameters, vocabulary)
-    from transformers import AutoConfig
-
-    from s2l_ray.training.models import scratch_config
-
-    try:
-        if isinstance(target.model, ScratchModel):
-            found = scratch_config(target.model.scratch, vocabulary or 0)
-        else:
-            options = {"revision": target.revision, "trust_remote_code": target.trust_remote_code}
-            found = AutoConfig.from_pretrained(target.model, **options).get_text_config()
-        hidden, layers, vocabulary = found.hidden_size, found.num_hidden_layers, found.vocab_size
-    except (AttributeError, OSError, ValueError):
-        return Shape.estimated(parameters, vocabulary)
-    width = getattr(found, "intermediate_size", None) or getattr(found, "n_inner", None) or 4 * hidden
-    # Families with RMSNorm have a gate in the feed-forward layer, those with LayerNorm have none.
-    return Shape(parameters, hidden, layers, vocabulary, width, is_gated=hasattr(found, "rms_norm_eps"))
+    return shape_of(config.target, parameters, vocabulary)
 
 
 def resume_point_lines(config: RunConfig, sizes: Sizes) -> list[str]:

@@ -149,7 +149,9 @@ class UnitWorker(ABC):
         if len(self._models) + len(missing) > self._together:  # free the memory before more is taken
             self._models = {name: model for name, model in self._models.items() if name in names}
         for name in missing:
-            self._models[name] = self.load(name).to(self.device).eval()
+            model = self.load(name)
+            is_dispatched = hasattr(model, "hf_device_map")  # by accelerate, over several devices
+            self._models[name] = (model if is_dispatched else model.to(self.device)).eval()
         return {name: self._models[name] for name in names}
 
 

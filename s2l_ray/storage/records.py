@@ -15,7 +15,7 @@ def digest(value: Any, num_bytes: int = 8) -> str:
     return content_digest(text.encode(), num_bytes)
 
 
-def content_digest(data: bytes, num_bytes: int = 8) -> str:
+def content_digest(data: bytes | memoryview, num_bytes: int = 8) -> str:
     """Hash of bytes, as `2 * num_bytes` hexadecimal digits."""
     return hashlib.blake2b(data, digest_size=num_bytes).hexdigest()
 

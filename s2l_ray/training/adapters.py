@@ -1,4 +1,4 @@
-"""Adapters (LoRA, by peft): checked against a model's layers, added to a model, merged into its weights.
+"""Adapters (LoRA, by peft): checked against a model's layers, added to a model, merged into its weights or its files.
 
 No adapter goes to a layer that shares its weight with another one, as an output layer does with a tied embedding: merged, it
 would change the other layer too, or the two would come apart.
@@ -6,8 +6,11 @@ would change the other layer too, or the two would come apart.
 
 from __future__ import annotations
 
+import functools
+import shutil
 import warnings
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +125,75 @@ def merged(base: Any, folder: Path) -> Any:
     except (OSError, RuntimeError, SafetensorError, UserWarning, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise ConfigError(f"adapter '{folder}': cannot be added to a {type(base).__name__} ({reason}).") from error
+
+
+def merge_shards(skeleton: Any, base: Path, adapter: Path, folder: Path, dtype: Any) -> None:
+    """Write the model in `base` with an adapter added to its weights into `folder`, a file of its safetensors at a time.
+
+    One file's weights are in memory at most. Sums are in float32, what is written is in `dtype`. `skeleton`: the base, which is
+    changed, on the meta device. Raises ConfigError where the adapter is not whole, of another model, on a layer that shares its
+    weight, or more than LoRA's two matrices a layer.
+    """
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        deltas = _deltas(skeleton, adapter)
+        prefix = f"{skeleton.base_model_prefix}."
+        whole = base / "model.safetensors"  # which transformers reads where a folder has shards, too
+        for file in [whole] if whole.exists() else sorted(base.glob("model-*.safetensors")):
+            weights = {}
+            with safe_open(file, "pt") as shard:
+                for key in shard.keys():  # noqa: SIM118 - no mapping
+                    weight = shard.get_tensor(key)
+                    name = next((name for name in (key, prefix + key) if name in deltas), None)
+                    if name is not None:
+                        weight = deltas.pop(name)(weight)
+                    weights[key] = weight.to(dtype) if weight.is_floating_point() else weight
+            save_file(weights, folder / file.name, metadata={"format": "pt"})
+        if deltas:
+            raise ValueError(f"its layer {min(deltas)} is not in the files of the base")
+    except (KeyError, OSError, RuntimeError, SafetensorError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ConfigError(
+            f"adapter '{adapter}': cannot be added to a {type(skeleton).__name__} shard by shard ({reason}). Save it merged "
+            "(target.lora.save=merged), or evaluate it where it fits whole."
+        ) from error
+    for file in base.glob("*.json"):
+        shutil.copy(file, folder / file.name)
+
+
+def _deltas(skeleton: Any, adapter: Path) -> dict[str, Callable[[Any], Any]]:
+    """For each weight that a LoRA adapter changes, by name, what makes the merged one of it, in float32."""
+    from safetensors.torch import load_file
+
+    peft, tied = need_peft(f"the adapter in '{adapter}'"), tied_layers(skeleton)
+    settings = peft.PeftConfig.from_pretrained(str(adapter))
+    if settings.peft_type != "LORA" or settings.use_dora or settings.bias != "none" or settings.modules_to_save:
+        raise ValueError("it is more than the two matrices of LoRA")
+    model = peft.get_peft_model(skeleton, settings, low_cpu_mem_usage=True).get_base_model()
+    saved = {name.removeprefix(_PREFIX): value for name, value in load_file(adapter / "adapter_model.safetensors").items()}
+    deltas: dict[str, Callable[[Any], Any]] = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, peft.tuners.lora.LoraLayer):
+            continue
+        if name in tied:
+            raise ValueError(f"its layer {name} shares its weight with {tied[name]}: the merged model would be another")
+        is_embedding = f"{name}.lora_embedding_A" in saved
+        ends = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
+        a, b = (saved.pop(f"{name}.{end}") for end in ends)
+        is_transposed, scale = is_embedding or layer.fan_in_fan_out, next(iter(layer.scaling.values()))
+        shape = (b.shape[0], a.shape[1])
+        if (shape[::-1] if is_transposed else shape) != tuple(layer.weight.shape):
+            raise ValueError(f"its layer {name} has another shape")
+        own = saved.pop(f"{name}.base_layer.weight", None)  # peft saves an embedding with its adapter
+        deltas[f"{name}.weight"] = functools.partial(_merged, a, b, scale, own, is_transposed=is_transposed)
+    if saved:
+        raise ValueError(f"it has {min(saved)}, which that model has not")
+    return deltas
+
+
+def _merged(a: Any, b: Any, scale: float, own: Any, weight: Any, *, is_transposed: bool) -> Any:
+    product = scale * (b.float() @ a.float())
+    return (weight if own is None else own).float() + (product.T if is_transposed else product)

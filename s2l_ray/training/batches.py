@@ -8,9 +8,13 @@ rows are computed, so that checkpoint i means the same on one worker or on sixty
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from s2l_ray.errors import ConfigError, DataError
 from s2l_ray.examples.ids import priorities
@@ -77,14 +81,35 @@ def subset_steps(num_examples: int, epochs: float, global_batch: int) -> int:
     return math.ceil(round(num_examples * epochs / global_batch, 9))
 
 
-def data_order(example_ids: list[str], steps: int, global_batch: int, seed: int) -> np.ndarray:
+def data_order(example_ids: list[str] | pa.ChunkedArray, steps: int, global_batch: int, seed: int) -> np.ndarray:
     """Row numbers in training order, int64 (steps * global_batch,): a hash permutation for each epoch, one after the other."""
-    length = steps * global_batch if example_ids else 0
-    passes = [
-        np.argsort(priorities(example_ids, f"{seed}-epoch-{epoch}"), kind="stable")
-        for epoch in range(math.ceil(length / max(1, len(example_ids))))
-    ]
+    length = steps * global_batch if len(example_ids) else 0
+    blocks = example_ids.chunks if isinstance(example_ids, pa.ChunkedArray) else [example_ids]
+
+    def permutation(epoch: int) -> np.ndarray:
+        return np.argsort(np.concatenate([priorities(block, f"{seed}-epoch-{epoch}") for block in blocks]), kind="stable")
+
+    passes = map(permutation, range(math.ceil(length / max(1, len(example_ids)))))
     return np.concatenate([np.zeros(0, np.int64), *passes])[:length]
+
+
+class StepByStep:
+    """An array that is computed as it is read, the places of one step at a time: a training of any length keeps one step."""
+
+    def __init__(self, steps: int, num_places: int, compute: Callable[[int], np.ndarray]) -> None:
+        """`compute(step)`: the values at the `num_places` places of a step, counted from 0."""
+        self._steps, self._num_places, self._compute = steps, num_places, functools.lru_cache(maxsize=2)(compute)
+
+    def __len__(self) -> int:
+        return self._steps * self._num_places
+
+    def __getitem__(self, place: int) -> Any:
+        step, within = divmod(place, self._num_places)
+        return self.at_step(step)[within]
+
+    def at_step(self, step: int) -> np.ndarray:
+        """The values at all places of a step."""
+        return self._compute(step)
 
 
 def batch_weights(places: np.ndarray, weights: np.ndarray, plan: BatchPlan) -> np.ndarray:

@@ -20,16 +20,17 @@ from s2l_ray.runtime.process import give_back_freed_memory
 from s2l_ray.storage.places import cache
 from s2l_ray.storage.records import digest
 from s2l_ray.training.adapters import base_of
-from s2l_ray.training.batches import NO_ROW, BatchPlan, batch_weights, length_balanced_order
+from s2l_ray.training.batches import NO_ROW, BatchPlan, StepByStep, batch_weights, length_balanced_order
 from s2l_ray.training.losses import pad
 from s2l_ray.training.output_head import accepts_logits_to_keep
-from s2l_ray.training.token_rows import Row, TokenRows
+from s2l_ray.training.token_rows import AnyTokenRows, Row, TokenRows
 from s2l_ray.training.trackers import Tracking, reporting
 from s2l_ray.training.training_run import TrainingRun
 from s2l_ray.training.zero import UNIVERSAL, with_batches
 
 TIDY_STEPS = 16
 WeightedRow = tuple[np.ndarray, np.ndarray, float]
+Places = np.ndarray | StepByStep
 
 
 def fine_tune(
@@ -94,12 +95,10 @@ def fine_tune_here(
 def _trainer(run: TrainingRun, model: Any, tokenizer: Any, plan: BatchPlan, arguments: Any, callbacks: list[Any]) -> Any:
     from transformers import PrinterCallback, Trainer, TrainerCallback
 
-    places = length_balanced_order(run.order, run.tokens.lengths, plan)
-    weights = None if run.weights is None else batch_weights(places, run.weights, plan)
-    trainer = (Trainer if weights is None else _weighted(Trainer))(
+    trainer = (Trainer if run.weights is None else _weighted(Trainer))(
         model=model,
         args=arguments,
-        train_dataset=TrainingRows(run.tokens, places, weights),
+        train_dataset=TrainingRows.of(run, plan),
         processing_class=tokenizer,
         data_collator=Collator(accepts_logits_to_keep(base_of(model))),
         compute_loss_func=token_mean_loss,
@@ -203,8 +202,18 @@ class TrainingRows:
     With `weights`, one for each place, each row comes with its own.
     """
 
-    def __init__(self, tokens: TokenRows, places: np.ndarray, weights: np.ndarray | None = None) -> None:
+    def __init__(self, tokens: AnyTokenRows, places: Places, weights: Places | None = None) -> None:
         self._tokens, self._places, self._weights = tokens, places, weights
+
+    @classmethod
+    def of(cls, run: TrainingRun, plan: BatchPlan) -> TrainingRows:
+        """The rows of a run as `length_balanced_order` and `batch_weights` have them, computed step by step."""
+        order, lengths, weights = run.order.reshape(-1, plan.global_batch), run.tokens.lengths, run.weights
+        sizes = len(order), plan.num_places
+        places = StepByStep(*sizes, lambda step: length_balanced_order(order[step], lengths, plan))
+        if weights is None:
+            return cls(run.tokens, places)
+        return cls(run.tokens, places, StepByStep(*sizes, lambda step: batch_weights(places.at_step(step), weights, plan)))
 
     def __len__(self) -> int:
         return len(self._places)

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from s2l_ray.progress import get_log
 from s2l_ray.training.label_statistics import ExampleLabels, LossStatistics
-from s2l_ray.training.output_head import Head, accepts_logits_to_keep, hidden_states
+from s2l_ray.training.output_head import Head, accepts_logits_to_keep, hidden_states, input_device, is_dispatched, is_shared
 from s2l_ray.training.token_rows import TokenRows
 from s2l_ray.training.varlen_attention import attending_to_rows, is_fused, packing_of
 
@@ -161,12 +161,13 @@ def _label_losses(
         empty = np.zeros(0, np.int64)
         yield from ((ExampleLabels(empty, empty, np.zeros(0)), np.zeros(0, np.float32)) for _ in models)
         return
-    device, dtype = next(models[0].parameters()).device, torch.bfloat16 if precision == "bfloat16" else torch.float32
+    device, dtype = input_device(models[0]), torch.bfloat16 if precision == "bfloat16" else torch.float32
     for model in models:
         model.eval()
     heads = [Head.of(model) for model in models]
     is_alike = needs_rows_of_one_length(models[0])
-    packed = all(heads) and is_fused(device, dtype) and not is_alike and _all_attend_to_rows(models, device, dtype)
+    packed = all(heads) and is_fused(device, dtype) and not (is_alike or is_dispatched(models[0]) or is_shared(models[0]))
+    packed = packed and _all_attend_to_rows(models, device, dtype)
     limit, max_labels = (tokens_per_batch, None) if all(heads) else _limits(models, tokens_per_batch)
     made = batches(tokens, limit, max_labels, packed=packed, of_one_length=is_alike)
     sent = [batch.to(device) for batch in made]
@@ -217,7 +218,8 @@ def _tiled(model: Any, head: Head, made: list[Batch]) -> Iterator[torch.Tensor]:
     waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
     for i, batch in enumerate(made, 1):
         hidden_BLH = hidden_states(model, batch.ids_BL, **batch.packing)
-        waiting.append((hidden_BLH.flatten(0, 1).index_select(0, batch.positions_P), batch.labels_P))
+        hidden_PH = hidden_BLH.flatten(0, 1).index_select(0, batch.positions_P.to(hidden_BLH.device))
+        waiting.append((hidden_PH.to(head.device), batch.labels_P.to(head.device)))
         # The output layer's weights are read once for so many positions, however few a batch has.
         positions, _ = _tile(hidden_BLH)
         count = sum(len(labels) for _, labels in waiting)

@@ -3,16 +3,20 @@ safetensors only."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from s2l_ray.config import RunConfig, Scratch, ScratchModel, TargetConfig, TrainingConfig
+from s2l_ray.config.section import Precision
 from s2l_ray.errors import ConfigError
 from s2l_ray.storage.places import Storage
-from s2l_ray.training.adapters import check_target_modules, merged, need_peft
+from s2l_ray.training.adapters import check_target_modules, merge_shards, merged, need_peft
+from s2l_ray.training.locations import ADAPTER, check_there, has_adapter, local_files, local_place
 from s2l_ray.training.trackers import check_trackers
 
 # The sizes of a scratch model under the names that transformers' configurations use.
@@ -24,7 +28,44 @@ _ALIASES = {
     "max_positions": ("max_position_embeddings", "n_positions"),
 }
 # peft's file beside an adapter's weights: a folder with it is an adapter of the model that it names.
-ADAPTER = "adapter_config.json"
+# Folders beneath `Held.folder`.
+SCRATCH, MERGED, OFFLOADED = "scratch", "merged", "offloaded"
+
+
+@dataclass(frozen=True)
+class Held:
+    """How a model that is only evaluated is kept in memory."""
+
+    precision: Precision = "float32"
+    """Of its weights."""
+
+    max_memory: Mapping[int | str, int] | None = None
+    """Bytes by GPU (0, 1, ...) and in the machine's memory (`cpu`), over which accelerate's device map spreads it; the rest
+    stays on disk. None: there is no device map."""
+
+    deepspeed: dict[str, Any] | None = None
+    """DeepSpeed's configuration with ZeRO 3, by which each worker keeps a share of it; None: it is not shared out."""
+
+    folder: Path = Path()
+    """Where a spread model's files are made, if it has none: one from scratch, one with an adapter."""
+
+    @property
+    def is_spread(self) -> bool:
+        return self.max_memory is not None or self.deepspeed is not None
+
+    @property
+    def dtype(self) -> Any:
+        import torch
+
+        return getattr(torch, self.precision)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those of transformers' `from_pretrained`."""
+        if self.max_memory is None:
+            return {"dtype": self.dtype}
+        memory = {"max_memory": dict(self.max_memory), "offload_folder": str(self.folder / OFFLOADED)}
+        return {"dtype": self.dtype, "device_map": "auto", **memory}
 
 
 def scratch_config(scratch: Scratch, vocab_size: int, eos_token_id: int | None = None) -> Any:
@@ -55,8 +96,8 @@ def scratch_config(scratch: Scratch, vocab_size: int, eos_token_id: int | None =
     )
 
 
-def make_model(config: TrainingConfig, tokenizer: Any) -> Any:
-    """The model that a training section names, in float32; from scratch its random weights follow `seed`.
+def make_model(config: TrainingConfig, tokenizer: Any, held: Held | None = None) -> Any:
+    """The model that a training section names, in float32 unless `held` says how; from scratch its weights follow `seed`.
 
     Raises ConfigError where the model cannot be found or has fewer embedding rows than the tokenizer has tokens.
     """
@@ -68,31 +109,57 @@ def make_model(config: TrainingConfig, tokenizer: Any) -> Any:
         vocab_size = -(-len(tokenizer) // 64) * 64
         of_weights = config.model.scratch.seed
         torch.manual_seed(config.seed if of_weights is None else of_weights)
-        return AutoModelForCausalLM.from_config(scratch_config(config.model.scratch, vocab_size, tokenizer.eos_token_id))
-    return load_model(config.model, tokenizer, revision=config.revision, trust_remote_code=config.trust_remote_code)
+        shape = scratch_config(config.model.scratch, vocab_size, tokenizer.eos_token_id)
+        made = AutoModelForCausalLM.from_config(shape)
+        if held is None or not held.is_spread:
+            return made if held is None else made.to(held.dtype)
+        _write_whole(made, held.folder / SCRATCH)
+        return load_model(held.folder / SCRATCH, tokenizer, held=held)
+    return load_model(config.model, tokenizer, revision=config.revision, trust_remote_code=config.trust_remote_code, held=held)
+
+
+def _write_whole(model: Any, folder: Path) -> None:
+    """Write a model into a worker's own folder: transformers' own `save_pretrained` does that on the first of a group only."""
+    from safetensors.torch import save_file
+
+    model.config.save_pretrained(folder)
+    tied = model.all_tied_weights_keys
+    weights = {name: value.contiguous() for name, value in model.state_dict().items() if name not in tied}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def load_model(
-    location: str | Path, tokenizer: Any | None = None, *, revision: str | None = None, trust_remote_code: bool = False
+    location: str | Path,
+    tokenizer: Any | None = None,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    held: Held | None = None,
 ) -> Any:
-    """A causal language model from a path, URI or Hub id, in float32, from safetensors.
+    """A causal language model from a path, URI or Hub id, from safetensors, in float32 unless `held` says how.
 
-    A folder with an adapter gives the model that the adapter names, with the adapter added in.
+    A folder with an adapter gives the model that the adapter names, with the adapter added in (in float32).
     Raises ConfigError where it cannot be found, keeps its weights as pickles only, or has a smaller vocabulary than
     the tokenizer.
     """
-    import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    place = local_place(str(location))
+    from s2l_ray.training.zero import reading_shares
+
+    place, held = local_place(str(location)), held or Held()
     if has_adapter(place):
         named = json.loads((Path(place) / ADAPTER).read_text())
         base, of = named["base_model_name_or_path"], named.get("revision")
-        return merged(load_model(base, tokenizer, revision=of, trust_remote_code=trust_remote_code), Path(place))
-    options = {"revision": revision, "dtype": torch.float32, "trust_remote_code": trust_remote_code}
+        if not held.is_spread:
+            whole = load_model(base, tokenizer, revision=of, trust_remote_code=trust_remote_code)
+            return merged(whole, Path(place)).to(held.dtype)
+        _merge_files(base, of, Path(place), held, trust_remote_code=trust_remote_code)
+        place, revision = str(held.folder / MERGED), None
+    options = {"revision": revision, "trust_remote_code": trust_remote_code, "use_safetensors": True, **held.options}
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(place, use_safetensors=True, output_loading_info=True, **options)
+        with reading_shares(held.deepspeed) if held.deepspeed is not None else contextlib.nullcontext():
+            model, loading = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ConfigError(
@@ -112,6 +179,15 @@ def load_model(
             "was made with."
         )
     return model
+
+
+def _merge_files(base: str, revision: str | None, adapter: Path, held: Held, *, trust_remote_code: bool) -> None:
+    """Write the files of a model with an adapter added, without ever holding all of it. Raises ConfigError."""
+    files = local_files(base, revision)
+    skeleton = _skeleton(TrainingConfig(model=str(files), trust_remote_code=trust_remote_code), None)
+    if skeleton is None:
+        raise ConfigError(f"adapter '{adapter}': it is to be added to '{base}', which cannot be loaded shard by shard.")
+    merge_shards(skeleton, files, adapter, held.folder / MERGED, held.dtype)
 
 
 def check_ahead(config: RunConfig, run: Storage, building: Collection[str]) -> None:
@@ -148,32 +224,12 @@ def check_bert_score(model: str) -> None:
 
 def _check_target(target: TargetConfig) -> None:
     if isinstance(target.model, str) and "://" in target.model:
-        _check_there(target.model)
+        check_there(target.model)
     if target.lora is not None:
         need_peft("target.lora")
         skeleton = _skeleton(target, None)
         if skeleton is not None:
             check_target_modules(target.lora, skeleton)
-
-
-def local_place(location: str) -> str:
-    """A path or Hub id as it is; what a URI names, fetched once per machine. Raises ConfigError where there is nothing."""
-    if "://" not in location:
-        return location
-    _check_there(location)
-    folder, _, name = location.rpartition("/")
-    return str(Storage(folder).local_folder(name))
-
-
-def _check_there(location: str) -> None:
-    folder, _, name = location.rpartition("/")
-    if not Storage(folder).exists(name):
-        raise ConfigError(f"model '{location}': there is nothing. Give the URI of a folder with config.json and *.safetensors.")
-
-
-def has_adapter(location: str) -> bool:
-    """Whether a path or URI names an adapter, to be added to another model."""
-    return (Path(local_place(location)) / ADAPTER).is_file()
 
 
 def num_parameters(config: TrainingConfig, vocab_size: int | None) -> int | None:

@@ -25,10 +25,12 @@ class Head:
     def __init__(self, model: Any) -> None:
         output = model.get_output_embeddings()
         name = next(name for name, module in model.named_children() if module is output)
-        self._given, self._rows = _Given(), _Rows(output)
+        self._given, self._rows = _Given(), _Rows(_weights_of(model, output))
         # Shares every weight with the model; only the two children are others.
         self._forward = with_children(model, {model.base_model_prefix: self._given, name: self._rows})
-        self.vocab_size = int(output.weight.shape[0])
+        if is_dispatched(model):  # accelerate's forward on it is that of the whole model
+            vars(self._forward).pop("forward", None)
+        self.vocab_size = int(self._rows.weight.shape[0])
 
     @classmethod
     def of(cls, model: Any) -> Head | None:
@@ -38,16 +40,25 @@ class Head:
         """
         try:
             head = cls(model)
-            ids_BL = torch.arange(8, device=next(model.parameters()).device)[None] % head.vocab_size
+            ids_BL = torch.arange(8, device=input_device(model))[None] % head.vocab_size
             cut = head.vocab_size // 2 + 1
             with torch.no_grad():
                 whole_BLV = model(input_ids=ids_BL, use_cache=False).logits
                 hidden_PH = hidden_states(model, ids_BL).flatten(0, 1)
                 halves = [head.logits(hidden_PH, 0, cut), head.logits(hidden_PH, cut, head.vocab_size)]
-                difference, largest = (torch.cat(halves, 1) - whole_BLV[0]).abs().max(), whole_BLV.abs().max()
+                cut_LV, whole_LV = torch.cat(halves, 1).float().cpu(), whole_BLV[0].float().cpu()
+                difference, largest = (cut_LV - whole_LV).abs().max(), whole_LV.abs().max()
         except (AttributeError, IndexError, KeyError, RuntimeError, StopIteration, TypeError, ValueError):
             return None  # another kind of forward, which has to be run whole
-        return head if difference <= 1e-4 * largest.clamp(min=1) and largest.isfinite() else None
+        # A number has 8 bits in bfloat16, of which a matrix product of another shape may change the last two.
+        share = 1e-4 if whole_BLV.dtype == torch.float32 else 2**-6
+        return head if difference <= share * largest.clamp(min=1) and largest.isfinite() else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the output layer's weights are."""
+        device: torch.device = self._rows.weight.device
+        return device
 
     def cast(self, dtype: torch.dtype) -> None:
         """Keep the output layer in this dtype: autocast would cast a slice anew every time."""
@@ -61,6 +72,25 @@ class Head:
         return logits_PV
 
 
+def is_dispatched(model: Any) -> bool:
+    """Whether accelerate has spread the model over devices, the machine's memory and its disk."""
+    return hasattr(model, "hf_device_map")
+
+
+def is_shared(model: Any) -> bool:
+    """Whether ZeRO 3 has left this worker a share of the model."""
+    return hasattr(next(model.parameters()), "ds_id")
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a model takes its tokens; of a dispatched one, whose weights may be anywhere, its main device."""
+    if not is_dispatched(model):
+        device: torch.device = next(model.parameters()).device
+        return device
+    places = [place for place in model.hf_device_map.values() if place not in ("cpu", "disk")]
+    return torch.device(places[0] if places else "cpu")
+
+
 def hidden_states(model: Any, ids_BL: torch.Tensor, **options: Any) -> torch.Tensor:
     """The backbone's last hidden states, (B, L, H).
 
@@ -69,6 +99,19 @@ def hidden_states(model: Any, ids_BL: torch.Tensor, **options: Any) -> torch.Ten
     backbone = getattr(model, model.base_model_prefix)
     hidden_BLH: torch.Tensor = backbone(input_ids=ids_BL, use_cache=False, **options)[0]
     return hidden_BLH
+
+
+def _weights_of(model: Any, output: nn.Linear) -> list[Any]:
+    """The output layer's weight and bias; those that accelerate keeps in the machine's memory or on disk are fetched, once."""
+    weights = [output.weight, output.bias]
+    if not is_dispatched(model):
+        return weights
+    from accelerate.utils import align_module_device
+
+    is_lent = any(weight is not None and weight.is_meta for weight in weights)
+    with align_module_device(output):
+        weights = [output.weight, output.bias]
+        return [None if one is None else one.detach().clone() for one in weights] if is_lent else weights
 
 
 class _Given(nn.Module):
@@ -95,9 +138,9 @@ class _Rows(nn.Module):
 
     span: slice
 
-    def __init__(self, output: nn.Linear) -> None:
+    def __init__(self, weights: list[Any]) -> None:
         super().__init__()
-        self._weights = [output.weight, output.bias]  # in a list: they are the model's, not this module's
+        self._weights = weights  # in a list: they are the model's, not this module's
 
     def cast(self, dtype: torch.dtype) -> None:
         self._weights = [None if weight is None else weight.detach().to(dtype) for weight in self._weights]
@@ -112,5 +155,11 @@ class _Rows(nn.Module):
 
 
 def accepts_logits_to_keep(model: Any) -> bool:
-    """Whether the model's forward can restrict its logits to given positions (most of transformers' models)."""
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
+    """Whether the model's forward can restrict its logits to given positions, told by a mask.
+
+    Most of transformers' models can, from 5.23 on: before, a mask of rows and positions was an error.
+    """
+    import transformers
+
+    takes_masks = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
+    return takes_masks and "logits_to_keep" in inspect.signature(model.forward).parameters

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from s2l_ray.config import ExamplesConfig
 from s2l_ray.errors import DataError
 from s2l_ray.examples.reading import read_pool
-from s2l_ray.training.token_rows import RowLimit, TokenRows
+from s2l_ray.training.token_rows import AnyTokenRows, RowLimit, TokenRows
 from s2l_ray.training.tokens import CUT, NO_LABEL, REFUSED, PartTokens, RefusedExample, encode_table
 from s2l_ray.training.turns import CALLS_LOST, ENDLESS, REASONING_LOST, SPLIT, TOOLS_LOST
 
@@ -32,43 +32,23 @@ _SAID = {
 
 
 @dataclass(frozen=True)
-class PoolTokens:
-    """Examples as rows of tokens in the order of their parts."""
+class CountedRows:
+    """Examples as rows of tokens, and what became of those that are not there as they stand in the corpus."""
 
-    row_ids: list[str]
-    """A name for each row, which decides its place in the training's order."""
-
-    example_ids: pa.Array
-    """The id of the example that each row is of, string (rows,)."""
-
-    tokens: TokenRows
+    tokens: AnyTokenRows
     num_examples: int
+    """Those with a label."""
+
     changed: dict[str, int]
     """As in PartTokens."""
 
     refused: list[RefusedExample]
     unlearned_lengths: list[int]
 
-    @classmethod
-    def join(cls, parts: Iterable[PartTokens]) -> PoolTokens:
-        """Parts laid end to end."""
-        row_ids, rows, count, changed = list[str](), list[TokenRows](), 0, Counter[str]()
-        owner_ids = [pa.array([], pa.string())]
-        refused, lengths = list[RefusedExample](), list[int]()
-        for part in parts:
-            row_ids += part.row_ids
-            owner_ids.append(part.example_ids.take(pa.array(part.owners)).cast(pa.string()))
-            rows.append(part.tokens)
-            count += len(part.example_ids)
-            changed.update(part.changed)
-            refused += part.refused
-            lengths += part.unlearned_lengths
-        return cls(row_ids, pa.concat_arrays(owner_ids), TokenRows.join(rows), count, dict(changed), refused, lengths)
-
     @property
     def sizes(self) -> str:
         """How many examples, and rows of tokens where these are more, in words."""
-        rows = f" in {len(self.row_ids):,} rows" if len(self.row_ids) > self.num_examples else ""
+        rows = f" in {len(self.tokens):,} rows" if len(self.tokens) > self.num_examples else ""
         return f"{self.num_examples:,} examples{rows}"
 
     def check(self, section: str, limit: RowLimit, corpus: ExamplesConfig) -> None:
@@ -84,6 +64,33 @@ class PoolTokens:
                 f"median length is {median(self.unlearned_lengths):,.0f} tokens. Raise {section}.max_tokens, or set "
                 f"{section}.truncation=left_prompt to cut the prompts instead."
             )
+
+
+@dataclass(frozen=True)
+class PoolTokens(CountedRows):
+    """Examples as rows of tokens in the order of their parts, each with its name."""
+
+    tokens: TokenRows
+    row_ids: list[str]
+    """A name for each row, which decides its place in the training's order."""
+
+    example_ids: pa.Array
+    """The id of the example that each row is of, string (rows,)."""
+
+    @classmethod
+    def join(cls, parts: Iterable[PartTokens]) -> PoolTokens:
+        """Parts laid end to end."""
+        found = list(parts)
+        owner_ids = [part.example_ids.take(pa.array(part.owners)).cast(pa.string()) for part in found]
+        return cls(
+            TokenRows.join([part.tokens for part in found]),
+            sum(len(part.example_ids) for part in found),
+            dict(sum((Counter(part.changed) for part in found), Counter[str]())),
+            [refused for part in found for refused in part.refused],
+            [length for part in found for length in part.unlearned_lengths],
+            [name for part in found for name in part.row_ids],
+            pa.concat_arrays([pa.array([], pa.string()), *owner_ids]),
+        )
 
 
 def check_refused(refused: list[RefusedExample], corpus: ExamplesConfig, section: str = "", total: int = 0) -> None:

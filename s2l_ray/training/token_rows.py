@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+import pyarrow as pa
 
 from s2l_ray.config import TrainingConfig
 
 Row = tuple[np.ndarray, np.ndarray]
 """Tokens (int32) and whether each is a label (bool)."""
+
+
+class AnyTokenRows(Protocol):
+    """Rows of tokens, wherever they lie."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int) -> Row: ...
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens per row."""
 
 
 @dataclass(frozen=True)
@@ -91,3 +105,35 @@ class TokenRows:
         starts = [part.starts[:-1] + offset for part, offset in zip(parts, offsets[:-1], strict=True)]
         ids = np.concatenate([part.ids for part in parts])
         return cls(ids, np.concatenate([part.is_label for part in parts]), np.concatenate([*starts, offsets[-1:]]))
+
+
+class MappedRows:
+    """Rows of tokens in the buffers of record batches, which are not copied: of a file that is memory-mapped they are its
+    pages. Of its own it has the lengths, 4 bytes a row."""
+
+    def __init__(self, batches: Sequence[pa.RecordBatch]) -> None:
+        """The batches' columns `tokens` (large lists of int32 or uint16) and `is_label` (of bool, one for each token) count."""
+        self._ids = [batch["tokens"].values.to_numpy() for batch in batches]
+        self._marks = [_bits(batch["is_label"].values) for batch in batches]
+        self._starts = [batch["tokens"].offsets.to_numpy() for batch in batches]
+        self._firsts = np.cumsum([0, *map(len, batches)])
+        """The number of each batch's first row, and of all rows."""
+        lengths = [np.diff(starts).astype(np.int32) for starts in self._starts]
+        self.lengths = np.concatenate([np.zeros(0, np.int32), *lengths])
+        """Tokens per row, int32."""
+
+    def __len__(self) -> int:
+        return int(self._firsts[-1])
+
+    def __getitem__(self, row: int) -> Row:
+        """Tokens and label marks of one row."""
+        batch = int(np.searchsorted(self._firsts, row, "right")) - 1
+        begin, end = self._starts[batch][row - self._firsts[batch] :][:2].tolist()
+        bits = np.unpackbits(self._marks[batch][begin // 8 : -(-end // 8)], bitorder="little")
+        return self._ids[batch][begin:end].astype(np.int32, copy=False), bits[begin % 8 :][: end - begin].view(bool)
+
+
+def _bits(values: pa.BooleanArray) -> np.ndarray:
+    """Eight values a byte, uint8, as Arrow keeps them; of an array that begins where its buffer does."""
+    assert values.offset == 0
+    return np.frombuffer(values.buffers()[1] or b"", np.uint8)

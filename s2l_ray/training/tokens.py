@@ -160,6 +160,16 @@ def generation_prompt(ids: np.ndarray, is_label: np.ndarray) -> list[int]:
     return [int(token) for token in ids[: begins[-1]]]
 
 
+def ends_of_answers(tokenizer: Any, tokens: TokenRows) -> set[int]:
+    """The tokens with which rows teach a model to end an answer: last labels that are special (an end of turn, EOS).
+
+    A row that was cut, or whose template marks no end of turn, ends with an ordinary token, which ends nothing.
+    """
+    lasts = tokens.ids[tokens.is_label][np.cumsum(tokens.num_labels) - 1]
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return special & {int(last) for last in np.unique(lasts)}
+
+
 def num_answers(tokens: TokenRows, owners: np.ndarray, example: int) -> int:
     """How many answers, runs of labels, an example's rows have."""
     marks = [tokens[row][1] for row in np.flatnonzero(owners == example).tolist()]

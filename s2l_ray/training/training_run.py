@@ -8,7 +8,7 @@ from collections.abc import Collection
 import numpy as np
 
 from s2l_ray.config import TrainingConfig
-from s2l_ray.training.token_rows import TokenRows
+from s2l_ray.training.token_rows import AnyTokenRows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,7 @@ class TrainingRun:
     order: np.ndarray
     """Row numbers of `tokens` in training order, int64 (steps * global_batch_size,)."""
 
-    tokens: TokenRows
+    tokens: AnyTokenRows
     keep_at: Collection[int]
     """Steps after which the model itself is kept (0 is before the first)."""
 

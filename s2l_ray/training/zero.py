@@ -12,7 +12,7 @@ from typing import Any
 
 from s2l_ray.config import TargetConfig
 from s2l_ray.training.batches import BatchPlan
-from s2l_ray.training.models import has_adapter
+from s2l_ray.training.locations import has_adapter
 
 # DeepSpeed's file in a folder with a universal checkpoint.
 UNIVERSAL = "latest_universal"
@@ -62,13 +62,18 @@ def sharded_as_it_is_read(config: TargetConfig, deepspeed: dict[str, Any] | None
     if config.zero_stage != 3 or not isinstance(config.model, str) or has_adapter(config.model):
         yield
         return
+    assert deepspeed is not None
+    # The batch is of no account here, but DeepSpeed wants one.
+    with reading_shares(deepspeed | {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": config.precision == "bfloat16"}}):
+        yield
+
+
+@contextlib.contextmanager
+def reading_shares(deepspeed: dict[str, Any]) -> Iterator[None]:
+    """Within it transformers makes every model in shards, by this configuration of ZeRO 3."""
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-    assert deepspeed is not None
-    # The batch is of no account here, but DeepSpeed wants one. transformers knows of it as long as this object lives.
-    known = HfDeepSpeedConfig(
-        deepspeed | {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": config.precision == "bfloat16"}}
-    )
+    known = HfDeepSpeedConfig(deepspeed)  # transformers knows of it as long as this object lives
     try:
         yield
     finally:

@@ -26,6 +26,7 @@ from s2l_ray.config import RunConfig
 from s2l_ray.errors import DataError
 from s2l_ray.examples.ids import one_array
 from s2l_ray.progress import get_log
+from s2l_ray.runtime.nodes import on_every_node
 from s2l_ray.runtime.pool import Throughput, Unit, UnitWorker, do_units
 from s2l_ray.runtime.workers import Workers
 from s2l_ray.storage.artifacts import Artifact
@@ -129,6 +130,7 @@ def build(context: Context) -> Artifact:
     artifact = draft.publish(summary, asdict(workers))
     for name in (LOSSES, TOKENS):
         draft.shared.delete(name)
+    on_every_node(job.parts.on_node.delete)
     return artifact
 
 

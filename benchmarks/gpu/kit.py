@@ -1,0 +1,63 @@
+"""The kit for a GPU that is lent for minutes: one command per piece. See the README beside it.
+
+    python benchmarks/gpu/kit.py losses|scoring|training|kmeans [--rehearse] [--results DIR]     torch and transformers alone
+    python benchmarks/gpu/kit.py pack --output DIR [--tier a|b|faiss]                                where there is a network
+    python benchmarks/gpu/kit.py join DIR                                                        on the GPU's machine
+    python benchmarks/gpu/kit.py run|tests|faiss [--rehearse] [--results DIR]                    with Ray, faiss-gpu, DeepSpeed
+
+A piece ends with 0 (all cells done), 3 (call the same again: cells are left), 1 (a result is wrong).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from measuring import Kit  # noqa: E402
+
+PIECES = {
+    "losses": "piece_losses",
+    "scoring": "piece_scoring",
+    "training": "piece_training",
+    "kmeans": "piece_kmeans",
+    "run": "piece_whole",
+    "tests": "piece_whole",
+    "faiss": "piece_whole",
+}
+
+
+def main() -> int:
+    """Run one piece, or make or join the parts of a package of wheels."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("piece", choices=[*PIECES, "pack", "join"])
+    parser.add_argument("folder", nargs="?", type=Path, help="of `join`: where the parts are")
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU, at a tiny size")
+    parser.add_argument("--results", type=Path, default=HERE.parent / "results" / "gpu")
+    parser.add_argument("--minutes", type=float, default=7.5, help="no cell begins that may end later")
+    parser.add_argument("--data", help="JSON Lines, a glob: real rows for `scoring`")
+    parser.add_argument("--tokenizer", help="tokenizer.json for --data")
+    parser.add_argument("--output", type=Path, default=Path("kit"), help="of `pack`")
+    parser.add_argument("--tier", choices=["a", "b", "faiss"], default="b", help="of `pack`")
+    arguments = parser.parse_args()
+    if arguments.piece in {"pack", "join"}:
+        import packing
+
+        if arguments.piece == "pack":
+            return packing.pack(arguments.output, arguments.tier)
+        return packing.join(arguments.folder or arguments.output)
+    if arguments.rehearse:  # before torch looks, in this process and those that it starts
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    kit = Kit(arguments.results, arguments.rehearse, arguments.minutes, arguments.data, arguments.tokenizer)
+    module = importlib.import_module(PIECES[arguments.piece])
+    cells = module.cells(kit) if arguments.piece not in {"run", "tests", "faiss"} else module.CELLS[arguments.piece](kit)
+    return kit.run(arguments.piece, cells)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
