@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import random
+import re
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,11 @@ def test_a_prompt_is_on_one_side_in_all_sources(rows: list[tuple[str, int]], wan
     for row in with_held_out(table, choose_prompts(lowest, sources, wanted)).to_pylist():
         sides[row["prompt_hash"]].add(row["split"])
     assert all(len(found) == 1 for found in sides.values())
+
+
+@given(st.text(st.sampled_from("0129.,, \n\tAb\u00e9\u0663#\x1c\x85")))
+def test_numbers_case_and_space_of_a_prompt_are_masked_whatever_its_script(prompt: str) -> None:
+    assert masked(prompt) == " ".join(re.sub(r"\d+(?:[.,]\d+)*", "#", prompt).casefold().split())
 
 
 @given(st.text(), st.floats(0, 0.5), st.floats(0, 0.49))

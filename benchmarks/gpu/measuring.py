@@ -23,13 +23,25 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 # What another session must be able to see of a machine.
-LIBRARIES = ("torch", "transformers", "accelerate", "peft", "numpy", "pyarrow", "triton", "ray", "faiss-gpu", "faiss-cpu", "deepspeed")
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "numpy",
+    "pyarrow",
+    "triton",
+    "ray",
+    "faiss-gpu",
+    "faiss-cpu",
+    "deepspeed",
+)
 Cell = Callable[[], dict[str, Any]]
 AGAIN = 3
 """Exit code of a piece that has cells left: call it again."""
 
 
-class WrongResult(Exception):
+class WrongResultError(Exception):
     """What was computed is not what it should be; nothing was timed."""
 
 
@@ -73,7 +85,7 @@ class Kit:
             start = time.monotonic()
             try:
                 found = cell()
-            except WrongResult as error:
+            except WrongResultError as error:
                 found, failed = {"wrong": str(error)}, True
             longest = max(longest, time.monotonic() - start)
             record["cells"][name] = found | {"cell_seconds": round(time.monotonic() - start, 2)}
@@ -113,7 +125,13 @@ def machine(device: Any) -> dict[str, Any]:
             continue
     commit = _output(["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"])
     versions = found | {"python": platform.python_version(), "cuda": torch.version.cuda}
-    return {"device": name, "memory_bytes": memory, "driver": driver, "versions": versions, "commit": commit or os.environ.get("COMMIT")}
+    return {
+        "device": name,
+        "memory_bytes": memory,
+        "driver": driver,
+        "versions": versions,
+        "commit": commit or os.environ.get("COMMIT"),
+    }
 
 
 def _output(command: list[str]) -> str | None:
@@ -132,9 +150,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def require(is_right: bool, what: str) -> None:
-    """Raises WrongResult with what is wrong."""
+    """Raises WrongResultError with what is wrong."""
     if not is_right:
-        raise WrongResult(what)
+        raise WrongResultError(what)
 
 
 def seconds_of(work: Callable[[], Any], device: Any, repeats: int = 3) -> float:

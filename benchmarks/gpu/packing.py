@@ -1,7 +1,8 @@
 """Wheels for a machine without a network, in parts small enough to be sent along with a call.
 
-`pack` downloads them for Python 3.12 on x86-64 Linux and cuts them into parts of at most 60 MiB; `join` puts them together where
-they arrived, checks every hash, and installs them without a network. Parts that have arrived stay: call after call brings one.
+`pack` downloads them for Python 3.12 on x86-64 Linux and cuts them into parts of at most 60 MiB; `join` puts them together
+where they arrived, checks every hash, and installs them without a network. Parts that have arrived stay: call after call brings
+one.
 """
 
 from __future__ import annotations
@@ -87,7 +88,9 @@ def joined(folder: Path) -> list[Path]:
     parts = [part for file in files for part in file["parts"]]
     missing = [part["name"] for part in parts if not (folder / part["name"]).is_file()]
     if missing:
-        raise SystemExit(f"{folder}: {len(missing)} of {len(parts)} parts are missing: {', '.join(missing[:5])}. Send them, then join.")
+        raise SystemExit(
+            f"{folder}: {len(missing)} of {len(parts)} parts are missing: {', '.join(missing[:5])}. Send them, then join."
+        )
     wheels = []
     for file in files:
         data = b"".join((folder / part["name"]).read_bytes() for part in file["parts"])

@@ -78,14 +78,18 @@ def packed(kit: Kit, shape: str) -> dict[str, Any]:
     tokens, model, taken = rows(kit), made(shape, kit).to(kit.device), {}
 
     def scored(is_packed: bool) -> np.ndarray:
-        with mock.patch.object(losses, "is_fused", lambda *_: is_packed):
+        with mock.patch.object(losses, "is_fused", return_value=is_packed):
             return losses.example_losses(model, tokens, tokens_per_batch=32_768, precision="bfloat16")
 
     difference = np.abs(scored(True) - scored(False)).mean()
     require(difference <= MEAN, f"packed rows differ by {difference:.1e} nats on average")
     for is_packed, name in ((True, "packed_seconds"), (False, "padded_seconds")):
         taken[name] = seconds_of(partial(scored, is_packed), kit.device)
-    return {"mean_difference": float(difference), **taken, "padded_over_packed": taken["padded_seconds"] / taken["packed_seconds"]}
+    return {
+        "mean_difference": float(difference),
+        **taken,
+        "padded_over_packed": taken["padded_seconds"] / taken["packed_seconds"],
+    }
 
 
 def cells(kit: Kit) -> dict[str, Cell]:

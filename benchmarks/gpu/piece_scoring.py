@@ -60,7 +60,12 @@ def one_pass(kit: Kit, precision: str) -> dict[str, Any]:
 
     require(np.array_equal(together(), apart()), "one pass gives other losses than twelve")
     one, many = (seconds_of(work, device, kit.size(3, 1)) for work in (together, apart))
-    return {"one_pass_seconds": one, "passes_seconds": many, "ratio": many / one, "tokens_per_second": len(models) * len(tokens.ids) / one}
+    return {
+        "one_pass_seconds": one,
+        "passes_seconds": many,
+        "ratio": many / one,
+        "tokens_per_second": len(models) * len(tokens.ids) / one,
+    }
 
 
 def profiled(kit: Kit, precision: str) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def trainer_of(model: Any, tokens: TokenRows, plan: BatchPlan, kit: Kit, folder:
         places = length_balanced_order(np.random.default_rng(1).permutation(len(tokens)), tokens.lengths, plan)
         collator = Collator(restrict_logits=accepts_logits_to_keep(model))
         data = TrainingRows(tokens, places)
-        return transformers.Trainer(model, arguments, collator, data, compute_loss_func=token_mean_loss)
+        return quiet(transformers.Trainer(model, arguments, collator, data, compute_loss_func=token_mean_loss))
     rows = [
         {"input_ids": ids.tolist(), "labels": np.where(marks, ids, -100).tolist(), "attention_mask": [1] * len(ids)}
         for ids, marks in (tokens[i] for i in range(len(tokens)))
@@ -89,9 +89,17 @@ def trainer_of(model: Any, tokens: TokenRows, plan: BatchPlan, kit: Kit, folder:
     def padded(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         longest = max(len(row["input_ids"]) for row in batch)
         fill = {"input_ids": 0, "labels": -100, "attention_mask": 0}
-        return {key: torch.tensor([row[key] + [value] * (longest - len(row[key])) for row in batch]) for key, value in fill.items()}
+        return {
+            key: torch.tensor([row[key] + [value] * (longest - len(row[key])) for row in batch]) for key, value in fill.items()
+        }
 
-    return transformers.Trainer(model, arguments, padded, rows)
+    return quiet(transformers.Trainer(model, arguments, padded, rows))
+
+
+def quiet(trainer: Any) -> Any:
+    """The trainer without its printed lines."""
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
 
 
 def same_loss(model: Any, tokens: TokenRows, kit: Kit) -> float:
@@ -121,7 +129,13 @@ def steps_per_second(kit: Kit, name: str) -> dict[str, Any]:
                 if pair:  # the first warms up
                     rates[is_ours].append(len(tokens.ids) / (time.perf_counter() - begun))
     theirs, ours = np.median(rates[False]), np.median(rates[True])
-    return {"tokens_per_second": float(ours), "trainer": float(theirs), "ratio": float(ours / theirs), "goals": GOALS, "steps": steps}
+    return {
+        "tokens_per_second": float(ours),
+        "trainer": float(theirs),
+        "ratio": float(ours / theirs),
+        "goals": GOALS,
+        "steps": steps,
+    }
 
 
 def peak_memory(kit: Kit, name: str, setting: Setting) -> dict[str, Any]:
@@ -161,12 +175,19 @@ def peak_memory(kit: Kit, name: str, setting: Setting) -> dict[str, Any]:
     if kit.rehearse:
         return {"predicted_bytes": predicted, "measured": "a CPU has no such measure"}
     measured = torch.cuda.max_memory_reserved() + CONTEXT_BYTES
-    return {"predicted_bytes": predicted, "measured_bytes": measured, "predicted_over_measured": predicted / measured, "goals": GOALS}
+    return {
+        "predicted_bytes": predicted,
+        "measured_bytes": measured,
+        "predicted_over_measured": predicted / measured,
+        "goals": GOALS,
+    }
 
 
 def cells(kit: Kit) -> dict[str, Cell]:
     """The piece's cells."""
-    found: dict[str, Cell] = {f"{name} against the Trainer": partial(steps_per_second, kit, name) for name in ("proxy", "target")}
+    found: dict[str, Cell] = {
+        f"{name} against the Trainer": partial(steps_per_second, kit, name) for name in ("proxy", "target")
+    }
     for words, setting in {
         "plain": Setting(0),
         "checkpointing": Setting(0, gradient_checkpointing=True),

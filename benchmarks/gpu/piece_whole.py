@@ -1,7 +1,7 @@
 """Tier (b): what needs Ray, DeepSpeed or faiss. Pieces 5 (`run`, `tests`) and 6 (`faiss`).
 
-`run`: the quickstart, unchanged but for `machines`. `tests`: the tests that need a GPU. `faiss`: seconds per k-means iteration of
-faiss-gpu and of torch on the same rows, from 10M x 12 as far as the memory goes.
+`run`: the quickstart, unchanged but for `machines`. `tests`: the tests that need a GPU. `faiss`: seconds per k-means iteration
+of faiss-gpu and of torch on the same rows, from 10M x 12 as far as the memory goes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from measuring import ROOT, Cell, Kit, require, seconds_of, use_package
 
 use_package()
 ITERATIONS = 3
+STAGES = ("proxy", "trajectories", "target", "evaluation")
 
 
 def need(*modules: str) -> None:
@@ -37,10 +37,12 @@ def quickstart(kit: Kit) -> dict[str, Any]:
     run_dir = kit.results / "quickstart-run"
     command = [sys.executable, "-c", "from s2l_ray.cli import main; main()", "run", str(ROOT / "configs" / "quickstart.yaml")]
     command += ["--run-dir", str(run_dir)]
-    on_gpu = [] if kit.rehearse else [f"machines.{stage}.gpus_per_worker=1" for stage in ("proxy", "trajectories", "target")]
-    tiny = ["examples.dataset.reasoning_gym.size=200", "proxy.epochs=1", "target.epochs=1"] if kit.rehearse else []
-    command += [word for override in [*on_gpu, *tiny, "machines.evaluation.gpus_per_worker=1" if on_gpu else ""] if override
-                for word in ("--set", override)]  # fmt: skip
+    on_gpu = (
+        []
+        if kit.rehearse
+        else [f"machines.{stage}.{name}=1" for stage in STAGES for name in ("gpus_per_worker", "num_workers")]
+    )
+    command += [word for override in on_gpu for word in ("--set", override)]
     command += ["--until", "examples"] if kit.rehearse else []
     begun = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -50,11 +52,11 @@ def quickstart(kit: Kit) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - begun, "metrics": found}
 
 
-def gpu_tests(kit: Kit) -> dict[str, Any]:
+def gpu_tests() -> dict[str, Any]:
     """The tests marked `gpu`; on a CPU all of them are skipped."""
     need("pytest", "ray", "deepspeed")
     report = tempfile.NamedTemporaryFile(suffix=".xml")  # noqa: SIM115 - closed with the process
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--junit-xml={report.name}", "tests/test_gpu.py"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", f"--junit-xml={report.name}", "tests/test_gpu.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     require(done.returncode == 0, done.stdout[-800:])
     return {"said": done.stdout.strip().splitlines()[-1]}
@@ -95,8 +97,6 @@ def _labelled(held: Any, start: np.ndarray) -> Any:
 
 CELLS: dict[str, Callable[[Kit], dict[str, Cell]]] = {
     "run": lambda kit: {"quickstart": partial(quickstart, kit)},
-    "tests": lambda kit: {"tests": partial(gpu_tests, kit)},
-    "faiss": lambda kit: {
-        f"{rows:,} rows": partial(by_faiss, kit, rows) for rows in kit.size((10**7, 10**8, 10**9), (5_000,))
-    },
+    "tests": lambda _: {"tests": gpu_tests},
+    "faiss": lambda kit: {f"{rows:,} rows": partial(by_faiss, kit, rows) for rows in kit.size((10**7, 10**8, 10**9), (5_000,))},
 }

@@ -108,10 +108,8 @@ def features_of(store: TrajectoryStore, config: ClusteringConfig, pool: SearchTh
         sampled = np.flatnonzero(order_M <= cut)
         return on_grid(measured(block)[sampled]), order_M[sampled]
 
-    if store.lowest is not None and config.seed == store.priority_seed:
-        found = [one_block(store.lowest)]
-    else:
-        found = list(store.each_block(pool, one_block, *measured.columns, "priority"))
+    known = store.lowest if config.seed == store.priority_seed else None
+    found = store.each_block(pool, one_block, *measured.columns, "priority") if known is None else [one_block(known)]
     values, order = zip(*found, strict=True)
     sample_ST = np.concatenate(values)[lowest(np.concatenate(order), DIAGNOSTIC_ROWS)]
     spectrum = Spectrum.of(sample_ST[:, : sample_ST.shape[1] // len(measured.columns)])

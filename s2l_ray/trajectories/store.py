@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -273,8 +273,7 @@ class TrajectoryStore:
         columns = ["example_id", LOSSES, *STATISTICS, *sorted(self.names), "num_response_tokens"]
         content = self.content
         if content is None:
-            names = self.names
-            content = sum(self.each_block(pool, lambda block: content_of(block, names), *columns)) % 2**64
+            content = sum(self.each_block(pool, partial(content_of, names=self.names), *columns)) % 2**64
         kinds = [str(self.rows.schema.field(name).type) for name in columns if self.has(name)]
         return digest([len(self), kinds, {name: self.names_of(name) for name in sorted(self.names)}, content])
 
