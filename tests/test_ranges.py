@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import signal
 import threading
 import time
@@ -29,9 +30,10 @@ from s2l_ray.errors import ArtifactError, ConfigError, DataError
 from s2l_ray.runtime import data, passes
 from s2l_ray.selection.alone import select_trajectories
 from s2l_ray.storage.places import Storage
-from s2l_ray.trajectories import ranged_store, ranges
+from s2l_ray.trajectories import ranged_store, ranges, sorting
 from s2l_ray.trajectories.files import open_trajectories
 from s2l_ray.trajectories.recording import finish_recording, record_losses
+from s2l_ray.trajectories.sorting import Run, sorted_by_id
 
 # More groups than kinds: all six iterations move some rows.
 ITERATED: dict[str, Any] = {"stratify_by": None, "num_iterations": 6, "num_clusters": 40}
@@ -157,7 +159,8 @@ def test_ranges_lie_in_object_storage_as_on_a_disk(tmp_path: Path, bucket: str, 
     for module, name in ((ranges, "in_tasks"), (ranged_store, "in_tasks")):
         monkeypatch.setattr(module, name, map)
     monkeypatch.setattr(ranges, "run_tasks", lambda task, count, _workers: map(task, range(count)))
-    monkeypatch.setattr(ranges, "RUN_ROWS", 20_000)
+    monkeypatch.setattr(ranges, "TASK_ROWS", 20_000)
+    monkeypatch.setattr(sorting, "RUN_ROWS", 20_000)
     source = write(tmp_path / "files", trajectories(70_000), [10_000], row_group=10_000)
     found = [ranges.open_ranges(source, Storage(place), seed=0) for place in (f"{bucket}/ranges", str(tmp_path / "here"))]
     assert len(found[0].rows.files) > 1
@@ -165,6 +168,12 @@ def test_ranges_lie_in_object_storage_as_on_a_disk(tmp_path: Path, bucket: str, 
         here = open_trajectories(source, tmp_path / "sorted", pool, seed=0)
         assert len({store.identity(pool) for store in (*found, here)}) == 1
     assert [block.num_rows for block in found[0].blocks("losses")] == [65_536, 4_464]
+
+
+def test_what_is_known_of_a_run_does_not_take_its_ids_along(tmp_path: Path) -> None:
+    table = trajectories(50_000)
+    run = Run.write(tmp_path / "run.arrow", sorted_by_id(table))
+    assert len(pickle.dumps(run)) < 2_000 < table["example_id"].nbytes
 
 
 def message(source: str, output: Path, engine: str) -> str:
@@ -240,7 +249,7 @@ def test_a_task_s_process_that_dies_changes_no_byte(
     monkeypatch.setattr(ranges, "run_tasks", dying)
     for module in (ranges, ranged_store):
         monkeypatch.setattr(module, "in_tasks", dying)
-    monkeypatch.setattr(ranges, "RUN_ROWS", 60_000)
+    monkeypatch.setattr(ranges, "TASK_ROWS", 60_000)
     source, expected = undisturbed
     assert select(source, tmp_path / "out", "ray", **ITERATED) == expected
     assert mark.exists(), "a process was killed"

@@ -72,7 +72,9 @@ def group(store: TrajectoryStore, config: ClusteringConfig, engine: Engine, *, s
     totals, starts_BS = _fill(store, sources, lambda block: features(measured(block)), config, engine.pool)
     if remote:
         assert isinstance(store, RangedStore)
-        load(engine.actors, FeatureFiles(replace(store, measurements={}), measured, features, by, starts_BS), remote)
+        load(
+            engine.actors, FeatureFiles(replace(store, measurements={}, lowest=None), measured, features, by, starts_BS), remote
+        )
     strata = [StratumKMeans(source, own).fit() for source, own in zip(sources, configs, strict=True)]
     engine.end_actors()  # what comes now are tasks, which need the room
     grouping = Grouping(store, config, strata, features, spectrum, totals, measured.points, starts_BS)

@@ -110,7 +110,7 @@ class Numbering:
             return None
         saved = tuple(stratum.rows.saved for stratum in self.strata if isinstance(stratum.rows, RayRows))
         numbers = tuple(self._numbers_of(stratum) for stratum in range(len(self.strata)))
-        return AssignedFiles(replace(self.store, measurements={}), self.by, saved, numbers, self.starts_BS)
+        return AssignedFiles(replace(self.store, measurements={}, lowest=None), self.by, saved, numbers, self.starts_BS)
 
     def mean_losses(self) -> Floats:
         """Mean losses of each group in nats, shape (K, T): a pass over the losses."""

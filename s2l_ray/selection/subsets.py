@@ -265,7 +265,7 @@ class _PoolRows:
         if not (isinstance(self.store, RangedStore) and isinstance(self.assigned, PartAssignments)):
             return map(function, self.blocks())
         self.assigned.check()
-        store = replace(self.store, measurements={})
+        store = replace(self.store, measurements={}, lowest=None)
         there = replace(self, store=store, assigned=replace(self.assigned, store=store))
         found = store.each_stretch(_EachOfPool(there, function), _POOL_COLUMNS, BLOCKS_PER_PART)
         return itertools.chain.from_iterable(found)

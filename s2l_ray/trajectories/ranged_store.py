@@ -111,7 +111,7 @@ class RangedStore(TrajectoryStore):
     ) -> Iterator[Result]:
         """What `function(number of the first block, blocks)` returns for all stretches of so many blocks, in their order:
         tasks wherever Ray has room."""
-        read = _ReadBlocks(replace(self, measurements={}), function, tuple(columns), blocks_per_task)
+        read = _ReadBlocks(replace(self, measurements={}, lowest=None), function, tuple(columns), blocks_per_task)
         yield from in_tasks(cast(Callable[[int], Result], read), range(0, self.num_blocks, blocks_per_task))
 
 

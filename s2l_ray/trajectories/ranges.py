@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from s2l_ray.config import WorkerConfig
 from s2l_ray.errors import DataError
-from s2l_ray.examples.ids import priorities
+from s2l_ray.examples.ids import priority_cut
 from s2l_ray.progress import get_log
 from s2l_ray.runtime.data import run_tasks
 from s2l_ray.runtime.passes import in_tasks
@@ -30,14 +30,17 @@ from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.layout import SPILLED
 from s2l_ray.storage.ownership import scratch_folder
 from s2l_ray.storage.places import Storage
+from s2l_ray.trajectories.arriving import LOWEST_ROWS, Arriving
 from s2l_ray.trajectories.files import Expected, changed, checked_batches, common_schema, integers_of, rows_of
 from s2l_ray.trajectories.measured import measurements_of
 from s2l_ray.trajectories.parts import IsWanted, Part, every_group, find_artifact, parts_of, place_name
 from s2l_ray.trajectories.ranged_store import Codes, RangedStore, RangedTable, with_codes
-from s2l_ray.trajectories.sorting import PIECE_ROWS, RUN_ROWS, Run, StoredFile, check_unique, of_run_size, sorted_by_id
+from s2l_ray.trajectories.sorting import Run, StoredFile, check_unique, of_run_size, sorted_by_id, splits_of
 from s2l_ray.trajectories.store import BLOCK_ROWS, Names
 
 _AT_ONCE = 16
+# Rows that one task reads: a second or so.
+TASK_ROWS = 524_288
 _log = get_log("trajectories")
 
 
@@ -77,7 +80,8 @@ def open_ranges(
     try:
         expected = _expected(opened, stratify_by, statistics)
         read = _ReadRuns(tuple(parts), _pieces(opened, found is None), stratify_by, statistics, expected, seed, place)
-        table, names = _ranges(list(_runs(read)), place)
+        found_rows = list(_results(read))
+        table, names = _ranges([run for one in found_rows for run in one.runs], place)
     except DataError as error:
         raise error if str(error).startswith(where) else DataError(f"{where}: {error}") from error
     num_points = table.schema.field("losses").type.list_size
@@ -86,7 +90,9 @@ def open_ranges(
         *(f"{table.num_rows:,}", num_points, len(parts), len(table.files)),
     )
     measured = measurements_of(parts, found, lambda: expected.integers)
-    return RangedStore(table, num_points, names, seed, measurements=measured, place=place)
+    low = pa.concat_tables([one.lowest for one in found_rows if one.lowest is not None]).sort_by("example_id").combine_chunks()
+    content = sum(one.content for one in found_rows) % 2**64
+    return RangedStore(table, num_points, names, seed, measurements=measured, content=content, lowest=low, place=place)
 
 
 def fetch_in_tasks(source: str | Artifact, example_ids: pa.Array, positions_M: NDArray[np.int64]) -> Iterator[pa.Table]:
@@ -192,7 +198,7 @@ def _pieces(parts: Sequence[Part], may_split: bool) -> tuple[tuple[_Unread, ...]
     for number, sizes in enumerate(counts):
         start = 0
         for size in sizes if may_split else [sum(sizes)]:
-            if waiting and num_waiting + size > RUN_ROWS:
+            if waiting and num_waiting + size > TASK_ROWS:
                 tasks.append(tuple(waiting))
                 waiting, num_waiting = [], 0
             waiting.append(_Unread(number, start, start + size, position))
@@ -206,6 +212,16 @@ class _NamedRun:
 
     run: Run
     names: Mapping[str, list[str]]
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What a task has read."""
+
+    runs: list[_NamedRun]
+    content: int
+    lowest: pa.Table | None
+    """Its rows of lowest priority; None where it has none."""
 
 
 @dataclass(frozen=True)
@@ -223,12 +239,16 @@ class _ReadRuns:
     def __call__(self, number: int) -> dict[str, Any]:
         names: dict[str, Names] = {}
         runs = []
+        arriving = Arriving(self.seed, lambda: {name: values.values for name, values in names.items()})
+        cut = np.uint64(priority_cut(LOWEST_ROWS, sum(piece.stop - piece.start for task in self.pieces for piece in task)))
         for count, table in enumerate(of_run_size(self._rows(self.pieces[number], names))):
             ordered = sorted_by_id(table)
-            ordered = ordered.append_column("priority", pa.array(priorities(ordered["example_id"], self.seed)))
-            runs.append(_written(self.place, f"run-{number:06d}-{count:03d}.arrow", ordered))
+            runs.append(_written(self.place, f"run-{number:06d}-{count:03d}.arrow", arriving.finish(ordered)))
         found = {name: values.values for name, values in names.items()}
-        return {"number": number, "runs": pickle.dumps([_NamedRun(run, found) for run in runs])}
+        low = arriving.lowest() if runs else None
+        if low is not None:
+            low = low.take(pa.array(np.flatnonzero(low["priority"].to_numpy() <= cut)))
+        return {"number": number, "runs": pickle.dumps(_Read([_NamedRun(run, found) for run in runs], arriving.content, low))}
 
     def _rows(self, pieces: Sequence[_Unread], names: dict[str, Names]) -> Iterator[pa.Table]:
         for (part, _), group in itertools.groupby(pieces, lambda piece: (piece.part, piece.position - piece.start)):
@@ -261,12 +281,12 @@ def _written(place: Storage, name: str, table: pa.Table) -> Run:
     return replace(run, path=StoredFile(place, name))
 
 
-def _runs(read: _ReadRuns) -> Iterator[_NamedRun]:
-    """The runs that the tasks of Ray Data have written, in the order of the files."""
+def _results(read: _ReadRuns) -> Iterator[_Read]:
+    """What the tasks of Ray Data have read, in the order of the files."""
     # Unpickled is what our own tasks pickled.
     found = {row["number"]: row["runs"] for row in run_tasks(read, len(read.pieces), WorkerConfig())}
     for number in sorted(found):
-        yield from pickle.loads(found[number])  # noqa: S301
+        yield pickle.loads(found[number])  # noqa: S301
 
 
 def _ranges(found: list[_NamedRun], place: Storage) -> tuple[RangedTable, dict[str, list[str]]]:
@@ -283,8 +303,7 @@ def _ranges(found: list[_NamedRun], place: Storage) -> tuple[RangedTable, dict[s
     lists = {name: values.values for name, values in names.items()}
     if all(left.last < right.first for left, right in itertools.pairwise(runs)):
         return RangedTable.of_runs(runs, codes), lists
-    firsts = sorted(first for run in runs for first in run.firsts)
-    splits = [None, *firsts[RUN_ROWS // PIECE_ROWS :: RUN_ROWS // PIECE_ROWS], None]
+    splits = splits_of(runs)
     merge = _MergeRange(tuple(runs), tuple(codes), tuple(splits), place)
     merged = [run for run in in_tasks(merge, range(len(splits) - 1)) if run.num_rows]
     for run in runs:

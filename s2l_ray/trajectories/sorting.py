@@ -124,11 +124,7 @@ def sort_by_id(
 
 def _merged(runs: list[Run], folder: Path, pool: Executor) -> SortedTable:
     """Runs as one table: cut at the same ids, the pieces of each range sorted together."""
-    firsts = sorted(first for run in runs for first in run.firsts)
-    # A run's rows lie between the samples: with so many samples per range its size varies little. Each range opens all runs,
-    # which takes 0.2 ms a run: of many runs ranges are larger.
-    per_range = RUN_ROWS // PIECE_ROWS * min(MAX_RUNS_PER_RANGE, 1 + len(runs) // RUNS_OF_LARGER_RANGES)
-    splits = [None, *firsts[per_range::per_range], None]
+    splits = splits_of(runs)
 
     def merge(number: int) -> Run:
         tables = [run.between(splits[number], splits[number + 1]) for run in runs]
@@ -139,6 +135,15 @@ def _merged(runs: list[Run], folder: Path, pool: Executor) -> SortedTable:
         Path(str(run.path)).unlink()
     check_unique(merged)
     return SortedTable(tuple(run.path for run in merged), runs[0].schema, sum(run.num_rows for run in merged))
+
+
+def splits_of(runs: Sequence[Run]) -> list[Any]:
+    """Ids at which all runs are cut into ranges, None at both ends."""
+    firsts = sorted(first for run in runs for first in run.firsts)
+    # A run's rows lie between the samples: with so many samples per range its size varies little. Each range opens all runs,
+    # which takes 0.2 ms a run: of many runs ranges are larger.
+    per_range = RUN_ROWS // PIECE_ROWS * min(MAX_RUNS_PER_RANGE, 1 + len(runs) // RUNS_OF_LARGER_RANGES)
+    return [None, *firsts[per_range::per_range], None]
 
 
 def check_unique(runs: Sequence[Run]) -> None:
@@ -217,6 +222,7 @@ def is_ascending(ids: pa.Array) -> bool:
 
 
 def sorted_by_id(table: pa.Table) -> pa.Table:
+    """A table's rows in ascending order of `example_id`."""
     ids = one_array(table["example_id"])
     if is_ascending(ids):
         return table.combine_chunks()
