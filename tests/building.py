@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 from s2l_ray.config import ExamplesConfig, RunConfig
@@ -27,3 +28,22 @@ def context_of(draft: Draft, inputs: dict[str, Artifact] | None = None, **sectio
 
 def _no_overlap(_: Context) -> Any:
     raise AssertionError("nothing runs beside this stage")
+
+
+def _mixed(number: int) -> int:
+    """SplitMix64's finalizer, number by number."""
+    number = (number ^ number >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    number = (number ^ number >> 27) * 0x94D049BB133111EB % 2**64
+    return number ^ number >> 31
+
+
+def literal_priority(example_id: str, seed: int | str) -> int:
+    """The definition of a priority, word by word."""
+    data = example_id.encode()
+    folded = len(data)
+    for start in range(0, len(data), 8):
+        word = int.from_bytes(data[start : start + 8], "little")
+        folded = _mixed(((folded ^ word) + 0x9E3779B97F4A7C15) % 2**64)
+    key = hashlib.blake2b(str(seed).encode(), digest_size=16).digest()
+    first, second = int.from_bytes(key[:8], "little"), int.from_bytes(key[8:], "little")
+    return _mixed(_mixed(folded ^ first) ^ second)

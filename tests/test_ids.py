@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from s2l_ray.examples.ids import id_column, not_unique, of_one_type, priorities,
 from s2l_ray.selection.alone import select_trajectories
 from s2l_ray.selection.stage import read_selection
 from s2l_ray.trajectories.files import read_trajectories
+from tests.building import literal_priority
 
 LARGE = 2**63
 PRIORITIES = [9010437112063680508, 18052440137798152440, 9784920567473264470, 6443502462090008174]
@@ -41,29 +41,10 @@ def test_every_integer_of_64_bits_without_a_sign_is_taken_exactly(values):
     assert (priorities(ids, 0) == priorities(pa.array(list(map(str, values))), 0)).all()
 
 
-def mixed(number: int) -> int:
-    """SplitMix64's finalizer, number by number."""
-    number = (number ^ number >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-    number = (number ^ number >> 27) * 0x94D049BB133111EB % 2**64
-    return number ^ number >> 31
-
-
-def priority(example_id: str, seed: int | str) -> int:
-    """The definition of a priority, word by word."""
-    data = example_id.encode()
-    folded = len(data)
-    for start in range(0, len(data), 8):
-        word = int.from_bytes(data[start : start + 8], "little")
-        folded = mixed(((folded ^ word) + 0x9E3779B97F4A7C15) % 2**64)
-    key = hashlib.blake2b(str(seed).encode(), digest_size=16).digest()
-    first, second = int.from_bytes(key[:8], "little"), int.from_bytes(key[8:], "little")
-    return mixed(mixed(folded ^ first) ^ second)
-
-
 @given(st.lists(st.text(max_size=40), min_size=1, max_size=30), st.integers(0, 9) | st.text(max_size=9), st.data())
 def test_a_priority_is_of_the_id_and_the_seed_alone_wherever_the_row_stands(ids, seed, data):
     column = pa.array(ids, pa.string())
-    expected = [priority(one, seed) for one in ids]
+    expected = [literal_priority(one, seed) for one in ids]
     assert priorities(column, seed).tolist() == expected
     first = data.draw(st.integers(0, len(ids)))
     last = data.draw(st.integers(first, len(ids)))
@@ -75,9 +56,9 @@ def test_a_priority_is_of_the_id_and_the_seed_alone_wherever_the_row_stands(ids,
 
 def test_priorities_stay_the_same_for_ever():
     assert priorities(["a", "example-17", "é", ""], 7).tolist() == PRIORITIES
-    assert priorities([12, -3], 0).tolist() == [priority("12", 0), priority("-3", 0)]
+    assert priorities([12, -3], 0).tolist() == [literal_priority("12", 0), literal_priority("-3", 0)]
     many = priorities([str(i) for i in range(70_000)], "random-1")
-    assert [many[0], many[69_999]] == [priority("0", "random-1"), priority("69999", "random-1")]
+    assert [many[0], many[69_999]] == [literal_priority("0", "random-1"), literal_priority("69999", "random-1")]
 
 
 IDS = {

@@ -234,7 +234,7 @@ def test_a_selector_that_collects_the_noise_is_worse_than_random_and_its_sentenc
     found = planted("least_confidence")
     assert found.verdict[0].startswith("least_confidence is worse than random here")
     assert found.verdict[1].startswith("oracle is better than both")
-    assert kinds(bench, "least_confidence")["noise"] > SEEDS * NOISE * 0.9
+    assert kinds(bench, "least_confidence")["noise"] > SEEDS * NOISE * 0.8
 
 
 def test_all_data_is_the_ceiling_and_more_budget_is_not_worse_for_random(bench):

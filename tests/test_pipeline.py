@@ -36,6 +36,7 @@ from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.layout import is_stage_file
 from s2l_ray.storage.node_files import NodeFiles
 from s2l_ray.storage.places import Storage
+from tests.building import literal_priority
 
 STAGE_NAMES = ["examples", "proxy", "trajectories", "clustering", "selection", "target", "evaluation"]
 SCRIPT = "<script>alert('corpus')</script>"
@@ -169,17 +170,13 @@ def literal_quotas(sizes: list[int], budget: int) -> list[int]:
     return quotas
 
 
-def literal_priority(seed: int | str, example_id: str) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{seed}:{example_id}".encode()).digest()[:8], "big")
-
-
 def literal_order(groups: dict[str, int], seed: int) -> list[str]:
     """All ids in the one order: rank inside the group, larger group first, larger group id first."""
     sizes = Counter(groups.values())
     ranks: dict[str, int] = {}
     for group in sizes:
         members = [example_id for example_id, its in groups.items() if its == group]
-        ranks |= {i: rank for rank, i in enumerate(sorted(members, key=lambda i: literal_priority(seed, i)))}
+        ranks |= {i: rank for rank, i in enumerate(sorted(members, key=lambda i: literal_priority(i, seed)))}
     return sorted(groups, key=lambda i: (ranks[i], -sizes[groups[i]], -groups[i]))
 
 
@@ -325,7 +322,7 @@ def test_the_selection_is_the_first_of_the_one_order_and_the_control_the_lowest_
     selected = pq.read_table(finished.place / "selection" / "selected.parquet")["example_id"].to_pylist()
     assert set(selected) == set(literal_order(groups, SEED)[: len(selected)])
     control = pq.read_table(finished.place / "selection" / "random.parquet")["example_id"].to_pylist()
-    assert set(control) == set(sorted(groups, key=lambda i: literal_priority(f"random-{SEED}", i))[: len(control)])
+    assert set(control) == set(sorted(groups, key=lambda i: literal_priority(i, f"random-{SEED}"))[: len(control)])
 
 
 def test_every_example_is_in_the_group_of_the_nearest_centroid(finished):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import itertools
 import json
@@ -44,6 +43,7 @@ from s2l_ray.training.gradients import GradientSketch, example_gradients
 from s2l_ray.training.losses import example_losses
 from s2l_ray.training.token_rows import TokenRows
 from s2l_ray.training.tokens import encode
+from tests.building import literal_priority
 
 from .test_losses import make, rows
 from .test_pipeline import config_values, groups_of, table_of, write_corpus
@@ -378,17 +378,13 @@ def test_what_is_written_holds_all_figures_and_is_measured_once(clustered, measu
     assert (place / "compare" / "premise.json").stat().st_mtime_ns == begun
 
 
-def literal_priority(name: str) -> int:
-    return int.from_bytes(hashlib.blake2b(f"premise-0:{name}".encode()).digest()[:8], "big")
-
-
 def test_the_share_that_groups_explain_is_that_of_plain_gradients_of_the_final_checkpoint(clustered, measured):
     place, _, _ = clustered
     final = max((place / "proxy").glob("step-*"))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(final).eval(), AutoTokenizer.from_pretrained(final)
     texts = {row["example_id"]: row for row in table_of(place / "examples").to_pylist()}
     groups = groups_of(place)
-    order = sorted(groups, key=literal_priority)
+    order = sorted(groups, key=lambda name: literal_priority(name, "premise-0"))
     chosen = [order[row] for row in with_company(np.array([groups[name] for name in order]), 60).tolist()]
     gradients = []
     for name in chosen:
