@@ -46,15 +46,24 @@ def prompts_of(rows: list[tuple[str, int]]) -> pa.Table:
 
 def chosen_by_definition(rows: list[tuple[str, int]], held_out: Counter[str], wanted: int) -> set[int]:
     """The choice from all rows at once."""
-    found = set()
-    for source in sorted({source for source, _ in rows}):
-        counts = sorted(Counter(hashed for name, hashed in rows if name == source).items())
-        total, taken = sum(rows for _, rows in counts) + held_out[source], held_out[source]
-        for hashed, count in counts:
-            if taken < wanted and 2 * (taken + count) <= total:
-                taken += count
+    names = sorted({source for source, _ in rows})
+    counts = {name: dict(sorted(Counter(h for source, h in rows if source == name).items())[: 4 * wanted]) for name in names}
+    totals, taken = Counter(source for source, _ in rows) + held_out, Counter(held_out)
+    found: set[int] = set()
+    for name in names:
+        for hashed in counts[name]:
+            shares = {other: counts[other][hashed] for other in names if hashed in counts[other]}
+            fits = all(2 * (taken[other] + count) <= totals[other] for other, count in shares.items())
+            if hashed not in found and taken[name] < wanted and fits:
+                taken.update(shares)
                 found.add(hashed)
     return found
+
+
+def test_a_prompt_that_sources_share_leaves_half_of_each_in_the_pool() -> None:
+    rows = [("a", hashed) for hashed in range(1, 7)] + [("b", 1), ("b", 2)]
+    sources = {"a": {"pool": 6, "held_out": 0}, "b": {"pool": 2, "held_out": 0}}
+    assert choose_prompts(lowest_prompts(prompts_of(rows), 8), sources, 2).tolist() == [1, 3]
 
 
 @given(rows=rows_of_sources, wanted=st.integers(1, 12), cuts=st.lists(st.integers(0, 120), max_size=4), held=st.integers(0, 8))

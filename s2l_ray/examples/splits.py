@@ -84,15 +84,22 @@ def choose_prompts(lowest: pa.Table, sources: Mapping[str, Mapping[str, int]], w
     """The hashes of the prompts to be held out beyond those that are, ascending, uint64.
 
     `lowest`: prompts in the pool, as `lowest_prompts` gives them; `sources`: the rows of every source by split. Each source
-    takes its lowest until `wanted` of its rows are held out, but none that would take more than half of them.
+    takes its lowest until `wanted` of its rows are held out, but none that would take more than half of the rows of a source.
     """
     chosen: set[int] = set()
     held_out = {name: rows[HELD_OUT] for name, rows in sources.items()}
-    for row in lowest.to_pylist():
-        name, after = row["source"], held_out[row["source"]] + row["rows"]
-        if held_out[name] < wanted and 2 * after <= sum(sources[name].values()):
-            held_out[name] = after
-            chosen.add(row["prompt_hash"])
+    in_sources: dict[int, dict[str, int]] = {}
+    rows_of = lowest.to_pylist()
+    for row in rows_of:
+        in_sources.setdefault(row["prompt_hash"], {})[row["source"]] = row["rows"]
+    for row in rows_of:
+        hashed = row["prompt_hash"]
+        if hashed in chosen or held_out[row["source"]] >= wanted:
+            continue
+        after = {name: held_out[name] + rows for name, rows in in_sources[hashed].items()}
+        if all(2 * rows <= sum(sources[name].values()) for name, rows in after.items()):
+            held_out |= after
+            chosen.add(hashed)
     return np.array(sorted(chosen), np.uint64)
 
 
