@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
+import itertools
 import json
 import os
 import shlex
@@ -93,7 +94,8 @@ def s2l_select(data: str, extra: str) -> Row:
     """`s2l select` as a whole process, and what its clustering says of itself."""
     output = f"{data}-selected"
     shutil.rmtree(output, ignore_errors=True)
-    options = ["--budget", "0.1", "--num-clusters", str(NUM_CLUSTERS), "--output", output, *shlex.split(extra)]
+    fixed = {"--budget": "0.1", "--num-clusters": str(NUM_CLUSTERS), "--stratify-by": "none", "--output": output}
+    options = [*itertools.chain(*fixed.items()), *shlex.split(extra)]
     row, _ = measured([str(Path(sys.executable).with_name("s2l")), "select", data, *options])
     manifest = json.loads(Path(output, "clustering", "manifest.json").read_text(encoding="utf-8"))
     found, machines = manifest["summary"], manifest["provenance"]["machines"]
