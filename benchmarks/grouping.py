@@ -196,14 +196,14 @@ def machine(folder: str, num_bytes: int = 2**30) -> Row:
 
 
 @functools.cache
-def setting() -> Row:
-    """What every record says of code and machine."""
+def setting(*libraries: str) -> Row:
+    """What every record says of code and machine, with the versions of other libraries."""
     code = hashlib.sha256()
     for path in sorted((Path(__file__).parents[1] / "s2l_ray").rglob("*.py")):
         code.update(path.read_bytes())
     cpu = next(line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
     found = provenance()
-    found["versions"] |= {name: metadata.version(name) for name in ("scikit-learn", "fastkmeans")}
+    found["versions"] |= {name: metadata.version(name) for name in libraries}
     return {"code": code.hexdigest()[:12], "cpu": f"{cpu} x {NUM_THREADS}", "provenance": found}
 
 
@@ -220,17 +220,18 @@ class Bench:
         kind = " ".join(name for name in ("smooth", "sorted") if getattr(options, name))
         self.key: Row = {"measure": options.measure, "rows": rows, "points": points, "kind": kind, "extra": options.extra}
         self.folder = options.data
+        self.setting = setting("scikit-learn", "fastkmeans")
         self.shape = (f"{options.data}/{rows}x{points}{kind.replace(' ', '-')}", rows, points)
 
     def once(self, repetition: int, side: str, run: Callable[[], Row]) -> Row:
         """The record of this run, made now where there is none."""
-        key = self.key | {"side": side, "repetition": repetition, "code": setting()["code"], "cpu": setting()["cpu"]}
+        key = self.key | {"side": side, "repetition": repetition, "code": self.setting["code"], "cpu": self.setting["cpu"]}
         for row in records(self.key["measure"]):
             if key.items() <= {name: row.get(name) for name in key}.items():
                 return row
         if self.key["points"]:
             child(generate, *self.shape, "smooth" in self.key["kind"], "sorted" in self.key["kind"])
-        row = key | run() | setting()
+        row = key | run() | self.setting
         RESULTS.mkdir(parents=True, exist_ok=True)
         with (RESULTS / f"{key['measure']}.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")

@@ -15,7 +15,6 @@ until the actor's rows answer again, and whether all bytes are as undisturbed. E
 from __future__ import annotations
 
 import argparse
-import functools
 import hashlib
 import json
 import os
@@ -34,34 +33,16 @@ from typing import Any
 
 import numpy as np
 import psutil
-from grouping import RESULTS, Row, child, generate
-
-from s2l_ray.storage.provenance import provenance
+from grouping import RESULTS, Row, child, generate, records, setting
 
 POINTS, NUM_CLUSTERS, BUDGET = 12, 100, 10_000
 WORDS = {"actors": "ray::SlotsActor", "tasks": "ray::_reported"}
 
 
-@functools.cache
-def setting() -> Row:
-    """What every record says of code and machine."""
-    code = hashlib.sha256()
-    for path in sorted((Path(__file__).parents[1] / "s2l_ray").rglob("*.py")):
-        code.update(path.read_bytes())
-    cpu = next(line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    return {"code": code.hexdigest()[:12], "cpu": f"{cpu} x {os.cpu_count()}", "provenance": provenance()}
-
-
-def records(command: str) -> list[Row]:
-    """All that was measured, oldest first."""
-    path = RESULTS / f"ranged-{command}.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-
-
 def once(command: str, key: Row, run: Callable[[], Row]) -> Row:
     """The record of this run on this code and processor, made now where there is none."""
     key |= {name: setting()[name] for name in ("code", "cpu")}
-    for row in records(command):
+    for row in records(f"ranged-{command}"):
         if key.items() <= row.items():
             return row
     row = key | run() | setting()
@@ -216,7 +197,7 @@ def measure(options: argparse.Namespace) -> None:
 def summary(command: str) -> None:
     """Medians by rows and side."""
     groups: dict[tuple[int, str, str], list[Row]] = {}
-    for row in records(command):
+    for row in records(f"ranged-{command}"):
         groups.setdefault((row["rows"], row["side"], row["code"]), []).append(row)
     names = ("seconds", "total_cpu", "driver_cpu", "driver_mib", "object_mib")
     print(f"{'':>34} runs {' '.join(f'{name:>11}' for name in names)}")

@@ -26,7 +26,7 @@ SHAPES = ("gpt_neox", "llama", "qwen2")
 _cpu_losses: dict[str, np.ndarray] = {}
 
 
-def made(shape: str, kit: Kit) -> Any:
+def random_model(shape: str, kit: Kit) -> Any:
     """A model of random weights, the same in every call; keys and values are shared by heads in the second and third."""
     layers, hidden, heads = kit.size((6, 512, 8), (2, 64, 4))
     config = transformers.AutoConfig.for_model(
@@ -51,13 +51,13 @@ def rows(kit: Kit) -> TokenRows:
 def expected(shape: str, kit: Kit) -> np.ndarray:
     """(rows,) losses by transformers' own loss on the CPU."""
     if shape not in _cpu_losses:
-        _cpu_losses[shape] = one_by_one([made(shape, kit)], rows(kit), torch.device("cpu"))[0]
+        _cpu_losses[shape] = one_by_one([random_model(shape, kit)], rows(kit), torch.device("cpu"))[0]
     return _cpu_losses[shape]
 
 
 def compared(kit: Kit, shape: str, precision: str) -> dict[str, Any]:
     """Differences to the CPU, in batches of one row and more."""
-    tokens, model, found = rows(kit), made(shape, kit).to(kit.device), {}
+    tokens, model, found = rows(kit), random_model(shape, kit).to(kit.device), {}
     theirs = expected(shape, kit)
     for count in sorted({1, 8, 64, 512} & set(range(len(tokens) + 1)) | {len(tokens)}):
         some = tokens.take(np.arange(count))
@@ -75,7 +75,7 @@ def compared(kit: Kit, shape: str, precision: str) -> dict[str, Any]:
 
 def packed(kit: Kit, shape: str) -> dict[str, Any]:
     """Rows end to end against the same padded, in bfloat16: difference and time."""
-    tokens, model, taken = rows(kit), made(shape, kit).to(kit.device), {}
+    tokens, model, taken = rows(kit), random_model(shape, kit).to(kit.device), {}
 
     def scored(is_packed: bool) -> np.ndarray:
         with mock.patch.object(losses, "is_fused", return_value=is_packed):

@@ -19,6 +19,7 @@ from measuring import Cell, Kit, require, use_package
 
 use_package()
 from gpu_scoring import random_rows  # noqa: E402
+from piece_losses import random_model  # noqa: E402
 
 from s2l_ray.plan.memory import CONTEXT_BYTES, Setting, Shape, Training, need  # noqa: E402
 from s2l_ray.training.batches import BatchPlan, length_balanced_order  # noqa: E402
@@ -34,16 +35,7 @@ def made(name: str, kit: Kit) -> Any:
     """`proxy`: Pythia-70M's shape; `target`: SmolLM2-135M's. Random weights, the same in every call."""
     torch.manual_seed(0)
     if name == "proxy":
-        layers, hidden, heads = kit.size((6, 512, 8), (2, 64, 4))
-        config = transformers.GPTNeoXConfig(
-            vocab_size=50_304,
-            hidden_size=hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            intermediate_size=4 * hidden,
-            max_position_embeddings=2048,
-        )
-        return transformers.GPTNeoXForCausalLM(config).to(kit.device)
+        return random_model("gpt_neox", kit).train().to(kit.device)
     layers, hidden, heads = kit.size((30, 576, 9), (2, 48, 3))
     shape = {"num_key_value_heads": heads // 3, "intermediate_size": hidden * 8 // 3, "tie_word_embeddings": True}
     config = transformers.LlamaConfig(

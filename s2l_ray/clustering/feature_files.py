@@ -45,12 +45,12 @@ class FeatureFiles:
         """The features of some rows of a stratum, by their ascending numbers."""
         pieces = [np.empty((0, self.features.num_features), np.float32)]
         if len(numbers):
-            for _, number, rows_MF in self._rows({stratum: (int(numbers[0]), int(numbers[-1]) + 1)}, stratum):
+            for _, number, rows_MF in self._rows({stratum: (int(numbers[0]), int(numbers[-1]) + 1)}):
                 first, last = np.searchsorted(numbers, [number, number + len(rows_MF)])
                 pieces.append(rows_MF[numbers[first:last] - number])
         return np.concatenate(pieces)
 
-    def _rows(self, intervals: Mapping[int, Interval], only: int | None = None) -> Iterator[tuple[int, int, Floats]]:
+    def _rows(self, intervals: Mapping[int, Interval]) -> Iterator[tuple[int, int, Floats]]:
         """Of all blocks that have some of these rows: the stratum, the number of its first row there, and all its rows."""
         needed = np.zeros(len(self.starts_BS) - 1, bool)
         for stratum, (start, stop) in intervals.items():
@@ -59,10 +59,9 @@ class FeatureFiles:
         for number in np.flatnonzero(needed).tolist():
             block = self.store.block(number, *columns)
             for stratum, rows in self.strata_of(block):
-                if only is None or stratum == only:
+                if stratum in intervals:
                     rows_MF = self.features(self.measured(block if rows is None else block.take(pa.array(rows))))
-                    if stratum in intervals:
-                        yield stratum, int(self.starts_BS[number, stratum]), rows_MF
+                    yield stratum, int(self.starts_BS[number, stratum]), rows_MF
 
     def strata_of(self, block: pa.Table) -> Iterator[tuple[int, NDArray[np.int64] | None]]:
         """The strata of a block and the rows of each; None for all."""

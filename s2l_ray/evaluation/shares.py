@@ -60,6 +60,7 @@ def _work_in_group(job: ShareJob, events: Any) -> dict[str, Any]:
                 for _, data in worker.work_on(unit.part, {name: model}):
                     job.work.write(unit.path, data)
         done += len(missing[0])
-        events.put((done, len(job.units), name)) if not rank else None
+        if not rank:
+            events.put((done, len(job.units), name))
         free(model)
     return {"units": done}
