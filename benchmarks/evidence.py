@@ -1,15 +1,18 @@
 """Does the selection pay on a pretrained target? The arms of `s2l compare` on SmolLM2-135M, trained where there is no Ray.
 
-    python benchmarks/evidence.py choose DATA_DIR WORK_DIR --model MODEL_DIR [--reduced | --rates]  here, with the whole package
-    python benchmarks/evidence.py pack WORK_DIR/BUNDLE --model MODEL_DIR --output DIR               parts that can be sent
-    python benchmarks/evidence.py train BUNDLE --model MODEL_DIR [--minutes 7.5]                    torch, transformers alone
-    python benchmarks/evidence.py table DATA_DIR WORK_DIR --model MODEL_DIR [--reduced | --rates]   here again
+    python benchmarks/evidence.py choose DATA_DIR WORK_DIR --model MODEL_DIR [--kind KIND]     here, with the whole package
+    python benchmarks/evidence.py pack WORK_DIR/KIND --model MODEL_DIR --output DIR            parts that can be sent
+    python benchmarks/evidence.py train WORK_DIR/KIND --model MODEL_DIR [--minutes 7.5]        torch and transformers alone
+    python benchmarks/evidence.py table DATA_DIR WORK_DIR --model MODEL_DIR [--kind KIND]      here again
 
 `choose` pretrains a proxy of 3.4M parameters on other text, trains it on the pool, records its losses, and writes what every
 cell (arm, budget, seed) trains on into a bundle, all of a budget seed by seed. `train` does the cells that have no result, in
 that order, so that every interruption leaves whole pairs: 0 all done, 3 call the same again. `table` makes them cells of the
-comparison and prints its table over the seeds that are whole. `--rates`: the learning rate, by random subsets and the
-validation split alone; `--reduced`: what a CPU can do. Settings were frozen in LOG.md before the first cell.
+comparison and prints its table over the seeds that are whole.
+
+Kinds: `whole`; `rates`, the learning rate by random subsets and the validation split, read first; `upper`, with the target
+itself, trained for a few steps, as the proxy (for a machine with Ray and a GPU); `reduced`, what a CPU can do. Settings were
+frozen in LOG.md before the first cell.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +57,34 @@ ANSWERED = ("gsm8k", "svamp", "mawps")
 
 RATES = (1.0e-5, 3.0e-5, 1.0e-4)
 RATE = 1.0e-4
-BUDGETS = {"whole": [0.1, 0.3], "reduced": [256], "rates": [0.1]}
-SEEDS = {"whole": 8, "reduced": 3, "rates": 2}
-PARTS_READ = {"whole": None, "reduced": 2, "rates": None}
-"""How many parts of the examples are evaluated; None: all."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A comparison of this file."""
+
+    arms: list[str]
+    primary: str
+    budgets: list[int | float]
+    seeds: int
+    full_seeds: int = 0
+    epochs: int = 1
+    batch: int = 32
+    rates: tuple[float, ...] = (RATE,)
+    split: str = "held_out"
+    parts_read: int | None = None
+    """How many parts of the examples are evaluated; None: all."""
+
+    writes_answers: bool = False
+    proxy_is_target: bool = False
+
+
+KINDS = {
+    "whole": Kind(ARMS, "s2l", [0.1, 0.3], 8, full_seeds=3, epochs=2, writes_answers=True),
+    "upper": Kind([*ARMS[:4], "s2l_profile"], "s2l", [0.1], 8, epochs=2, writes_answers=True, proxy_is_target=True),
+    "reduced": Kind(ARMS[:3], "s2l_inside_sources", [256], 3, batch=16, parts_read=2),
+    "rates": Kind(["source_balanced"], "source_balanced", [0.1], 2, rates=RATES, split="validation"),
+}
 
 
 # --- what is chosen ------------------------------------------------------------------------------------------------
@@ -95,35 +123,40 @@ def pretrained_proxy(data: Path, work: Path, *, tiny: bool) -> tuple[str, str]:
     return str(max((place / "proxy").glob("step-*"))), str(place / "proxy" / "tokenizer")
 
 
-def config(data: Path, work: Path, model: str, kind: str, *, tiny: bool = False) -> dict[str, Any]:
-    """The comparison's config. `kind`: whole, reduced or rates."""
+def config(data: Path, work: Path, model: str, kind: Kind, *, tiny: bool = False) -> dict[str, Any]:
+    """The comparison's config."""
     proxy, tokenizer = pretrained_proxy(data, work, tiny=tiny)
     values = readings.config(data, work, MIXTURE)
     values["examples"] |= {"held_out_per_source": 5 if tiny else readings.HELD_OUT}
     values["proxy"] |= {"model": proxy, "tokenizer": tokenizer, "learning_rate": 1.0e-3, "precision": "bfloat16"}
     values["proxy"] |= {"epochs": 1 if tiny else 2, "num_checkpoints": 2 if tiny else 4}
+    if kind.proxy_is_target:  # a few steps of it
+        values["proxy"] |= {"model": model, "tokenizer": None, "learning_rate": RATE, "epochs": 0.25}
     values["clustering"] |= {"num_clusters": 5 if tiny else 100}
     values["target"] = {
         "model": model,
-        "epochs": 2 if kind == "whole" else 1,
+        "epochs": kind.epochs,
         "learning_rate": RATE,
         **readings.TARGET,
-        **({"global_batch_size": 8 if tiny else 16} if tiny or kind == "reduced" else {}),
+        "global_batch_size": 8 if tiny else kind.batch,
     }
-    pattern = {"answer_pattern": r"The answer is (.+)", "max_generations": 50, "max_new_tokens": 160}
-    values["evaluation"] = pattern if kind == "whole" else {"max_generations": 0}
+    answers = {"answer_pattern": r"The answer is (.+)", "max_generations": 50, "max_new_tokens": 160}
+    values["evaluation"] = {"split": kind.split} | (answers if kind.writes_answers else {"max_generations": 0})
     values["compare"] = {
-        "arms": ARMS if kind == "whole" else ARMS[:3] if kind == "reduced" else ["source_balanced"],
-        "primary": {"whole": "s2l", "reduced": "s2l_inside_sources", "rates": "source_balanced"}[kind],
-        "budgets": [16] if tiny else BUDGETS[kind],
-        "seeds": SEEDS[kind],
-        "full_seeds": 3 if kind == "whole" else 0,
+        "arms": kind.arms,
+        "primary": kind.primary,
+        "budgets": [16] if tiny else kind.budgets,
+        "seeds": kind.seeds,
+        "full_seeds": kind.full_seeds,
         "redo_from": "clustering",
         "fit": "together",
     }
-    if kind == "rates":
-        values["evaluation"] |= {"split": "validation"}
     return values
+
+
+def run_directory(arguments: argparse.Namespace) -> Path:
+    """Where proxy and losses are: one for all kinds with the same proxy."""
+    return Path(arguments.work / ("run-upper" if KINDS[arguments.kind].proxy_is_target else "run"))
 
 
 def planned(arguments: argparse.Namespace, rate: float) -> tuple[Any, Any, Any, Any]:
@@ -133,17 +166,13 @@ def planned(arguments: argparse.Namespace, rate: float) -> tuple[Any, Any, Any, 
     from s2l_ray.pipeline import run
     from s2l_ray.storage.places import Storage
 
-    values = config(arguments.data, arguments.work, str(arguments.model), arguments.kind, tiny=arguments.tiny)
+    kind = KINDS[arguments.kind]
+    values = config(arguments.data, arguments.work, str(arguments.model), kind, tiny=arguments.tiny)
     values["target"] |= {"learning_rate": rate}
     parsed = parse_config(values)
-    place = arguments.work / "run"
+    place = run_directory(arguments)
     finished = run(parsed, str(place), until="trajectories")
     return parsed, Storage(str(place)), finished, plan_cells(parsed, Storage(str(place)), finished)
-
-
-def rates_of(kind: str) -> tuple[float, ...]:
-    """The learning rates that a bundle has cells of."""
-    return RATES if kind == "rates" else (RATE,)
 
 
 def in_order(specs: Iterable[Any]) -> list[Any]:
@@ -160,7 +189,7 @@ def choose(arguments: argparse.Namespace) -> int:
 
     bundle = arguments.work / arguments.kind
     cells: list[dict[str, Any]] = []
-    for rate in rates_of(arguments.kind):
+    for rate in KINDS[arguments.kind].rates:
         parsed, place, finished, plan = planned(arguments, rate)
         specs = in_order(one for one in plan.specs if arguments.kind != "rates" or one.arm == "random")
         choose_subsets(parsed, plan, specs, place, finished, Storage(str(bundle / SUBSETS)))
@@ -176,7 +205,7 @@ def choose(arguments: argparse.Namespace) -> int:
             for one in specs
         ]
     examples = finished["examples"]
-    parts = evaluated_parts(parsed, examples)[: PARTS_READ[arguments.kind]]
+    parts = evaluated_parts(parsed, examples)[: KINDS[arguments.kind].parts_read]
     generated = choose_generated(parsed, examples, parts)
     answered = [
         example_id
@@ -186,7 +215,7 @@ def choose(arguments: argparse.Namespace) -> int:
         )
         if source in ANSWERED and example_id in generated
     ]
-    shutil.copytree(arguments.work / "run" / EXAMPLES, bundle / EXAMPLES, dirs_exist_ok=True)
+    shutil.copytree(run_directory(arguments) / EXAMPLES, bundle / EXAMPLES, dirs_exist_ok=True)
     write_json(bundle / CELLS, {"cells": cells, "parts": parts, "answered": sorted(answered)})
     print(f"{len(cells)} cells in {bundle}")
     return 0
@@ -279,7 +308,7 @@ def table(arguments: argparse.Namespace) -> int:
 
     bundle = arguments.work / arguments.kind
     results = arguments.results or bundle / RESULTS
-    for rate in rates_of(arguments.kind):
+    for rate in KINDS[arguments.kind].rates:
         parsed, place, finished, plan = planned(arguments, rate)
         there = [one for one in plan.specs if (results / f"{one.unit}.parquet").exists()]
         tables = {one.unit: pq.read_table(results / f"{one.unit}.parquet") for one in there}
@@ -342,11 +371,10 @@ def main() -> int:
     steps = parser.add_subparsers(dest="step", required=True)
     for name, step in (("choose", choose), ("table", table)):
         of_step = steps.add_parser(name)
-        of_step.set_defaults(do=step, kind="whole")
+        of_step.set_defaults(do=step)
         of_step.add_argument("data", type=Path)
         of_step.add_argument("work", type=Path)
-        of_step.add_argument("--reduced", dest="kind", action="store_const", const="reduced")
-        of_step.add_argument("--rates", dest="kind", action="store_const", const="rates")
+        of_step.add_argument("--kind", choices=KINDS, default="whole")
         of_step.add_argument("--tiny", action="store_true", help="a rehearsal: little data, small models")
     for name, step in (("pack", pack), ("join", join), ("train", train)):
         of_step = steps.add_parser(name)

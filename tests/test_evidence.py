@@ -70,7 +70,7 @@ def target(tmp_path: Path) -> Path:
 @pytest.mark.slow
 def test_cells_chosen_here_are_trained_elsewhere_and_compared_here(data: Path, target: Path, tmp_path: Path) -> None:
     work, model = tmp_path / "work", str(target)
-    here = (str(data), str(work), "--model", model, "--reduced", "--tiny")
+    here = (str(data), str(work), "--model", model, "--kind", "reduced", "--tiny")
     assert "9 cells" in evidence("choose", *here)
     bundle = work / "reduced"
     evidence("pack", str(bundle), "--model", model, "--output", str(tmp_path / "parts"))
