@@ -156,6 +156,7 @@ def test_an_ablation_is_an_arm_for_each_value_of_a_field(tmp_path):
         ({"arms": ["s2l", {"../b": {"clustering.num_clusters": 3}}]}, "is no name for an arm"),
         ({"arms": ["s2l", {"full": {"clustering.num_clusters": 3}}]}, "the name 'full' is taken"),
         ({"arms": [{"s2l": {"clustering.num_clusters": 3}}]}, "the name 's2l' is taken"),
+        ({"arms": ["s2l", {"proxy": {"proxy.epochs": 2}}]}, "the name 'proxy' is taken"),
         ({"arms": ["s2l", {"source_balanced": {"selection.method": "longest"}}]}, "the name 'source_balanced' is taken"),
         ({"ablations": {"selection.budget": [8, 16]}}, "selection.budget is the comparison's"),
         ({"ablations": {"target.max_tokens": [32]}}, "target.max_tokens decides which tokens of a held-out row count"),

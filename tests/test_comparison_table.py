@@ -89,7 +89,10 @@ def test_a_loss_that_is_not_finite_marks_its_cell_and_is_counted_among_all_that_
     assert row is not None
     assert (row.seeds, row.diverged) == (3, 1)
     assert np.isfinite([row.means[TOKENS], row.differences[MACRO].mean]).all()
-    assert "1 of 5 of s2l at 10,000" in " ".join(made.notes())
+    notes = " ".join(made.notes())
+    assert "1 of 5 of s2l at 10,000" in notes
+    assert "not the differences of the means beside them: source_and_length_matched at 10,000 (5 targets, 4 pairs)" in notes
+    assert "at 50,000 (" not in notes
     assert [one["diverged"] for one in made.cells if one["loss_per_token"] is None] == [True, True]
 
 

@@ -16,6 +16,8 @@ from s2l_ray.selectors import GROUPS, SELECTORS
 RANDOM, BALANCED, FULL, S2L = "random", "source_balanced", "full", "s2l"
 COST_MATCHED = "random_cost_matched"
 """Random, with the selection's own cost spent on more examples."""
+SEED_PROXY = "proxy"
+"""Names the proxies of other seeds, beside those of arms that need one of their own."""
 
 ANY_SOURCES = ("one", "two")
 """Where the corpus has not been read yet: as if it named several."""
@@ -173,7 +175,7 @@ def _of_one_s_own(name: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _checked(name: str) -> str:
-    if name in {FULL, COST_MATCHED} | SELECTORS.keys() | VARIANTS.keys():
+    if name in {FULL, COST_MATCHED, SEED_PROXY} | SELECTORS.keys() | VARIANTS.keys():
         raise ConfigError(f"compare.arms: the name '{name}' is taken. Give your own arm another.")
     if not re.fullmatch(r"[A-Za-z0-9][\w.=+-]*", name):
         raise ConfigError(f"compare.arms: '{name}' is no name for an arm of your own: letters, digits and _ . = + - alone.")

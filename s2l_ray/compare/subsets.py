@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from s2l_ray.clustering.groups import Clustering
 from s2l_ray.clustering.stage import cluster_store
-from s2l_ray.compare.arms import FULL, Arm
+from s2l_ray.compare.arms import FULL, SEED_PROXY, Arm
 from s2l_ray.compare.cells import CellSpec, seeded
 from s2l_ray.config import RunConfig
 from s2l_ray.examples.reading import read_pool
@@ -36,7 +36,7 @@ def trajectories_of(config: RunConfig, arm: Arm, seed: int, place: Storage, fini
     chosen = seeded(config, arm, seed)
     if chosen.proxy == config.proxy and chosen.trajectories == config.trajectories:
         return finished["trajectories"]
-    name = f"{arm.name if arm.redoes_proxy else 'proxy'}-seed{seed}"
+    name = f"{arm.name if arm.redoes_proxy else SEED_PROXY}-seed{seed}"
     own = place.child(COMPARE).child(SEED_RUNS).child(name)
     found = Artifact.find(own.child("trajectories"))
     if found is None:
