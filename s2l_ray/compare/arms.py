@@ -93,9 +93,9 @@ def arms_of(config: RunConfig, sources: Sequence[str]) -> list[Arm]:
     """
     compare = config.compare or CompareConfig()
     has_sources = len(sources) > 1
-    wanted: list[str | dict[str, dict[str, Any]]] = (
-        [*(["source_matched"] if has_sources else []), S2L] if compare.arms is None else list(compare.arms)
-    )
+    # source_matched follows the order of S2L's draws, and draw=spread has none.
+    matched = ["source_matched"] * (has_sources and config.selection.draw != "spread")
+    wanted: list[str | dict[str, dict[str, Any]]] = [*matched, S2L] if compare.arms is None else list(compare.arms)
     always = [RANDOM, *([BALANCED] if has_sources else [])]
     arms = {name: _known(name) for name in always}
     for one in wanted:
