@@ -325,9 +325,12 @@ def test_a_comparison_that_was_interrupted_goes_on_to_the_same_table(place, fold
 
 
 def test_another_comparison_over_the_same_run_takes_the_cells_that_it_shares(place, folder):
-    before = manifests(place)
+    before, tables = manifests(place), {path: path.read_bytes() for path in (place / COMPARE).glob("table-*")}
     compare(config(folder, compare={"arms": ["s2l", "s2l_allocation_1"]}), str(place))
     after = manifests(place)
+    assert len(tables) == 2, "the same comparison again has the same table"
+    assert all(path.read_bytes() == data for path, data in tables.items()), "another one keeps it"
+    assert len(list((place / COMPARE).glob("table-*"))) == 4
     assert after.items() >= before.items()
     assert sorted(after.keys() - before.keys()) == ["s2l_allocation_1-24-seed0", "s2l_allocation_1-24-seed1"]
 
