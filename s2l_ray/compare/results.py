@@ -72,15 +72,18 @@ def sizes_of(config: RunConfig, finished: dict[str, Artifact], cells: Sequence[t
     """Sizes and times as this comparison found them. Raises ConfigError where the target's size cannot be known."""
     proxy, trajectories = finished["proxy"], finished["trajectories"]
     of_cells = [artifact.summary for one, artifact in cells if one.arm != FULL]
+    pool = finished["examples"].summary["pool"]
     batch = config.target.global_batch_size
     seconds = [found["training_seconds"] / (found["steps"] * batch) for found in of_cells]
     target = of_cells[0]["num_parameters"] if of_cells else num_parameters(config.target, proxy.summary.get("vocab_size"))
     return RunSizes(
-        pool=finished["examples"].summary["pool"],
+        pool=pool,
         pool_tokens=float(trajectories.summary["tokens"]),
         num_points=len(trajectories.summary["steps"]),
         proxy_parameters=float(proxy.summary["num_parameters"]),
         target_parameters=float(target or proxy.summary["num_parameters"]),
         proxy_seconds=sum(one.manifest["provenance"]["seconds"] for one in (proxy, trajectories)),
+        validation_tokens=float(trajectories.summary["tokens"]) / pool * finished["examples"].summary.get("validation", 0),
+        trajectories_seconds=trajectories.manifest["provenance"]["seconds"],
         target_seconds_per_example=float(np.median(seconds)) if seconds else None,
     )
