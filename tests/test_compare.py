@@ -17,10 +17,12 @@ from s2l_ray import pipeline
 from s2l_ray.compare import stage
 from s2l_ray.compare.arms import FULL, RANDOM, VARIANTS, Arm, ablated, arms_of
 from s2l_ray.compare.cells import CellSpec, budgets_of, resolved, seeded
+from s2l_ray.compare.planning import comparison_lines
 from s2l_ray.compare.stage import compare
 from s2l_ray.config import RunConfig, parse_config
 from s2l_ray.errors import ArtifactError, ConfigError, DataError
 from s2l_ray.pipeline import run
+from s2l_ray.plan.plan import make_plan
 from s2l_ray.storage.layout import CELL_LOSSES, CELL_SUBSET, COMPARE, MANIFEST, ROW_LOSSES, SEED_RUNS, TABLE
 from s2l_ray.storage.places import Storage
 
@@ -241,6 +243,31 @@ def test_a_seed_redoes_what_the_config_says_and_keeps_the_starting_weights(tmp_p
     assert seeds == changed
     assert other.target.model.scratch.seed == made.target.seed
     assert seeded(made, Arm("s2l", {}), 0) == made, "the run's own seeds are seed 0"
+
+
+def test_the_plan_counts_the_proxies_of_ablations_and_their_size(folder, tmp_path):
+    """An ablation of the proxy trains one a seed and value; one that is the run's own value has the run's under its seed."""
+
+    def planned(**section: Any) -> tuple[float, str]:
+        compare = {"arms": ["s2l"], "seeds": 3, "full_seeds": 0, **section}
+        made = config(folder, compare=compare, plan={"num_examples": 200, "tokens_per_example": 20})
+        lines = comparison_lines(made, make_plan(made, str(tmp_path / "run"), accelerator="H100", price_per_hour=2.0))
+        [line] = [line for line in lines if line.startswith("It costs")]
+        assert "in money" in line
+        return float(line.split()[2]), line
+
+    def targets(number: int) -> float:
+        return of_targets * number / 3
+
+    of_targets, line = planned(redo_from="target")  # random, source_balanced and s2l
+    assert "proxies" not in line
+    field = {"proxy.model.scratch.hidden": [8, 16]}
+    both, line = planned(redo_from="target", ablations=field)
+    assert "those of 5 proxies" in line, "the run's own is there under its seed"
+    of_proxies = both - targets(5)
+    one, line = planned(redo_from="proxy")
+    assert "those of 2 proxies" in line
+    assert of_proxies > 5 * (one - of_targets) / 2, "of which three are larger"
 
 
 # --- a comparison --------------------------------------------------------------------------------------------------
