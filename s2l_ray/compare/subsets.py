@@ -18,7 +18,7 @@ from s2l_ray.examples.reading import read_pool
 from s2l_ray.pipeline import run
 from s2l_ray.progress import get_log, quiet
 from s2l_ray.selection.stage import in_blocks
-from s2l_ray.selection.subsets import choose_subsets
+from s2l_ray.selection.subsets import choose_subsets, grouping_for
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.layout import COMPARE, SEED_RUNS
 from s2l_ray.storage.places import Storage
@@ -77,6 +77,7 @@ class StoreGroups:
 
 def subsets(config: RunConfig, budgets: Sequence[int], store: TrajectoryStore, groups: StoreGroups) -> list[pa.Table]:
     """The subset of an arm for each budget: `example_id` and `weight`, in order of ids."""
+    config = config.model_copy(update={"clustering": grouping_for(config.selection, config.clustering)})
     found = groups.of(config)
     if config.selection.draw == "spread" and len(budgets) > 1:  # which has no order that budgets share
         return [table for budget in budgets for table in subsets(config, [budget], store, groups)]
