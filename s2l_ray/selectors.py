@@ -107,6 +107,11 @@ class Selector:
             )
 
     @property
+    def reads_groups(self) -> bool:
+        """Whether groups, or how many there are, decide what it takes."""
+        return GROUPS in self.needs or self.strata is _loss_bands
+
+    @property
     def about(self) -> str:
         """What it does, in one line."""
         return (self.order.__doc__ or "").partition("\n\n")[0].replace("\n    ", " ")

@@ -13,14 +13,17 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from s2l_ray import pipeline
 from s2l_ray.compare import stage
 from s2l_ray.compare.arms import FULL, RANDOM, VARIANTS, Arm, ablated, arms_of
 from s2l_ray.compare.cells import CellSpec, budgets_of, resolved, seeded
+from s2l_ray.compare.planning import comparison_lines
 from s2l_ray.compare.stage import compare
 from s2l_ray.config import RunConfig, parse_config
 from s2l_ray.errors import ArtifactError, ConfigError, DataError
 from s2l_ray.pipeline import run
-from s2l_ray.storage.layout import CELL_LOSSES, CELL_SUBSET, COMPARE, MANIFEST, ROW_LOSSES, TABLE
+from s2l_ray.plan.plan import make_plan
+from s2l_ray.storage.layout import CELL_LOSSES, CELL_SUBSET, COMPARE, MANIFEST, ROW_LOSSES, SEED_RUNS, TABLE
 from s2l_ray.storage.places import Storage
 
 ONE = {"num_workers": 1, "cpus_per_worker": 1}
@@ -156,6 +159,7 @@ def test_an_ablation_is_an_arm_for_each_value_of_a_field(tmp_path):
         ({"arms": ["s2l", {"../b": {"clustering.num_clusters": 3}}]}, "is no name for an arm"),
         ({"arms": ["s2l", {"full": {"clustering.num_clusters": 3}}]}, "the name 'full' is taken"),
         ({"arms": [{"s2l": {"clustering.num_clusters": 3}}]}, "the name 's2l' is taken"),
+        ({"arms": ["s2l", {"proxy": {"proxy.epochs": 2}}]}, "the name 'proxy' is taken"),
         ({"arms": ["s2l", {"source_balanced": {"selection.method": "longest"}}]}, "the name 'source_balanced' is taken"),
         ({"ablations": {"selection.budget": [8, 16]}}, "selection.budget is the comparison's"),
         ({"ablations": {"target.max_tokens": [32]}}, "target.max_tokens decides which tokens of a held-out row count"),
@@ -200,6 +204,13 @@ def test_without_arms_of_its_own_a_comparison_has_s2l_and_an_empty_list_has_abla
     assert names(arms=[], ablations={"clustering.num_clusters": [3]}, primary=primary) == ["random", "source_balanced", primary]
 
 
+def test_a_draw_without_an_order_has_no_matched_arm_by_itself_and_is_refused_where_one_is_asked_for(tmp_path):
+    made = config(tmp_path, selection={"draw": "spread"}, compare={"arms": None})
+    assert [arm.name for arm in arms_of(made, SOURCES)] == [RANDOM, "source_balanced", "s2l"]
+    with pytest.raises(ConfigError, match=r"compare.arms: source_matched: (.|\n)*draw=spread has none. Choose draw=random"):
+        arms_of(config(tmp_path, selection={"draw": "spread"}), SOURCES)
+
+
 def test_a_budget_is_of_the_pool_and_at_least_a_batch(tmp_path):
     assert budgets_of(config(tmp_path, compare={"budgets": [0.1, 40]}), 200) == [20, 40]
     assert budgets_of(config(tmp_path), 200) == [24]
@@ -232,6 +243,31 @@ def test_a_seed_redoes_what_the_config_says_and_keeps_the_starting_weights(tmp_p
     assert seeds == changed
     assert other.target.model.scratch.seed == made.target.seed
     assert seeded(made, Arm("s2l", {}), 0) == made, "the run's own seeds are seed 0"
+
+
+def test_the_plan_counts_the_proxies_of_ablations_and_their_size(folder, tmp_path):
+    """An ablation of the proxy trains one a seed and value; one that is the run's own value has the run's under its seed."""
+
+    def planned(**section: Any) -> tuple[float, str]:
+        compare = {"arms": ["s2l"], "seeds": 3, "full_seeds": 0, **section}
+        made = config(folder, compare=compare, plan={"num_examples": 200, "tokens_per_example": 20})
+        lines = comparison_lines(made, make_plan(made, str(tmp_path / "run"), accelerator="H100", price_per_hour=2.0))
+        [line] = [line for line in lines if line.startswith("It costs")]
+        assert "in money" in line
+        return float(line.split()[2]), line
+
+    def targets(number: int) -> float:
+        return of_targets * number / 3
+
+    of_targets, line = planned(redo_from="target")  # random, source_balanced and s2l
+    assert "proxies" not in line
+    field = {"proxy.model.scratch.hidden": [8, 16]}
+    both, line = planned(redo_from="target", ablations=field)
+    assert "those of 5 proxies" in line, "the run's own is there under its seed"
+    of_proxies = both - targets(5)
+    one, line = planned(redo_from="proxy")
+    assert "those of 2 proxies" in line
+    assert of_proxies > 5 * (one - of_targets) / 2, "of which three are larger"
 
 
 # --- a comparison --------------------------------------------------------------------------------------------------
@@ -302,12 +338,13 @@ def test_a_comparison_that_was_interrupted_goes_on_to_the_same_table(place, fold
 
     publish = stage.publish
     monkeypatch.setattr(stage, "publish", interrupted)
+    run(config(folder), str(other), until="trajectories", reuse=str(place))
     with pytest.raises(KeyboardInterrupt):
-        compare(config(folder), str(other), reuse=str(place))
+        compare(config(folder), str(other))
     monkeypatch.setattr(stage, "publish", publish)
     before = manifests(other)
     assert len(before) == 3
-    compare(config(folder), str(other), reuse=str(place))
+    compare(config(folder), str(other))
     assert manifests(other).items() >= before.items(), "what was finished is not trained again"
     again = json.loads((other / COMPARE / TABLE).read_text())
     assert again["cells"] == table["cells"]
@@ -315,11 +352,47 @@ def test_a_comparison_that_was_interrupted_goes_on_to_the_same_table(place, fold
 
 
 def test_another_comparison_over_the_same_run_takes_the_cells_that_it_shares(place, folder):
-    before = manifests(place)
+    before, tables = manifests(place), {path: path.read_bytes() for path in (place / COMPARE).glob("table-*")}
     compare(config(folder, compare={"arms": ["s2l", "s2l_allocation_1"]}), str(place))
     after = manifests(place)
+    assert len(tables) == 2, "the same comparison again has the same table"
+    assert all(path.read_bytes() == data for path, data in tables.items()), "another one keeps it"
+    assert len(list((place / COMPARE).glob("table-*"))) == 4
     assert after.items() >= before.items()
     assert sorted(after.keys() - before.keys()) == ["s2l_allocation_1-24-seed0", "s2l_allocation_1-24-seed1"]
+
+
+def test_another_run_s_cells_and_seeds_proxies_are_taken_where_they_match(place, folder, monkeypatch):
+    """Nothing that is there is trained again: neither a target nor the proxy of another seed."""
+    of_seeds = {"arms": ["s2l"], "redo_from": "proxy", "full_seeds": 1}
+    compare(config(folder, compare=of_seeds), str(folder / "first"), reuse=str(place))
+    monkeypatch.setattr(stage, "connect_ray", lambda: pytest.fail("connected to Ray"))
+    monkeypatch.setattr(pipeline, "connect_ray", lambda: pytest.fail("connected to Ray"))
+    compare(config(folder, compare=of_seeds), str(folder / "second"), reuse=str(folder / "first"))
+    first, second = (json.loads((folder / name / COMPARE / TABLE).read_text()) for name in ("first", "second"))
+    assert all(first[name] == second[name] for name in ("cells", "fingerprints"))
+    assert (folder / "second" / COMPARE / SEED_RUNS / "proxy-seed1" / "trajectories" / MANIFEST).exists()
+
+
+@pytest.mark.parametrize(
+    ("sections", "error", "message"),
+    [
+        ({"compare": {"budgets": [24, 5000]}}, ConfigError, r"compare.budgets: 5,000 examples, but the pool has"),
+        ({"examples": {"source_field": None}, "compare": {"arms": ["s2l", "source_balanced"]}}, ConfigError, "needs source"),
+        ({"trajectories": {"embeddings": True}, "compare": {"arms": ["s2l", "rds_plus"]}}, ConfigError, "validation_fraction"),
+    ],
+)
+def test_what_the_corpus_cannot_give_is_refused_before_a_proxy_is_trained(folder, tmp_path, sections, error, message):
+    with pytest.raises(error, match=message):
+        compare(config(folder, **sections), str(tmp_path / "run"))
+    assert not (tmp_path / "run" / "proxy").exists()
+
+
+def test_a_cell_of_another_recipe_is_refused_before_the_proxies_of_other_seeds_are_trained(place, folder):
+    section = {"arms": ["s2l"], "redo_from": "proxy"}
+    with pytest.raises(ArtifactError, match=r"target.learning_rate: 0.005 -> 0.001"):
+        compare(config(folder, target={"learning_rate": 1e-3}, compare=section), str(place))
+    assert not (place / COMPARE / SEED_RUNS).exists()
 
 
 def test_settings_that_changed_half_way_are_refused_by_field(place, folder):
@@ -372,7 +445,8 @@ def test_targets_that_the_run_has_trained_anyway_are_cells(folder, ray_session):
 def test_cells_by_fits_of_their_own_are_those_of_the_run_s_stages(place, folder, ray_session):
     """The same recipe in a worker that trains many and in a fit of one worker: the same losses."""
     made = config(folder, compare={"arms": ["s2l"], "seeds": 2, "fit": "alone", "full_seeds": 0})
-    compare(made, str(folder / "alone"), reuse=str(place))
+    run(made, str(folder / "alone"), until="trajectories", reuse=str(place))
+    compare(made, str(folder / "alone"))
     for name in ("s2l-24-seed1", "random-24-seed0"):
         together, alone = (pq.read_table(one / COMPARE / name / CELL_LOSSES) for one in (place, folder / "alone"))
         columns = ["example_id", "loss"]

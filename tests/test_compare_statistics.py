@@ -349,9 +349,9 @@ def test_one_sentence_says_which_to_take(over_tokens: Any, macro: Any, sentence:
 
 def test_the_share_of_the_gap_is_said_where_it_is_known() -> None:
     primary = row_of("s2l", BETTER, BETTER, share=0.62)
-    assert (
-        "62% of the gap to all data over tokens and 62% of the gap to all data averaged" in verdict([primary], primary, 0.03)[0]
-    )
+    gap = primary.gap_closed[TOKENS]
+    share = f"62% (95% interval {gap.low:.0%} to {gap.high:.0%}) of the gap to all data"
+    assert f"{share} over tokens and {share} averaged" in verdict([primary], primary, 0.03)[0]
 
 
 FAR_BETTER = (-0.5, -0.4)

@@ -89,7 +89,10 @@ def test_a_loss_that_is_not_finite_marks_its_cell_and_is_counted_among_all_that_
     assert row is not None
     assert (row.seeds, row.diverged) == (3, 1)
     assert np.isfinite([row.means[TOKENS], row.differences[MACRO].mean]).all()
-    assert "1 of 5 of s2l at 10,000" in " ".join(made.notes())
+    notes = " ".join(made.notes())
+    assert "1 of 5 of s2l at 10,000" in notes
+    assert "not the differences of the means beside them: source_and_length_matched at 10,000 (5 targets, 4 pairs)" in notes
+    assert "at 50,000 (" not in notes
     assert [one["diverged"] for one in made.cells if one["loss_per_token"] is None] == [True, True]
 
 
@@ -165,6 +168,24 @@ def test_an_arm_costs_its_target_and_what_its_selection_needs(tmp_path: Path) ->
     assert [one.hours for one in (random, s2l, full)] == pytest.approx([0.3, 0.4, 3.0])
     assert s2l.money == pytest.approx(0.8)
     assert spent_on(config, replace(MEASURED, proxy_seconds=None), "s2l", 100).hours is None, "unknown is not nothing"
+
+
+def test_an_arm_that_needs_a_pass_of_its_own_pays_for_it_and_the_others_do_not(tmp_path: Path) -> None:
+    config = parse_config(
+        priced(tmp_path).model_dump(mode="json", exclude_unset=True)
+        | {"trajectories": {"without_prompt": True, "embeddings": True}, "plan": {"response_fraction": 0.25}}
+    )
+    measured = replace(MEASURED, validation_tokens=500.0, trajectories_seconds=160.0)
+    found = {name: spent_on(config, measured, name, 100) for name in ("random", "longest", "s2l", "ifd", "rds_plus")}
+    one = 2 * 10 * 2_000
+    assert found["longest"] == found["random"]
+    assert found["ifd"].operations - found["s2l"].operations == pytest.approx(one / 4)
+    assert found["rds_plus"].operations - found["s2l"].operations == pytest.approx(one * 1.25)
+    passes = 12 + 0.25 + 1.25  # in 160 seconds
+    seconds = {name: 3600 * (found[name].hours - found["random"].hours) for name in found}
+    assert seconds["s2l"] == pytest.approx(200 + 160 * 12 / passes)
+    assert seconds["ifd"] == pytest.approx(200 + 160 * 12.25 / passes)
+    assert seconds["rds_plus"] == pytest.approx(200 + 160 * 13.25 / passes)
 
 
 def test_the_selection_s_hours_are_the_proxy_s_and_the_scoring_s(tmp_path: Path) -> None:

@@ -452,6 +452,14 @@ def test_validation_rows_lie_beside_a_runs_trajectories_and_the_card_says_that_t
     assert "validation rows" in card
 
 
+@pytest.mark.parametrize("method", sorted(SELECTORS.keys() - {"rds_plus"}))
+def test_a_method_that_reads_no_groups_is_not_kept_waiting_for_k_means(tmp_path: Path, method: str) -> None:
+    pq.write_table(table_of(Corpus()), tmp_path / "t.parquet")
+    artifact = of_files(tmp_path / "out", method, str(tmp_path / "t.parquet"))
+    reads = {S2L, "source_matched", "source_and_length_matched", "final_loss_strata"}
+    assert (artifact.summary["num_clusters"] > 1) == (method in reads)
+
+
 def test_a_selector_that_lacks_something_is_refused_before_anything_is_grouped(tmp_path: Path) -> None:
     pq.write_table(table_of(Corpus()).drop_columns("loss_without_prompt"), tmp_path / "t.parquet")
     with pytest.raises(ConfigError, match=r"trajectories\.without_prompt=true"):

@@ -16,6 +16,8 @@ from s2l_ray.selectors import GROUPS, SELECTORS
 RANDOM, BALANCED, FULL, S2L = "random", "source_balanced", "full", "s2l"
 COST_MATCHED = "random_cost_matched"
 """Random, with the selection's own cost spent on more examples."""
+SEED_PROXY = "proxy"
+"""Names the proxies of other seeds, beside those of arms that need one of their own."""
 
 ANY_SOURCES = ("one", "two")
 """Where the corpus has not been read yet: as if it named several."""
@@ -91,9 +93,9 @@ def arms_of(config: RunConfig, sources: Sequence[str]) -> list[Arm]:
     """
     compare = config.compare or CompareConfig()
     has_sources = len(sources) > 1
-    wanted: list[str | dict[str, dict[str, Any]]] = (
-        [*(["source_matched"] if has_sources else []), S2L] if compare.arms is None else list(compare.arms)
-    )
+    # source_matched follows the order of S2L's draws, and draw=spread has none.
+    matched = ["source_matched"] * (has_sources and config.selection.draw != "spread")
+    wanted: list[str | dict[str, dict[str, Any]]] = [*matched, S2L] if compare.arms is None else list(compare.arms)
     always = [RANDOM, *([BALANCED] if has_sources else [])]
     arms = {name: _known(name) for name in always}
     for one in wanted:
@@ -173,7 +175,7 @@ def _of_one_s_own(name: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _checked(name: str) -> str:
-    if name in {FULL, COST_MATCHED} | SELECTORS.keys() | VARIANTS.keys():
+    if name in {FULL, COST_MATCHED, SEED_PROXY} | SELECTORS.keys() | VARIANTS.keys():
         raise ConfigError(f"compare.arms: the name '{name}' is taken. Give your own arm another.")
     if not re.fullmatch(r"[A-Za-z0-9][\w.=+-]*", name):
         raise ConfigError(f"compare.arms: '{name}' is no name for an arm of your own: letters, digits and _ . = + - alone.")

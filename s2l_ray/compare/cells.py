@@ -23,9 +23,10 @@ from s2l_ray.config import RunConfig
 from s2l_ray.config.comparing import CompareConfig
 from s2l_ray.errors import ArtifactError, ConfigError, DataError
 from s2l_ray.selection.choosing import num_examples
-from s2l_ray.storage.artifacts import Artifact, Key, refusal
+from s2l_ray.storage.artifacts import Artifact, Key, adopt, refusal
 from s2l_ray.storage.drafts import Draft
 from s2l_ray.storage.layout import CELL_LOSSES, CELL_SUBSET, COMPARE
+from s2l_ray.storage.ownership import check_stage, read_building
 from s2l_ray.storage.places import Storage
 
 SCHEMA = 1
@@ -64,6 +65,16 @@ class CellSpec:
     def unit(self) -> str:
         """Names it in scratch: another recipe, another name."""
         return f"{self.name}-{self.key.fingerprint}"
+
+    def take(self, run: Storage, other: Storage) -> bool:
+        """Take the finished cell of another run by reference, if it has the same fingerprint; whether it has."""
+        found = Artifact.find(other.child(self.key.stage))
+        if found is None or found.fingerprint != self.key.fingerprint:
+            return False
+        check_stage(run.child(self.key.stage), self.key.stage)
+        found.check_sizes()
+        adopt(run, found)
+        return True
 
     def find(self, run: Storage) -> Artifact | None:
         """The finished cell, if it is there. Raises ArtifactError where one of another recipe is."""
@@ -176,6 +187,18 @@ def read_bytes_table(data: bytes) -> pa.Table:
     return pq.read_table(io.BytesIO(data))
 
 
-def missing(specs: Sequence[CellSpec], run: Storage) -> list[CellSpec]:
-    """The cells that are not finished, in the order given."""
-    return [one for one in specs if one.find(run) is None]
+def check_recipes(specs: Sequence[CellSpec], run: Storage) -> None:
+    """Raise ArtifactError where a finished or begun cell has another recipe, whatever it was made from: before any of the
+    trajectories that it would be made from is there."""
+    for one in specs:
+        place = run.child(one.key.stage)
+        found = Artifact.find(place)
+        record = read_building(place) if found is None else found.manifest
+        if record is not None and Key(one.key.stage, SCHEMA, one.key.recipe, {}).differences(record):
+            raise ArtifactError(refusal(place, one.key, record, ANOTHER))
+
+
+def missing(specs: Sequence[CellSpec], run: Storage, other: Storage | None = None) -> list[CellSpec]:
+    """The cells that are not finished, in the order given. Those that another run has finished are taken from there."""
+    todo = [one for one in specs if one.find(run) is None]
+    return [one for one in todo if other is None or not one.take(run, other)]

@@ -11,9 +11,12 @@ from s2l_ray.config import RunConfig
 from s2l_ray.config.comparing import Curation
 from s2l_ray.plan.accelerators import UTILISATION
 from s2l_ray.plan.costs import seconds_of
+from s2l_ray.selectors import EMBEDDING, NO_PROMPT
 
 WITHOUT_TRAJECTORIES = frozenset({"random", "source_proportional", "source_balanced", "longest"})
 """Selectors that nothing is trained or scored for."""
+BESIDE = {"ifd": NO_PROMPT, "rds_plus": EMBEDDING}
+"""Selectors that need a pass under the last checkpoint beside the losses, and what it records."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,12 @@ class RunSizes:
     target_seconds_per_example: float | None = None
     """What training the target took here, an example and epoch."""
 
+    validation_tokens: float = 0.0
+    """Of one pass over the validation rows, about."""
+
+    trajectories_seconds: float | None = None
+    """Of `proxy_seconds` what recording took, the passes beside the checkpoints' included."""
+
 
 @dataclass(frozen=True)
 class Item:
@@ -53,6 +62,14 @@ def selection_operations(config: RunConfig, measured: RunSizes) -> tuple[float, 
     size, tokens = measured.proxy_parameters, measured.pool_tokens
     epochs = 0.0 if config.proxy.checkpoints else config.proxy.epochs
     return 6 * size * tokens * epochs, 2 * size * tokens * measured.num_points
+
+
+def beside_operations(config: RunConfig, measured: RunSizes, recorded: str) -> float:
+    """Operations of one pass beside the losses: over the responses without their prompts, or over the pool and the validation
+    rows for their embeddings (2 P D)."""
+    pool = measured.pool_tokens
+    tokens = pool * config.plan.response_fraction if recorded == NO_PROMPT else pool + measured.validation_tokens
+    return 2 * measured.proxy_parameters * tokens
 
 
 def target_operations(config: RunConfig, measured: RunSizes, num_examples: int) -> float:
@@ -76,7 +93,10 @@ def spent_on(config: RunConfig, measured: RunSizes, method: str | None, examples
     operations = target_operations(config, measured, examples)
     seconds = _target_seconds(config, measured, examples)
     target = _item(config, "target", operations, seconds, config.target.precision)
-    parts = [target, *([] if method is None or method in WITHOUT_TRAJECTORIES else [_selection(config, measured)])]
+    parts = [
+        target,
+        *([] if method is None or method in WITHOUT_TRAJECTORIES else [_selection(config, measured, BESIDE.get(method))]),
+    ]
 
     def total(values: list[float | None]) -> float | None:
         known = [value for value in values if value is not None]
@@ -90,10 +110,25 @@ def spent_on(config: RunConfig, measured: RunSizes, method: str | None, examples
     )
 
 
-def _selection(config: RunConfig, measured: RunSizes) -> Item:
-    """Training and scoring the proxy, each at its precision."""
+def _selection(config: RunConfig, measured: RunSizes, beside: str | None = None) -> Item:
+    """Training and scoring the proxy, each at its precision; with the pass `beside` the losses that an arm needs, and without
+    those that only other arms need."""
     training, scoring = selection_operations(config, measured)
+    passes = {
+        one: beside_operations(config, measured, one)
+        for one, is_recorded in (
+            (NO_PROMPT, config.trajectories.without_prompt),
+            (EMBEDDING, config.trajectories.embeddings),
+        )
+        if is_recorded
+    }
+    own = 0.0 if beside is None else beside_operations(config, measured, beside)
     seconds = measured.proxy_seconds
+    if seconds is not None and measured.trajectories_seconds is not None:
+        # What was recorded took its time in one go: an arm's share of it goes by operations.
+        unused = 1 - (scoring + own) / (scoring + sum(passes.values()))
+        seconds -= measured.trajectories_seconds * max(0.0, unused)
+    scoring += own
     if config.plan.accelerator:
         each = ((training, config.proxy.precision), (scoring, config.trajectories.precision))
         known = [seconds_of(operations, config.plan.accelerator, precision) for operations, precision in each]

@@ -21,12 +21,15 @@ _SELECTED, _RANDOM = MODEL_FOLDERS
 _log = get_log("compare")
 
 
-def losses_of_run(one: CellSpec, config: RunConfig, place: Storage) -> tuple[pa.Table, dict[str, Any]] | None:
-    """The evaluated rows and facts of a cell that is one of the run's own targets, finished; None for any other."""
+def losses_of_run(
+    one: CellSpec, config: RunConfig, place: Storage, other: Storage | None = None
+) -> tuple[pa.Table, dict[str, Any]] | None:
+    """The evaluated rows and facts of a cell that is one of the run's own targets, finished there or in the other run; None for
+    any other."""
     model = {S2L: _SELECTED, RANDOM: _RANDOM}.get(one.arm)
     if model is None or one.seed or (model == _RANDOM and not config.evaluation.random_control):
         return None
-    decisions = decide(config, place)
+    decisions = decide(config, place, other)
     if any(decision.artifact is None for decision in decisions):
         return None
     found = {decision.stage.name: decision.artifact for decision in decisions if decision.artifact is not None}

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from s2l_ray.compare.arms import ANY_SOURCES, arms_of
-from s2l_ray.compare.cells import budgets_of, resolved
+from collections.abc import Sequence
+from dataclasses import replace
+
+from s2l_ray.compare.arms import ANY_SOURCES, SEED_PROXY, Arm, arms_of
+from s2l_ray.compare.cells import budgets_of, resolved, seeded
 from s2l_ray.compare.statistics import detectable_difference
 from s2l_ray.config import RunConfig
 from s2l_ray.config.comparing import CompareConfig
 from s2l_ray.pipeline import Decision
 from s2l_ray.plan.accelerators import UTILISATION
-from s2l_ray.plan.costs import seconds_of
+from s2l_ray.plan.costs import Sizes, costs_of, seconds_of, vocabulary_of
 from s2l_ray.plan.plan import Plan
 from s2l_ray.storage.layout import COMPARE, TABLE
 from s2l_ray.storage.places import Storage
 from s2l_ray.training.batches import subset_steps
+from s2l_ray.training.models import num_parameters
 
 
 def comparison_lines(config: RunConfig, made: Plan) -> list[str]:
@@ -21,9 +25,11 @@ def comparison_lines(config: RunConfig, made: Plan) -> list[str]:
 
     Raises ConfigError for arms or budgets that cannot be.
     """
-    sizes, compare = made.sizes, resolved(config).compare
-    if config.compare is None or compare is None or sizes.examples is None:
+    sizes = made.sizes
+    if config.compare is None or sizes.examples is None:
         return []
+    config = resolved(config)
+    compare = config.compare or CompareConfig()
     sources = _sources(made.decisions)
     arms = arms_of(config, ANY_SOURCES if sources is None else sources)
     budgets = budgets_of(config, round(sizes.examples))
@@ -38,16 +44,53 @@ def comparison_lines(config: RunConfig, made: Plan) -> list[str]:
     if sizes.target_parameters is not None and sizes.tokens_per_example is not None:
         rows = len(arms) * compare.seeds * sum(budgets) + compare.full_seeds * sizes.examples
         operations = 6 * sizes.target_parameters * sizes.tokens_per_example * config.target.epochs * rows
-        redone = [made.costs[name].operations for name in ("proxy", "trajectories")] if compare.redo_from == "proxy" else []
-        operations += (compare.seeds - 1) * sum(known for known in redone if known is not None)
-        line = f"It costs {operations:.2e} operations"
+        proxies = [_selection(config, one, sizes, made.accelerator) for one in _proxies(config, arms)]
+        known = [(spent, took) for spent, took in proxies if spent is not None]
+        operations_of_all = operations + sum(spent for spent, _ in known)
+        line = f"It costs {operations_of_all:.2e} operations"
+        if proxies:
+            line += f", those of {len(proxies)} proxies and their scoring included"
+            line += f" ({len(proxies) - len(known)} of them of unknown size left out)" if len(known) < len(proxies) else ""
         seconds = seconds_of(operations, made.accelerator, config.target.precision)
         if seconds is not None:
+            seconds += sum(took or 0.0 for _, took in known)
             line += f", {seconds / 3600:.2f} hours on one {made.accelerator} at {UTILISATION:.0%} of its peak"
             line += "" if made.price_per_hour is None else f", {seconds / 3600 * made.price_per_hour:.2f} in money"
         lines.append(f"{line}.")
     lines.append(_detectable(compare, Storage(made.place)))
     return lines
+
+
+def _proxies(config: RunConfig, arms: Sequence[Arm]) -> list[RunConfig]:
+    """The runs of the proxies that a comparison trains beside the run's own, each once: of other seeds, and of arms that need
+    other trajectories."""
+    compare = config.compare or CompareConfig()
+    found: dict[tuple[str, int], RunConfig] = {}
+    for seed in range(compare.seeds):
+        for arm in arms:
+            chosen = seeded(config, arm, seed)
+            if (chosen.proxy, chosen.trajectories) != (config.proxy, config.trajectories):
+                found[arm.name if arm.redoes_proxy else SEED_PROXY, seed] = chosen
+    return list(found.values())
+
+
+def _selection(
+    config: RunConfig, changed: RunConfig, sizes: Sizes, accelerator: str | None
+) -> tuple[float | None, float | None]:
+    """Operations and seconds of training and scoring the proxy of a changed config; None where they are not known."""
+    parameters = sizes.proxy_parameters
+    if (changed.proxy.model, changed.proxy.tokenizer) != (config.proxy.model, config.proxy.tokenizer):
+        parameters = num_parameters(changed.proxy, vocabulary_of(changed.proxy, changed.proxy))
+    costs = [
+        costs_of(changed, replace(sizes, proxy_parameters=parameters), accelerator)[name] for name in ("proxy", "trajectories")
+    ]
+    operations, seconds = [one.operations for one in costs], [one.seconds for one in costs]
+    return _total(operations), _total(seconds)
+
+
+def _total(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
 
 
 def _steps(config: RunConfig, num_examples: int) -> str:

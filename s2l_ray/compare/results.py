@@ -1,4 +1,5 @@
-"""What a comparison leaves beside its cells: `table.json`, from which the page is drawn, and `table.md`."""
+"""What a comparison leaves beside its cells: `table.json`, from which the page is drawn, and `table.md`, both also under a name
+of its own."""
 
 from __future__ import annotations
 
@@ -13,11 +14,15 @@ from s2l_ray.compare.costs import RunSizes, costs_of, spent_on
 from s2l_ray.compare.table import Comparison, compare_cells
 from s2l_ray.config import RunConfig
 from s2l_ray.config.comparing import CompareConfig
+from s2l_ray.progress import get_log
 from s2l_ray.storage.artifacts import Artifact
-from s2l_ray.storage.layout import COMPARE, SCHEMA, TABLE, TABLE_MARKDOWN
+from s2l_ray.storage.layout import COMPARE, SCHEMA, TABLE, TABLE_MARKDOWN, table_of
 from s2l_ray.storage.places import Storage
 from s2l_ray.storage.provenance import provenance
+from s2l_ray.storage.records import digest
 from s2l_ray.training.models import num_parameters
+
+_log = get_log("compare")
 
 
 def write_results(
@@ -47,10 +52,19 @@ def write_results(
     )
     storage = place.child(COMPARE)
     fingerprints = {one.name: artifact.fingerprint for one, artifact in artifacts}
-    storage.write_json(
-        TABLE, {"schema": SCHEMA, **comparison.to_json(), "fingerprints": fingerprints, "provenance": provenance()}
+    values = {"schema": SCHEMA, **comparison.to_json(), "fingerprints": fingerprints, "provenance": provenance()}
+    # Two comparisons over one run, of other arms or budgets, say: each keeps its table, and the page shows the latest.
+    own = digest([compare.model_dump(mode="json"), list(budgets), fingerprints], 4)
+    for name in (table_of(own), TABLE):
+        storage.write_json(name, values)
+    for name in (table_of(own, markdown=True), TABLE_MARKDOWN):
+        storage.write(name, comparison.markdown().encode())
+    _log.info(
+        "table in %s/%s, of the latest comparison, and in %s, which no other one overwrites",
+        storage.uri,
+        TABLE_MARKDOWN,
+        table_of(own, markdown=True),
     )
-    storage.write(TABLE_MARKDOWN, comparison.markdown().encode())
     return comparison
 
 
@@ -58,15 +72,18 @@ def sizes_of(config: RunConfig, finished: dict[str, Artifact], cells: Sequence[t
     """Sizes and times as this comparison found them. Raises ConfigError where the target's size cannot be known."""
     proxy, trajectories = finished["proxy"], finished["trajectories"]
     of_cells = [artifact.summary for one, artifact in cells if one.arm != FULL]
+    pool = finished["examples"].summary["pool"]
     batch = config.target.global_batch_size
     seconds = [found["training_seconds"] / (found["steps"] * batch) for found in of_cells]
     target = of_cells[0]["num_parameters"] if of_cells else num_parameters(config.target, proxy.summary.get("vocab_size"))
     return RunSizes(
-        pool=finished["examples"].summary["pool"],
+        pool=pool,
         pool_tokens=float(trajectories.summary["tokens"]),
         num_points=len(trajectories.summary["steps"]),
         proxy_parameters=float(proxy.summary["num_parameters"]),
         target_parameters=float(target or proxy.summary["num_parameters"]),
         proxy_seconds=sum(one.manifest["provenance"]["seconds"] for one in (proxy, trajectories)),
+        validation_tokens=float(trajectories.summary["tokens"]) / pool * finished["examples"].summary.get("validation", 0),
+        trajectories_seconds=trajectories.manifest["provenance"]["seconds"],
         target_seconds_per_example=float(np.median(seconds)) if seconds else None,
     )

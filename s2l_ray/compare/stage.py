@@ -10,7 +10,17 @@ from typing import Any
 
 from s2l_ray.clustering.stratifying import AUTO, strata_of
 from s2l_ray.compare.arms import ANY_SOURCES, COST_MATCHED, FULL, Arm, arms_of
-from s2l_ray.compare.cells import CellSpec, budgets_of, missing, publish, read_bytes_table, resolved, seeded, spec
+from s2l_ray.compare.cells import (
+    CellSpec,
+    budgets_of,
+    check_recipes,
+    missing,
+    publish,
+    read_bytes_table,
+    resolved,
+    seeded,
+    spec,
+)
 from s2l_ray.compare.costs import cost_matched
 from s2l_ray.compare.fits import fit_alone, losses_of_run
 from s2l_ray.compare.premise import PremiseSettings, measure_premise
@@ -29,6 +39,7 @@ from s2l_ray.report.page import build_report
 from s2l_ray.runtime.pool import Unit, do_units
 from s2l_ray.runtime.session import connect_ray, run_places
 from s2l_ray.runtime.workers import Workers
+from s2l_ray.selectors import EMBEDDING, NO_PROMPT, SELECTORS, SOURCES, TOKENS, VALIDATION
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.drafts import table_bytes
 from s2l_ray.storage.layout import CELL_LOSSES, COMPARE
@@ -55,15 +66,18 @@ class Cells:
 def compare(config: RunConfig, run_dir: str | None = None, *, reuse: str | None = None) -> Comparison:
     """The comparison that a config's section `compare` asks for, over the run's trajectories; builds what is missing.
 
+    `reuse` names another run whose finished stages, proxies of other seeds and cells are taken where their fingerprints match.
     Returns the `Comparison`, which is also in `compare/table.json` and `table.md`. Raises ConfigError for arms and budgets that
     cannot be, ArtifactError where a finished cell has another recipe (naming the fields), and what a run raises.
     """
     config = resolved(config)
     arms_of(config, ANY_SOURCES)  # what no corpus would mend, before anything is trained
+    with quiet(("run",)):
+        arms_and_budgets(config, run(config, run_dir, until="examples", reuse=reuse)["examples"])
     finished = run(config, run_dir, until="trajectories", reuse=reuse)
-    place, _ = run_places(config.name, run_dir, reuse)
+    place, other = run_places(config.name, run_dir, reuse)
     with exclusive(place) as still_held:
-        return _compare(config, place, finished, still_held)
+        return _compare(config, place, other, finished, still_held)
 
 
 def check_premise(config: RunConfig, run_dir: str | None = None, *, reuse: str | None = None) -> str:
@@ -79,15 +93,21 @@ def check_premise(config: RunConfig, run_dir: str | None = None, *, reuse: str |
         return premise_text(measure_premise(config, finished, place, config.machines.compare, settings))
 
 
-def _compare(config: RunConfig, place: Storage, finished: dict[str, Artifact], still_held: Callable[[], None]) -> Comparison:
+def _compare(
+    config: RunConfig,
+    place: Storage,
+    other: Storage | None,
+    finished: dict[str, Artifact],
+    still_held: Callable[[], None],
+) -> Comparison:
     begun = time.monotonic()
-    cells = plan_cells(config, place, finished)
-    todo = missing(cells.specs, place)
+    cells = plan_cells(config, place, finished, other)
+    todo = missing(cells.specs, place, other)
     _log.info("%d cells of %d arms, %d of them to be trained", len(cells.specs), len(cells.arms), len(todo))
     work = scratch_of(place).child(COMPARE)
     with quiet(("trajectories", "clustering")):
         choose(config, cells, todo, place, finished, work)
-    todo = [one for one in todo if not _taken_from_run(one, config, place, work)]
+    todo = [one for one in todo if not _taken_from_run(one, config, place, other, work)]
     if todo and trains_together(config):
         _train_together(config, todo, place, finished, work, still_held)
     else:
@@ -103,33 +123,57 @@ def _compare(config: RunConfig, place: Storage, finished: dict[str, Artifact], s
     return comparison
 
 
-def plan_cells(config: RunConfig, place: Storage, finished: dict[str, Artifact]) -> Cells:
-    """All cells, seed by seed. Trains the proxies of other seeds that are not there. Raises what `compare` raises."""
-    compare, examples = config.compare or CompareConfig(), finished["examples"]
-    pool = examples.summary["pool"]
+def arms_and_budgets(
+    config: RunConfig, examples: Artifact, trajectories: Artifact | None = None
+) -> tuple[list[Arm], list[int]]:
+    """What is compared over these examples. Raises ConfigError and DataError for what cannot be, before anything is trained
+    for it."""
+    summary = examples.summary
     if not evaluated_parts(config, examples):
         raise ConfigError(
             f"compare: no {config.evaluation.split} row to evaluate on. Set examples.held_out_per_source (100, say), "
             "held_out_fraction or validation_fraction."
         )
-    sources = [name for name, counts in examples.summary["sources"].items() if counts["pool"]]
+    sources = [name for name, counts in summary["sources"].items() if counts["pool"]]
     as_auto = config.clustering.model_copy(update={"stratify_by": AUTO})  # shards of one corpus are no sources
-    named = strata_of(as_auto, sources, pool, config.examples.sources_are_files).column is not None
+    named = strata_of(as_auto, sources, summary["pool"], config.examples.sources_are_files).column is not None
     arms = arms_of(config, sources if named else [])
-    budgets = budgets_of(config, pool)
-    everything = {"examples": examples, "proxy": finished["proxy"]}
+    if named and config.selection.draw == "spread" and (config.compare or CompareConfig()).arms is None:
+        _log.info("source_matched is left out: it follows an order, which selection.draw=spread has not")
+    # What the config asks to be recorded it has checked itself.
+    recorded = [TOKENS, NO_PROMPT, EMBEDDING, *[SOURCES] * (len(sources) > 1), *[VALIDATION] * bool(summary.get("validation"))]
+    for arm in arms:
+        method = SELECTORS[arm.config(config).selection.method]
+        of_run = None if arm.redoes_proxy else trajectories
+        num_points = method.min_points if of_run is None else len(of_run.summary["steps"])
+        try:
+            method.check(recorded, num_points)
+        except ConfigError as error:
+            raise ConfigError(f"compare.arms: {arm.name}: {error}") from error
+    return arms, budgets_of(config, summary["pool"])
+
+
+def plan_cells(config: RunConfig, place: Storage, finished: dict[str, Artifact], other: Storage | None = None) -> Cells:
+    """All cells, seed by seed. Trains the proxies of other seeds that are neither here nor in the `other` run. Raises what
+    `compare` raises."""
+    compare, examples = config.compare or CompareConfig(), finished["examples"]
+    arms, budgets = arms_and_budgets(config, examples, finished["trajectories"])
     sizes = sizes_of(config, finished)
-    full = Arm(FULL, {})
+
+    def planned(arm: Arm, seed: int, inputs: dict[str, Artifact]) -> list[CellSpec]:
+        chosen = seeded(config, arm, seed)
+        counts = [cost_matched(config, sizes, budget) if arm.name == COST_MATCHED else budget for budget in budgets]
+        return [spec(chosen, arm.name, budget, seed, inputs, count) for budget, count in zip(budgets, counts, strict=True)]
+
+    order = [(arm, seed) for seed in range(compare.seeds) for arm in arms]
+    full, everything, pool = Arm(FULL, {}), {"examples": examples, "proxy": finished["proxy"]}, examples.summary["pool"]
+    of_all = [spec(seeded(config, full, seed), FULL, pool, seed, everything) for seed in range(compare.full_seeds)]
+    check_recipes([*(one for arm, seed in order for one in planned(arm, seed, {})), *of_all], place)
     specs: list[CellSpec] = []
-    for seed in range(compare.seeds):
-        for arm in arms:
-            chosen = seeded(config, arm, seed)
-            inputs = {"examples": examples, "trajectories": trajectories_of(config, arm, seed, place, finished)}
-            for budget in budgets:
-                examples_of = cost_matched(config, sizes, budget) if arm.name == COST_MATCHED else budget
-                specs.append(spec(chosen, arm.name, budget, seed, inputs, examples_of))
-    specs += [spec(seeded(config, full, seed), FULL, pool, seed, everything) for seed in range(compare.full_seeds)]
-    return Cells(arms, budgets, specs)
+    for arm, seed in order:
+        trajectories = trajectories_of(config, arm, seed, place, finished, other)
+        specs += planned(arm, seed, {"examples": examples, "trajectories": trajectories})
+    return Cells(arms, budgets, specs + of_all)
 
 
 def choose(
@@ -205,9 +249,9 @@ def _train_together(
     publish_finished()
 
 
-def _taken_from_run(one: CellSpec, config: RunConfig, place: Storage, work: Storage) -> bool:
+def _taken_from_run(one: CellSpec, config: RunConfig, place: Storage, other: Storage | None, work: Storage) -> bool:
     """Whether the run itself has trained this cell's target: then its losses become the cell."""
-    found = losses_of_run(one, config, place)
+    found = losses_of_run(one, config, place, other)
     if found is None:
         return False
     evaluated, facts = found

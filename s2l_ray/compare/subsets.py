@@ -11,14 +11,14 @@ import pyarrow as pa
 
 from s2l_ray.clustering.groups import Clustering
 from s2l_ray.clustering.stage import cluster_store
-from s2l_ray.compare.arms import FULL, Arm
+from s2l_ray.compare.arms import FULL, SEED_PROXY, Arm
 from s2l_ray.compare.cells import CellSpec, seeded
 from s2l_ray.config import RunConfig
 from s2l_ray.examples.reading import read_pool
 from s2l_ray.pipeline import run
 from s2l_ray.progress import get_log, quiet
 from s2l_ray.selection.stage import in_blocks
-from s2l_ray.selection.subsets import choose_subsets
+from s2l_ray.selection.subsets import choose_subsets, grouping_for
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.layout import COMPARE, SEED_RUNS
 from s2l_ray.storage.places import Storage
@@ -28,21 +28,29 @@ from s2l_ray.trajectories.store import TrajectoryStore
 _log = get_log("compare")
 
 
-def trajectories_of(config: RunConfig, arm: Arm, seed: int, place: Storage, finished: dict[str, Artifact]) -> Artifact:
+def trajectories_of(
+    config: RunConfig, arm: Arm, seed: int, place: Storage, finished: dict[str, Artifact], other: Storage | None = None
+) -> Artifact:
     """The trajectories under an arm and seed: the run's, or those of a proxy of its own, which is trained if it is not there.
 
-    Such a proxy is a run of its own, in `compare/seeds/`, which takes the examples from this one.
+    Such a proxy is a run of its own, in `compare/seeds/`, which takes the examples from this one, or all that matches from the
+    same one of the `other` run.
     """
     chosen = seeded(config, arm, seed)
     if chosen.proxy == config.proxy and chosen.trajectories == config.trajectories:
         return finished["trajectories"]
-    name = f"{arm.name if arm.redoes_proxy else 'proxy'}-seed{seed}"
+    name = f"{arm.name if arm.redoes_proxy else SEED_PROXY}-seed{seed}"
     own = place.child(COMPARE).child(SEED_RUNS).child(name)
-    found = Artifact.find(own.child("trajectories"))
+    found, reuse = Artifact.find(own.child("trajectories")), place
+    if found is None and other is not None:
+        theirs = other.child(COMPARE).child(SEED_RUNS).child(name)
+        examples = Artifact.find(theirs.child("examples"))
+        if examples is not None and examples.fingerprint == finished["examples"].fingerprint:
+            reuse = theirs
     if found is None:
         _log.info("%s: a proxy of its own", name)
     with quiet(("run", "examples") if found is None else ("run", "examples", "proxy", "trajectories")):
-        return run(chosen, own.uri, until="trajectories", reuse=place.uri)["trajectories"]
+        return run(chosen, own.uri, until="trajectories", reuse=reuse.uri)["trajectories"]
 
 
 @contextmanager
@@ -69,6 +77,7 @@ class StoreGroups:
 
 def subsets(config: RunConfig, budgets: Sequence[int], store: TrajectoryStore, groups: StoreGroups) -> list[pa.Table]:
     """The subset of an arm for each budget: `example_id` and `weight`, in order of ids."""
+    config = config.model_copy(update={"clustering": grouping_for(config.selection, config.clustering)})
     found = groups.of(config)
     if config.selection.draw == "spread" and len(budgets) > 1:  # which has no order that budgets share
         return [table for budget in budgets for table in subsets(config, [budget], store, groups)]

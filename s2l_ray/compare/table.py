@@ -132,14 +132,7 @@ class Comparison:
             *self._about_balance(),
             *self._about_equals(),
         ]
-        trained = Counter((cell["arm"], cell["budget"]) for cell in self.cells)
-        lost = [
-            f"{row.diverged} of {trained[row.arm, row.budget]} of {row.arm} at {row.budget:,}"
-            for row in self.rows
-            if row.diverged
-        ]
-        if lost:
-            notes.append(f"diverged, and in no mean: {'; '.join(lost)}. Differences are over the pairs of which neither has.")
+        notes += self._about_diverged()
         accuracies = {row.means[ACCURACY] for row in self.rows}
         if accuracies == {None}:
             notes.append(
@@ -149,6 +142,25 @@ class Comparison:
             notes.append("Accuracy: none of these targets answers anything right, so it says nothing yet.")
         costs = self.costs.get("lines", [])
         return [*notes, *costs]
+
+    def _about_diverged(self) -> list[str]:
+        """What is in no mean, and which means are over other seeds than the difference beside them."""
+        trained = Counter((cell["arm"], cell["budget"]) for cell in self.cells)
+        lost = [
+            f"{row.diverged} of {trained[row.arm, row.budget]} of {row.arm} at {row.budget:,}"
+            for row in self.rows
+            if row.diverged
+        ]
+        if not lost:
+            return []
+        finite = {(row.arm, row.budget): trained[row.arm, row.budget] - row.diverged for row in self.rows}
+        unpaired = [
+            f"{row.arm} at {row.budget:,} ({finite[row.arm, row.budget]} targets, {row.seeds} pairs)"
+            for row in self.rows
+            if row.differences and not row.seeds == finite[row.arm, row.budget] == finite[RANDOM, row.budget]
+        ]
+        apart = f" So these are not the differences of the means beside them: {'; '.join(unpaired)}." if unpaired else ""
+        return [f"diverged, and in no mean: {'; '.join(lost)}. Differences are over the pairs of which neither has.{apart}"]
 
     def _about_equals(self) -> list[str]:
         """Arms whose cells have the losses of another's: they chose the same rows."""

@@ -59,7 +59,9 @@ def _amount(found: Difference) -> str:
 def _share(row: Row) -> str:
     shares = {kind: row.gap_closed.get(kind) for kind in WORDS}
     known = [
-        f"{one.share:.0%} of the gap to all data {WORDS[kind]}" for kind, one in shares.items() if one and one.low is not None
+        f"{one.share:.0%} (95% interval {one.low:.0%} to {one.high:.0%}) of the gap to all data {WORDS[kind]}"
+        for kind, one in shares.items()
+        if one and one.low is not None
     ]
     return f"; {' and '.join(known)}" if known else ""
 

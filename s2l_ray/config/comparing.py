@@ -27,7 +27,8 @@ class CompareConfig(Section):
     arms: list[str | dict[str, dict[str, Any]]] | None = None
     """Names of selectors and of known variants of S2L (`s2l compare --arms` lists both), or `{NAME: {section.field: value}}`:
     the run's own config with other settings. Random is always there, and source_balanced where the corpus names several
-    sources. Without it: these, source_matched where there are sources, and s2l."""
+    sources. Without it: these, source_matched where there are sources (not with `selection.draw: spread`, which has no order to
+    follow), and s2l."""
 
     ablations: dict[str, list[Any]] = Field(default_factory=dict)
     """More arms: the run's S2L with one field at each of these values, such as `{clustering.num_clusters: [10, 40, 100]}`."""

@@ -15,7 +15,7 @@ from s2l_ray.config.recipes import SCHEMAS
 from s2l_ray.errors import ArtifactError
 from s2l_ray.progress import duration, get_log
 from s2l_ray.selection.stage import publish_selection
-from s2l_ray.selection.subsets import check_columns
+from s2l_ray.selection.subsets import check_columns, grouping_for
 from s2l_ray.storage.artifacts import Artifact, Key, refusal
 from s2l_ray.storage.drafts import Draft
 from s2l_ray.storage.layout import SELECTED
@@ -39,10 +39,11 @@ def select_trajectories(
 ) -> Artifact:
     """Clustering and selection alone, on anybody's trajectories: `output` gets `clustering/` and `selection/`.
 
-    The same numbers give exactly what the pipeline gives. Finished already for the same input and recipe: reused. Raises
-    ArtifactError where `output` holds another recipe's, DataError and ConfigError as the stages do.
+    The same numbers give exactly what the pipeline gives, but that methods that read no groups get one of all rows. Finished
+    already for the same input and recipe: reused. Raises ArtifactError where `output` holds another recipe's, DataError and
+    ConfigError as the stages do.
     """
-    begun, place = time.monotonic(), Storage(output)
+    begun, place, clustering = time.monotonic(), Storage(output), grouping_for(selection, clustering)
     check_stages(place, ("clustering", "selection"))
     with exclusive(place) as still_held:
         own, work = find_artifact(source), scratch_of(place)

@@ -28,7 +28,7 @@ from s2l_ray.selection.assignments import PartAssignments
 from s2l_ray.selection.card import describe, front_matter
 from s2l_ray.selection.choosing import Budget, num_tokens
 from s2l_ray.selection.subset_rows import FetchRows, SubsetRows
-from s2l_ray.selection.subsets import Selection, Subset, check_columns, choose_subsets, random_rows, stability
+from s2l_ray.selection.subsets import Selection, Subset, check_columns, choose_subsets, grouping_for, random_rows, stability
 from s2l_ray.selectors import S2L
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.drafts import Draft
@@ -72,7 +72,7 @@ def select(
     in each; None: no strata. The budget is shared over the strata first. `min_per_source` goes by `sources`, else by strata.
     `levels`, such as [1000, 100, 20], take the place of `num_clusters`. `statistics` are for `features="profile"`, as in
     `cluster`; `measurements` for methods that need `loss_without_prompt` (N,), `embedding` (N, H) or `validation_embedding`
-    (V, H). `seed` feeds both steps. The others are as in the sections `clustering` and `selection` of a config.
+    (V, H). Methods that read no groups get one of all rows. `seed` feeds both steps. The others are as in a config.
 
     Raises DataError naming the ids of ragged, missing or non-finite losses, ConfigError for an argument out of range.
     """
@@ -99,7 +99,7 @@ def select(
     )
     store = _in_memory(losses, example_ids, sources, num_response_tokens, strata, statistics, measurements, seed)
     check_columns(config, store)
-    groups = cluster_store(store, grouping)
+    groups = cluster_store(store, grouping_for(config, grouping))
     return choose_subsets(store, lambda: in_blocks(groups), groups, config, grouping)[0].selection
 
 

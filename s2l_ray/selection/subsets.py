@@ -92,6 +92,13 @@ def check_columns(config: SelectionConfig, store: TrajectoryStore) -> None:
         raise ConfigError(NO_TOKENS)
 
 
+def grouping_for(config: SelectionConfig, grouping: ClusteringConfig) -> ClusteringConfig:
+    """How to group for a method alone: all rows as one group where it reads no groups, and k-means would be in vain."""
+    if SELECTORS[config.method].reads_groups:
+        return grouping
+    return ClusteringConfig(num_clusters=1, num_restarts=1, stratify_by=None, seed=grouping.seed)
+
+
 def choose_subsets(
     store: TrajectoryStore, assigned: Assignments, groups: Groups, config: SelectionConfig, grouping: ClusteringConfig
 ) -> list[Subset]:

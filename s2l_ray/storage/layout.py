@@ -77,6 +77,11 @@ def further_subset(budget: str) -> str:
     return f"selected-{budget}.parquet"
 
 
+def table_of(comparison: str, *, markdown: bool = False) -> str:
+    """The file of one comparison's table, which stays where another one's is the latest."""
+    return f"table-{comparison}.{'md' if markdown else 'json'}"
+
+
 def as_written(subset: str) -> str:
     """The file of the same rows as a subset's Parquet file, each as the text that the corpus has for it."""
     return f"{subset.removesuffix('.parquet')}.jsonl"
