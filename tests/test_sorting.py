@@ -17,8 +17,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from s2l_ray.errors import DataError
-from s2l_ray.trajectories import sorting
-from s2l_ray.trajectories.sorting import SortedTable, in_order, is_ascending, sort_by_id
+from s2l_ray.trajectories import id_order, sorting
+from s2l_ray.trajectories.id_order import is_ascending
+from s2l_ray.trajectories.sorting import SortedTable, in_order, sort_by_id
 
 RUN_ROWS, PIECE_ROWS = 50, 8
 
@@ -105,12 +106,12 @@ def test_sorting_as_numbers_is_arrows_order_also_of_a_slice(ids: list[Any], star
     part = whole[start : max(start + 1, len(whole) - end)]
     if not len(part):
         return
-    assert sorting._ascending_order(part).tolist() == pc.array_sort_indices(part).to_pylist()
+    assert id_order._ascending_order(part).tolist() == pc.array_sort_indices(part).to_pylist()
 
 
 @pytest.mark.parametrize("ids", [["same", "same"], ["s", "s", "s"], [7, 7]])
 def test_equal_ids_keep_their_order(ids: list[Any]) -> None:
-    assert sorting._ascending_order(table_of(ids)["example_id"].chunk(0)).tolist() == list(range(len(ids)))
+    assert id_order._ascending_order(table_of(ids)["example_id"].chunk(0)).tolist() == list(range(len(ids)))
 
 
 @given(ids_of_any_kind)
@@ -279,8 +280,8 @@ def test_results_come_in_order_and_few_items_are_read_ahead(pool: ThreadPoolExec
 def test_ids_sorted_as_numbers_come_in_the_order_of_their_bytes_and_equal_ones_in_their_own(texts):
     ids = texts or ["x"]
     order = sorted(range(len(ids)), key=lambda row: ids[row].encode())
-    assert sorting._ascending_order(pa.array(ids)).tolist() == order
+    assert id_order._ascending_order(pa.array(ids)).tolist() == order
     for kind in (pa.int64(), pa.uint64()):
         numbers = [len(one) // 3 + (2**63 - 99 if kind == pa.uint64() else -2) for one in ids]
         order = sorted(range(len(ids)), key=numbers.__getitem__)
-        assert sorting._ascending_order(pa.array(numbers, kind)).tolist() == order
+        assert id_order._ascending_order(pa.array(numbers, kind)).tolist() == order

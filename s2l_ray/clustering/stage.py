@@ -21,6 +21,7 @@ from s2l_ray.clustering.stratifying import AUTO
 from s2l_ray.clustering.threads import SearchThreads
 from s2l_ray.config import ClusteringConfig, GroupingConfig, checked
 from s2l_ray.progress import duration, get_log
+from s2l_ray.runtime.process import give_back_freed_memory
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.drafts import Draft, table_bytes
 from s2l_ray.storage.layout import ASSIGNMENTS, CENTROIDS, FEATURE_CENTROIDS, RESTARTS, assignments_name
@@ -151,6 +152,7 @@ def publish_clustering(
         else:
             for part, data in enumerate(in_order(pool, _part_bytes, _parts(grouping.assignments()))):
                 draft.write(assignments_name(part), data)
+        give_back_freed_memory()
         groups = grouping.groups(has_untrained)
         described, lost = engine.describe(), engine.recovery_seconds
     _write_array(draft, CENTROIDS, groups.centroids_KT)
