@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 
 from s2l_ray.errors import DataError
 from s2l_ray.examples.ids import NAMED_IDS, not_unique, one_array, repeated
-from s2l_ray.progress import get_log
 from s2l_ray.storage.places import Storage
 from s2l_ray.trajectories.id_order import is_ascending, sorted_by_id
 
@@ -39,7 +38,6 @@ PIECES_OF_LARGER_RANGES, MAX_PIECES_PER_RANGE = 640, 256
 # Each range reads of all runs. Of more runs than these some are merged first, and then what has come of them: so reads grow
 # as N log N. A pass more over all rows takes as long as the reads of some 600 runs from a local disk.
 MAX_RUNS_AT_ONCE = 512
-_log = get_log("trajectories")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Codes = Mapping[str, NDArray[np.int32]]
@@ -161,12 +159,12 @@ def merged_runs(
     runs that are not needed any more. Raises DataError naming ids that occur twice.
     """
     ordered = [[run] for run in runs]
-    num_passes = num_reads = 0
+    num_passes = 0
     while len(ordered) > 1:
         size = _runs_at_once(len(ordered))
         groups = [list(itertools.chain(*ordered[first : first + size])) for first in range(0, len(ordered), size)]
         ranges = [(number, some) for number, group in enumerate(groups) for some in ranges_of(group)]
-        num_passes, num_reads = num_passes + 1, num_reads + sum(len(some.stretches) for _, some in ranges)
+        num_passes += 1
         named = [(f"merged-{num_passes}-{place:06d}.arrow", some) for place, (_, some) in enumerate(ranges)]
         ordered = [[] for _ in groups]
         for (number, _), run in zip(ranges, merge(named), strict=True):
@@ -174,7 +172,6 @@ def merged_runs(
         remove(itertools.chain(*groups))
         check_unique(list(itertools.chain(*ordered)))
         ordered = [[run for run in one if run.num_rows] for one in ordered]
-    _log.debug("%s runs merged in %d passes, %s reads", f"{len(runs):,}", num_passes, f"{num_reads:,}")
     return ordered[0]
 
 
