@@ -244,7 +244,7 @@ class _ReadRuns:
         runs = []
         num_rows = sum(piece.stop - piece.start for task in self.pieces for piece in task)
         arriving = Arriving(self.seed, lambda: {name: values.values for name, values in names.items()}, num_rows)
-        for count, table in enumerate(of_run_size(self._rows(self.pieces[number], names), self.run_rows)):
+        for count, table in enumerate(of_run_size(self._rows(self.pieces[number], names), self.run_rows, self.run_rows)):
             ordered = sorted_by_id(table)
             runs.append(_written(self.place, f"run-{number:06d}-{count:03d}.arrow", arriving.finish(ordered)))
         found = {name: values.values for name, values in names.items()}

@@ -26,9 +26,9 @@ from s2l_ray.examples.ids import NAMED_IDS, not_unique, one_array, repeated
 from s2l_ray.storage.places import Storage
 from s2l_ray.trajectories.id_order import is_ascending, sorted_by_id
 
-# A run is sorted in memory, several at a time: 3 MB of trajectories of 12 points, and 16 MB of long texts. Of 131,072 rows a
-# million rows took 70 MB more, and no less time.
-RUN_ROWS = 32_768
+# A run is sorted in memory, several at a time: 3 MB of trajectories of 12 points, and 16 MB of long texts. With runs of
+# 131,072 rows a million rows took 70 MB more. Later runs grow to a share of all before, up to as many: fewer are merged.
+RUN_ROWS, MAX_RUN_ROWS, SHARE_OF_BEFORE = 32_768, 131_072, 32
 RUN_BYTES = 16 * 2**20
 # What is read of a run at once while merging, by rows or by bytes.
 PIECE_ROWS = 2_048
@@ -125,7 +125,7 @@ def sort_by_id(
         number, table = numbered
         return Run.write(folder / f"run-{number:05d}.arrow", finish(sorted_by_id(table)))
 
-    runs = list(in_order(pool, write, enumerate(of_run_size(batches, RUN_ROWS))))
+    runs = list(in_order(pool, write, enumerate(of_run_size(batches, RUN_ROWS, MAX_RUN_ROWS))))
     if not runs:
         raise DataError("no rows.")
     check_unique(runs)
@@ -312,19 +312,20 @@ def in_order(pool: Executor, function: Callable[[Item], Result], items: Iterable
         yield waiting.popleft().result()
 
 
-def of_run_size(batches: Iterable[pa.Table], num_rows: int) -> Iterator[pa.Table]:
-    """Tables joined and cut to runs of `num_rows`, fewer where texts are long."""
+def of_run_size(batches: Iterable[pa.Table], least: int, most: int) -> Iterator[pa.Table]:
+    """Tables joined and cut to runs of `least` to `most` rows, fewer where texts are long."""
     waiting: list[pa.Table] = []
-    count = num_bytes = 0
+    count = num_bytes = done = 0
     for batch in batches:
         waiting.append(batch)
         count += len(batch)
         num_bytes += batch.nbytes
+        num_rows = min(most, max(least, done // SHARE_OF_BEFORE))
         while count >= num_rows or (num_bytes >= RUN_BYTES and count > 1):
             table = pa.concat_tables(waiting)
             size = min(num_rows, max(1, RUN_BYTES * count // num_bytes))
             yield table[:size]
-            waiting, count = [table[size:]], count - size
+            waiting, count, done = [table[size:]], count - size, done + size
             num_bytes = waiting[0].nbytes
     if count:
         yield pa.concat_tables(waiting)
