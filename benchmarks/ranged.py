@@ -2,14 +2,16 @@
 
     python benchmarks/ranged.py run --rows 1000000 5000000 --repeats 3 --data /tmp/ranged
     python benchmarks/ranged.py sort --rows 1000000 5000000
+    python benchmarks/ranged.py merge --rows 5000000
     python benchmarks/ranged.py kills --kills 20
 
 `run`: engines `ray` (two actors) and `disk` (two threads) in turn, K = 100, 10,000 rows chosen, each in a process of its own
 that has started Ray before the clock starts. Driver: the memory and the processor seconds of that process alone; total: those
 of all processes below it; objects: the most that Ray's object store took of /dev/shm. `sort`: what Ray Data takes to read and
-sort the same files by id, against our ranges. `kills`: a process of an actor or a task is killed every few seconds; seconds
-until the actor's rows answer again, and whether all bytes are as undisturbed. Every run adds a line to
-`results/grouping/ranged-*.jsonl`; the same command again goes on where it stopped.
+sort the same files by id, against our ranges. `merge`: runs of 4,096 rows merged all at once and 64 at once; `seconds` are
+those of merging, a read is a stretch of a run that lies in a range, of which each is one opening of a file. `kills`: a process
+of an actor or a task is killed every few seconds; seconds until the actor's rows answer again, and whether all bytes are as
+undisturbed. Every run adds a line to `results/grouping/ranged-*.jsonl`; the same command again goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,7 @@ import psutil
 from grouping import RESULTS, Row, child, generate, records, setting
 
 POINTS, NUM_CLUSTERS, BUDGET = 12, 100, 10_000
+SMALL_RUN_ROWS = 4_096
 WORDS = {"actors": "ray::SlotsActor", "tasks": "ray::_reported"}
 
 
@@ -174,6 +178,41 @@ def sort(data: str, how: str) -> Row:
         }
 
 
+def merge(data: str, at_once: int) -> Row:
+    """Reading all files into many small runs, and merging so many at once."""
+    from s2l_ray.runtime.session import connect_ray
+    from s2l_ray.storage.places import Storage
+    from s2l_ray.trajectories import ranges, sorting
+
+    connect_ray()
+    ranges.RUN_ROWS, sorting.MAX_RUNS_AT_ONCE, ranges_of = SMALL_RUN_ROWS, at_once, sorting.ranges_of
+    merged: list[sorting.IdRange] = []
+
+    def counted(runs: Sequence[sorting.Run]) -> Iterator[sorting.IdRange]:
+        found = list(ranges_of(runs))
+        merged.extend(found)
+        return iter(found)
+
+    sorting.ranges_of = counted
+    merged_runs, seconds = ranges.merged_runs, [0.0]
+
+    def clocked(*arguments: Any) -> list[sorting.Run]:
+        begun = time.perf_counter()
+        found = merged_runs(*arguments)
+        seconds[0] = time.perf_counter() - begun
+        return found
+
+    ranges.merged_runs = clocked
+    with tempfile.TemporaryDirectory(dir=Path(data).parent) as folder:
+        cpu = cpu_seconds()
+        store = ranges.open_ranges(data, Storage(f"{folder}/ranges"), seed=0)
+        with ThreadPoolExecutor(1) as pool:
+            row = {"identity": store.identity(pool), "files": len(store.rows.files)}
+        row |= {"seconds": seconds[0], "driver_cpu": cpu_seconds() - cpu, "ranges": len(merged)}
+        row |= {"driver_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+        return row | {"reads": sum(len(one.stretches) for one in merged)}
+
+
 def measure(options: argparse.Namespace) -> None:
     """All runs of a command."""
     for rows in options.rows:
@@ -187,6 +226,10 @@ def measure(options: argparse.Namespace) -> None:
             elif options.command == "sort":
                 for how in ("ours", "ray.data"):
                     once("sort", key | {"side": how}, partial(watched, "sort", data, how))
+            elif options.command == "merge":
+                for at_once in (10**9, 64):
+                    side = "all at once" if at_once == 10**9 else f"{at_once} at once"
+                    once("merge", key | {"side": side}, partial(watched, "merge", data, at_once))
             else:
                 calm = once("kills", key | {"side": "calm"}, partial(watched, "select", data, "ray", 2))
                 killed = partial(watched, "select", data, "ray", 2, options.kills, repetition)
@@ -199,28 +242,28 @@ def summary(command: str) -> None:
     groups: dict[tuple[int, str, str], list[Row]] = {}
     for row in records(f"ranged-{command}"):
         groups.setdefault((row["rows"], row["side"], row["code"]), []).append(row)
-    names = ("seconds", "total_cpu", "driver_cpu", "driver_mib", "object_mib")
-    print(f"{'':>34} runs {' '.join(f'{name:>11}' for name in names)}")
+    names = ("seconds", "total_cpu", "driver_cpu", "driver_mib", "object_mib", *(["reads"] if command == "merge" else []))
+    print(f"{'':>36} runs {' '.join(f'{name:>11}' for name in names)}")
     for (rows, side, code), found in sorted(groups.items()):
         medians = [statistics.median(row[name] for row in found) for name in names]
-        print(f"{rows:>11,} {side:>9} {code} {len(found):4} {' '.join(f'{value:11.4g}' for value in medians)}")
+        print(f"{rows:>11,} {side:>11} {code} {len(found):4} {' '.join(f'{value:11.4g}' for value in medians)}")
 
 
 def main() -> None:
     """The command line."""
     if sys.argv[1:2] == ["child"]:
         name, *arguments = json.loads(sys.argv[2])
-        print(json.dumps({"select": select, "sort": sort}[name](*arguments)))
+        print(json.dumps({"select": select, "sort": sort, "merge": merge}[name](*arguments)))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["run", "sort", "kills", "summary"])
+    parser.add_argument("command", choices=["run", "sort", "merge", "kills", "summary"])
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000])
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--data", default=str(Path(tempfile.gettempdir()) / "ranged"))
     options = parser.parse_args()
     if options.command == "summary":
-        for command in ("run", "sort", "kills"):
+        for command in ("run", "sort", "merge", "kills"):
             print(f"\n{command}")
             summary(command)
     else:

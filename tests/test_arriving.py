@@ -21,7 +21,7 @@ from s2l_ray.clustering.threads import SearchThreads
 from s2l_ray.config import ClusteringConfig
 from s2l_ray.examples.ids import priorities
 from s2l_ray.trajectories import sorting
-from s2l_ray.trajectories.arriving import LOWEST_ROWS, content_of
+from s2l_ray.trajectories.arriving import LOWEST_ROWS, Arriving, content_of, lowest_of
 from s2l_ray.trajectories.files import open_trajectories
 from s2l_ray.trajectories.loss_columns import points_column
 from s2l_ray.trajectories.store import TrajectoryStore
@@ -109,6 +109,17 @@ def test_with_few_rows_all_are_of_the_lowest_priorities(tmp_path):
     store = opened(table_of(50), tmp_path / "few")
     assert store.lowest is not None
     assert store.lowest["example_id"].to_pylist() == sorted(f"row-{i}" for i in range(50))
+
+
+def test_where_too_few_rows_of_low_priority_were_kept_a_pass_finds_them():
+    table = table_of(LOWEST_ROWS + 100).append_column("priority", pa.array(np.arange(LOWEST_ROWS + 100, dtype=np.uint64)))
+    arriving = Arriving(0, dict, len(table))
+    arriving.finish(table.select(["example_id", "losses"]))
+    assert lowest_of(arriving.low, len(table)) is not None
+    too_many = Arriving(0, dict, 50 * len(table))  # more rows than come
+    too_many.finish(table.select(["example_id", "losses"]))
+    assert lowest_of(too_many.low, len(table)) is None
+    assert lowest_of([], 5) is None
 
 
 def test_select_takes_memory_from_one_heap_and_leaves_later_processes_theirs():

@@ -30,10 +30,11 @@ from s2l_ray.errors import ArtifactError, ConfigError, DataError
 from s2l_ray.runtime import data, passes
 from s2l_ray.selection.alone import select_trajectories
 from s2l_ray.storage.places import Storage
-from s2l_ray.trajectories import ranged_store, ranges, sorting
+from s2l_ray.trajectories import ranged_store, ranges
 from s2l_ray.trajectories.files import open_trajectories
+from s2l_ray.trajectories.id_order import sorted_by_id
 from s2l_ray.trajectories.recording import finish_recording, record_losses
-from s2l_ray.trajectories.sorting import Run, sorted_by_id
+from s2l_ray.trajectories.sorting import Run
 
 # More groups than kinds: all six iterations move some rows.
 ITERATED: dict[str, Any] = {"stratify_by": None, "num_iterations": 6, "num_clusters": 40}
@@ -160,7 +161,7 @@ def test_ranges_lie_in_object_storage_as_on_a_disk(tmp_path: Path, bucket: str, 
         monkeypatch.setattr(module, name, map)
     monkeypatch.setattr(ranges, "run_tasks", lambda task, count, _workers: map(task, range(count)))
     monkeypatch.setattr(ranges, "TASK_ROWS", 20_000)
-    monkeypatch.setattr(sorting, "RUN_ROWS", 20_000)
+    monkeypatch.setattr(ranges, "RUN_ROWS", 20_000)
     source = write(tmp_path / "files", trajectories(70_000), [10_000], row_group=10_000)
     found = [ranges.open_ranges(source, Storage(place), seed=0) for place in (f"{bucket}/ranges", str(tmp_path / "here"))]
     assert len(found[0].rows.files) > 1

@@ -17,8 +17,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from s2l_ray.errors import DataError
-from s2l_ray.trajectories import sorting
-from s2l_ray.trajectories.sorting import SortedTable, in_order, is_ascending, sort_by_id
+from s2l_ray.trajectories import id_order, sorting
+from s2l_ray.trajectories.id_order import is_ascending
+from s2l_ray.trajectories.sorting import SortedTable, in_order, sort_by_id
 
 RUN_ROWS, PIECE_ROWS = 50, 8
 
@@ -105,12 +106,12 @@ def test_sorting_as_numbers_is_arrows_order_also_of_a_slice(ids: list[Any], star
     part = whole[start : max(start + 1, len(whole) - end)]
     if not len(part):
         return
-    assert sorting._ascending_order(part).tolist() == pc.array_sort_indices(part).to_pylist()
+    assert id_order._ascending_order(part).tolist() == pc.array_sort_indices(part).to_pylist()
 
 
 @pytest.mark.parametrize("ids", [["same", "same"], ["s", "s", "s"], [7, 7]])
 def test_equal_ids_keep_their_order(ids: list[Any]) -> None:
-    assert sorting._ascending_order(table_of(ids)["example_id"].chunk(0)).tolist() == list(range(len(ids)))
+    assert id_order._ascending_order(table_of(ids)["example_id"].chunk(0)).tolist() == list(range(len(ids)))
 
 
 @given(ids_of_any_kind)
@@ -147,6 +148,56 @@ def test_merged_runs_leave_only_the_merged_files(pool: ThreadPoolExecutor, tmp_p
     # No range of ids grows beyond a few runs: that is what bounds memory.
     sizes = [len(pa.ipc.open_file(path.read_bytes()).read_all()) for path in found.files]
     assert max(sizes) <= RUN_ROWS + 2 * 20 * PIECE_ROWS
+
+
+@pytest.mark.parametrize("kind", [int, str])
+def test_many_runs_are_merged_in_passes_to_the_same_rows(
+    pool: ThreadPoolExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type
+) -> None:
+    ids = [kind(value) for value in np.random.default_rng(3).permutation(3_000)]
+    at_once = sort_ids(ids, tmp_path / "at-once", pool)
+    monkeypatch.setattr(sorting, "MAX_RUNS_AT_ONCE", 3)
+    in_passes = sort_ids(ids, tmp_path / "in-passes", pool)
+    assert rows_of(in_passes).equals(rows_of(at_once))
+    assert sorted((tmp_path / "in-passes").iterdir()) == list(in_passes.files)
+    assert all(path.name.startswith("merged-4-") for path in in_passes.files)  # 60 runs: 3 at once take four passes
+
+
+def test_reads_of_runs_grow_little_faster_than_the_rows(
+    pool: ThreadPoolExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned, reads = sorting.ranges_of, [0]
+
+    def counted(runs: Any) -> Iterator[sorting.IdRange]:
+        for some in planned(runs):
+            reads[0] += len(some.stretches)
+            yield some
+
+    monkeypatch.setattr(sorting, "ranges_of", counted)
+    monkeypatch.setattr(sorting, "MAX_RUNS_AT_ONCE", 16)
+    found = []
+    for size in (800, 6_400):  # 16 and 128 runs, in one pass and in two
+        reads[0] = 0
+        sort_ids(np.random.default_rng(4).permutation(size).tolist(), tmp_path / str(size), pool)
+        found.append(reads[0])
+    assert found[1] < 2 * 1.5 * 8 * found[0]
+    monkeypatch.setattr(sorting, "MAX_RUNS_AT_ONCE", 10**9)
+    reads[0] = 0
+    sort_ids(np.random.default_rng(4).permutation(6_400).tolist(), tmp_path / "at-once", pool)
+    assert reads[0] > 1.5 * found[1]
+
+
+def test_a_read_has_the_rows_of_its_pieces_and_no_others(pool: ThreadPoolExecutor, tmp_path: Path) -> None:
+    table = table_of(list(range(RUN_ROWS)))
+    run = sorting.Run.write(tmp_path / "run.arrow", table)
+    assert len(run.offsets) == len(run.firsts) + 1 == -(-RUN_ROWS // PIECE_ROWS) + 1
+    for first, stop in ((None, None), (0, 1), (5, 20), (8, 16), (9, 17), (-3, 4), (48, None), (49, 60)):
+        stretch = run.stretch(first, stop)
+        assert stretch is not None
+        found = sorting.IdRange(first, stop, table.schema, (stretch,)).rows()
+        assert found.equals(table[max(first or 0, 0) : RUN_ROWS if stop is None else stop])
+    assert run.stretch(50, 60) is None
+    assert run.stretch(-5, 0) is None
 
 
 def test_blocks_can_be_read_again_and_side_by_side(pool: ThreadPoolExecutor, tmp_path: Path) -> None:
@@ -279,8 +330,8 @@ def test_results_come_in_order_and_few_items_are_read_ahead(pool: ThreadPoolExec
 def test_ids_sorted_as_numbers_come_in_the_order_of_their_bytes_and_equal_ones_in_their_own(texts):
     ids = texts or ["x"]
     order = sorted(range(len(ids)), key=lambda row: ids[row].encode())
-    assert sorting._ascending_order(pa.array(ids)).tolist() == order
+    assert id_order._ascending_order(pa.array(ids)).tolist() == order
     for kind in (pa.int64(), pa.uint64()):
         numbers = [len(one) // 3 + (2**63 - 99 if kind == pa.uint64() else -2) for one in ids]
         order = sorted(range(len(ids)), key=numbers.__getitem__)
-        assert sorting._ascending_order(pa.array(numbers, kind)).tolist() == order
+        assert id_order._ascending_order(pa.array(numbers, kind)).tolist() == order

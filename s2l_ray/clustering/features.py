@@ -182,8 +182,9 @@ class Features:
             assert self.weights_TF is not None
             columns = [_sum_of_columns(values_NT, weights_T) for weights_T in self.weights_TF.T]
             features = on_grid(np.stack(columns, axis=1))
-        # Minus zero becomes zero: equal rows have equal bytes.
-        return np.ascontiguousarray(features, np.float32) + np.float32(0)
+        found = np.ascontiguousarray(features, np.float32)
+        found += np.float32(0)  # minus zero becomes zero: equal rows have equal bytes
+        return found
 
 
 def _scales(sample_SI: Floats) -> NDArray[np.float64]:
@@ -196,7 +197,10 @@ def _scales(sample_SI: Floats) -> NDArray[np.float64]:
 
 def on_grid(values: NDArray[np.floating[Any]]) -> Floats:
     """Values of any shape rounded to multiples of 2**-20, as float32."""
-    return np.asarray(np.rint(values * GRID) / GRID, np.float32)
+    scaled = np.asarray(values * GRID)
+    np.rint(scaled, out=scaled)
+    scaled /= GRID
+    return np.asarray(scaled, np.float32)
 
 
 def _sum_of_columns(values_NT: Floats, weights_T: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -33,6 +33,7 @@ from s2l_ray.config import ClusteringConfig
 from s2l_ray.errors import ConfigError
 from s2l_ray.examples.ids import priority_cut
 from s2l_ray.progress import get_log
+from s2l_ray.runtime.process import give_back_freed_memory
 from s2l_ray.storage.records import FileRecord
 from s2l_ray.trajectories.arriving import LOWEST_ROWS
 from s2l_ray.trajectories.loss_columns import missing_statistics
@@ -70,6 +71,7 @@ def group(store: TrajectoryStore, config: ClusteringConfig, engine: Engine, *, s
     remote = [RemoteStratum(number, *one, engine) for number, one in enumerate(planned)] if engine.kind == "ray" else []
     sources: Sequence[SampledStratum] = remote or [StratumRows(*one, engine) for one in planned]
     totals, starts_BS = _fill(store, sources, lambda block: features(measured(block)), config, engine.pool)
+    give_back_freed_memory()  # that of the blocks on their way
     if remote:
         assert isinstance(store, RangedStore)
         load(
@@ -134,7 +136,7 @@ class _Totals:
         sums_SF, sizes_S = np.zeros((num_sources, features_MF.shape[1])), np.zeros(num_sources, np.int64)
         if sources_M is not None:
             sums_SF, sizes_S = group_sums(sources_M, features_MF, num_sources), np.bincount(sources_M, minlength=num_sources)
-        squares = float((features_MF.astype(np.float64) ** 2).sum())
+        squares = float(np.multiply(features_MF, features_MF, dtype=np.float64).sum())
         return cls(len(features_MF), squares, features_MF.sum(axis=0, dtype=np.float64), sums_SF, sizes_S)
 
     def add(self, more: _Totals) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -21,6 +22,7 @@ from s2l_ray.clustering.stratifying import AUTO
 from s2l_ray.clustering.threads import SearchThreads
 from s2l_ray.config import ClusteringConfig, GroupingConfig, checked
 from s2l_ray.progress import duration, get_log
+from s2l_ray.runtime.process import give_back_freed_memory
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.drafts import Draft, table_bytes
 from s2l_ray.storage.layout import ASSIGNMENTS, CENTROIDS, FEATURE_CENTROIDS, RESTARTS, assignments_name
@@ -28,8 +30,8 @@ from s2l_ray.storage.places import Storage
 from s2l_ray.storage.records import FileRecord
 from s2l_ray.storage.stages import Context
 from s2l_ray.trajectories.ranged_store import RangedStore
-from s2l_ray.trajectories.sorting import SortedTable, in_order
-from s2l_ray.trajectories.store import Trajectories, TrajectoryStore
+from s2l_ray.trajectories.sorting import in_order
+from s2l_ray.trajectories.store import BLOCK_ROWS, Trajectories, TrajectoryStore
 
 ROWS_PER_PART = 1_048_576
 _log = get_log("clustering")
@@ -151,6 +153,7 @@ def publish_clustering(
         else:
             for part, data in enumerate(in_order(pool, _part_bytes, _parts(grouping.assignments()))):
                 draft.write(assignments_name(part), data)
+        give_back_freed_memory()
         groups = grouping.groups(has_untrained)
         described, lost = engine.describe(), engine.recovery_seconds
     _write_array(draft, CENTROIDS, groups.centroids_KT)
@@ -167,14 +170,13 @@ def publish_clustering(
 
 
 def _parts(assignments: Assigned) -> Iterator[pa.Table]:
-    """The parts of the artifact."""
-
-    def batches() -> Iterator[pa.RecordBatch]:
-        for block, labels_M, distances_M in assignments:
-            columns = {"example_id": block["example_id"], "cluster_id": labels_M, "distance": distances_M}
-            yield from pa.table(columns).to_batches()
-
-    return SortedTable.joined(batches(), ROWS_PER_PART)
+    """The parts of the artifact, a chunk for each block: to join these would hold a part twice."""
+    blocks = (
+        pa.table({"example_id": block["example_id"], "cluster_id": labels_M, "distance": distances_M})
+        for block, labels_M, distances_M in assignments
+    )
+    while some := list(itertools.islice(blocks, ROWS_PER_PART // BLOCK_ROWS)):
+        yield pa.concat_tables(some)
 
 
 def _part_bytes(table: pa.Table) -> bytes:

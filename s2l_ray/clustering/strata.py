@@ -27,6 +27,7 @@ from s2l_ray.clustering.threads import SearchThreads
 from s2l_ray.config import ClusteringConfig
 from s2l_ray.examples.ids import priorities, priority_cut
 from s2l_ray.progress import get_log
+from s2l_ray.runtime.process import give_back_freed_memory
 from s2l_ray.trajectories.store import BLOCK_ROWS
 
 SAMPLE_ROWS_PER_CLUSTER = 1_024
@@ -322,7 +323,9 @@ class StratumKMeans:
             return low_SF[:0]
         [seed] = priorities([f"{source.name}/far"], self._config.seed)
         start_KF = source.start(self._seeding_rows(low_SF, low_SF[:0]), num_clusters, int(seed))
-        return source.far(start_KF, FAR_ROWS_PER_CLUSTER * num_clusters, seed)
+        far_SF = source.far(start_KF, FAR_ROWS_PER_CLUSTER * num_clusters, seed)
+        give_back_freed_memory()
+        return far_SF
 
     @staticmethod
     def _seeding_rows(low_SF: Floats, far_SF: Floats) -> Floats:
@@ -343,6 +346,7 @@ class StratumKMeans:
         source, num_iterations = self._source, self._config.num_iterations
         fit = best
         if source.num_training > source.num_sampled:  # else the restarts have seen all that there is to train on
+            give_back_freed_memory()
             if self._training is None:
                 rows: KMeansRows = source.all_rows()
                 return rows, lloyd(rows, best.centroids_KF, num_iterations, tolerance)

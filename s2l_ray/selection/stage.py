@@ -23,6 +23,7 @@ from s2l_ray.config.recipes import counts_target_tokens
 from s2l_ray.examples.ids import id_column, one_array
 from s2l_ray.examples.reading import fetch_rows
 from s2l_ray.progress import get_log
+from s2l_ray.runtime.process import give_back_freed_memory
 from s2l_ray.runtime.session import connect_ray
 from s2l_ray.selection.assignments import PartAssignments
 from s2l_ray.selection.card import describe, front_matter
@@ -171,8 +172,8 @@ def publish_selection(
     reads the directory; `origin` has the run's examples and proxy for it, where there is a run. Texts are streamed: memory
     is for ids. Raises ConfigError for a budget that cannot be met, DataError for a clustering of other examples.
     """
+    give_back_freed_memory()
     groups = read_groups(clustering)
-
     assigned = PartAssignments(clustering, store)
     grouping = checked(ClusteringConfig, **clustering.manifest["recipe"])
     subsets = choose_subsets(store, assigned, groups, config, grouping)

@@ -13,7 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from s2l_ray.examples.hashes import mixed
-from s2l_ray.examples.ids import GAMMA, HASHED_ROWS, digests, one_array, priorities_of
+from s2l_ray.examples.ids import GAMMA, HASHED_ROWS, digests, one_array, priorities_of, priority_cut
 from s2l_ray.trajectories.loss_columns import LOSSES, STATISTICS
 
 LOWEST_ROWS = 65_536
@@ -23,12 +23,14 @@ LOWEST_ROWS = 65_536
 class Arriving:
     """Takes tables of the store's columns in threads, as they come; `finish` gives each its priorities."""
 
-    def __init__(self, seed: int | None, names: Callable[[], Mapping[str, Sequence[str]]]) -> None:
+    def __init__(self, seed: int | None, names: Callable[[], Mapping[str, Sequence[str]]], num_rows: int) -> None:
+        """`num_rows`: how many will come, here and elsewhere."""
         self._seed, self._names = seed, names
         self._lock = threading.Lock()
-        self._content, self._num_low = 0, 0
-        self._low: list[pa.Table] = []
-        self._cut = np.uint64(2**64 - 1)
+        self._content = 0
+        self._cut = np.uint64(priority_cut(LOWEST_ROWS, num_rows))
+        self.low: list[pa.Table] = []
+        """The rows that may be among the `LOWEST_ROWS` of lowest priority; none without a seed."""
 
     def finish(self, table: pa.Table) -> pa.Table:
         """The table with the column `priority`, where there is a seed."""
@@ -40,14 +42,10 @@ class Arriving:
             return table
         priorities_N = priorities_of(digests_N, self._seed)
         table = table.append_column("priority", pa.array(priorities_N))
-        low = np.flatnonzero(priorities_N <= self._lowest_cut(priorities_N))
         columns = [name for name in ("example_id", LOSSES, *STATISTICS, "priority") if name in table.column_names]
-        found = table.select(columns).take(pa.array(low))
+        found = table.select(columns).take(pa.array(np.flatnonzero(priorities_N <= self._cut)))
         with self._lock:
-            self._low.append(found)
-            self._num_low += len(found)
-            if self._num_low > 2 * LOWEST_ROWS:
-                self._thin_out()
+            self.low.append(found)
         return table
 
     @property
@@ -55,26 +53,17 @@ class Arriving:
         """See `content_of`: of all rows so far."""
         return self._content
 
-    def lowest(self) -> pa.Table | None:
-        """The `LOWEST_ROWS` rows of lowest priority, and all of the same priority as the last, in ascending order of ids;
-        None without a seed."""
-        if self._seed is None:
-            return None
-        self._thin_out()
-        return self._low[0].sort_by("example_id").combine_chunks()
 
-    def _lowest_cut(self, priorities_N: NDArray[np.uint64]) -> np.uint64:
-        """No row above it is among the lowest of all."""
-        if len(priorities_N) <= LOWEST_ROWS:
-            return self._cut
-        return min(self._cut, np.partition(priorities_N, LOWEST_ROWS - 1)[LOWEST_ROWS - 1])
-
-    def _thin_out(self) -> None:
-        table = pa.concat_tables(self._low).combine_chunks()
-        order_N = table["priority"].to_numpy()
-        self._cut = self._lowest_cut(order_N)
-        self._low = [table.take(pa.array(np.flatnonzero(order_N <= self._cut))).combine_chunks()]
-        self._num_low = len(self._low[0])
+def lowest_of(low: Sequence[pa.Table], num_rows: int) -> pa.Table | None:
+    """Of `num_rows` rows the `LOWEST_ROWS` of lowest priority, and all of the same priority as the last, in ascending order
+    of ids; `low` has what `Arriving` keeps. None without a seed, and where too few were kept: once in a billion."""
+    found = pa.concat_tables(low).combine_chunks() if low else None
+    if found is None or len(found) < min(LOWEST_ROWS, num_rows):
+        return None
+    if len(found) > LOWEST_ROWS:
+        order_N = found["priority"].to_numpy()
+        found = found.take(pa.array(np.flatnonzero(order_N <= np.partition(order_N, LOWEST_ROWS - 1)[LOWEST_ROWS - 1])))
+    return found.sort_by("example_id").combine_chunks()
 
 
 def content_of(table: pa.Table, names: Mapping[str, Sequence[str]], digests_N: NDArray[np.uint64] | None = None) -> int:

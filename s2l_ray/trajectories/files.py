@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from s2l_ray.errors import ConfigError, DataError
 from s2l_ray.examples.ids import has_large, id_column, one_array
 from s2l_ray.progress import get_log
+from s2l_ray.runtime.process import give_back_freed_memory
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.ownership import scratch_folder
 from s2l_ray.storage.places import Storage
-from s2l_ray.trajectories.arriving import Arriving
+from s2l_ray.trajectories.arriving import Arriving, lowest_of
 from s2l_ray.trajectories.loss_columns import (
     EMBEDDING,
     LOSS_WITHOUT_PROMPT,
@@ -66,18 +67,20 @@ def open_trajectories(
     parts = parts_of(source)
     where = place_name(source)
     names: dict[str, Names] = {}
-    arriving = Arriving(seed, lambda: {name: found.values for name, found in names.items()})
+    found = find_artifact(source) if isinstance(source, str) else source
     try:
+        # Of a run's own parts each look reads the whole, to check its hash.
+        num_rows = sum(pool.map(Part.num_rows, parts)) if found is None else found.summary["rows"]
+        arriving = Arriving(seed, lambda: {name: values.values for name, values in names.items()}, num_rows)
         rows = sort_by_id(checked_batches(parts, stratify_by, names, statistics), scratch, pool, arriving.finish)
     except DataError as error:
         raise error if str(error).startswith(where) else DataError(f"{where}: {error}") from error
     num_points = rows.schema.field("losses").type.list_size
     _log.info("%s trajectories of %d points from %d files", f"{rows.num_rows:,}", num_points, len(parts))
-    measured = measurements_of(parts, find_artifact(source) if isinstance(source, str) else source, lambda: integers_of(parts))
-    found_names = {name: found.values for name, found in names.items()}
-    return TrajectoryStore(
-        rows, num_points, found_names, seed, measurements=measured, content=arriving.content, lowest=arriving.lowest()
-    )
+    measured = measurements_of(parts, found, lambda: integers_of(parts))
+    low = lowest_of(arriving.low, rows.num_rows)
+    found_names = {name: values.values for name, values in names.items()}
+    return TrajectoryStore(rows, num_points, found_names, seed, measurements=measured, content=arriving.content, lowest=low)
 
 
 @contextlib.contextmanager
@@ -87,7 +90,9 @@ def streamed(
     """Trajectories in order of ids in a scratch directory, and the folder for more of the kind; it is removed at the end."""
     with scratch_folder(work) as scratch, ThreadPoolExecutor(2) as pool:
         place = scratch / "trajectories"
-        yield open_trajectories(source, place, pool, stratify_by=stratify_by, seed=seed, statistics=statistics), scratch
+        store = open_trajectories(source, place, pool, stratify_by=stratify_by, seed=seed, statistics=statistics)
+        give_back_freed_memory()  # as much as 60 MB of holes, which what comes now would not fill
+        yield store, scratch
 
 
 def read_trajectories(source: str | Artifact, *, stratify_by: str | None = None, statistics: bool = False) -> Trajectories:

@@ -5,7 +5,7 @@ What reads it block by block all the same (`blocks`) reads the files here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,13 +17,12 @@ from numpy.typing import NDArray
 
 from s2l_ray.runtime.passes import in_tasks
 from s2l_ray.storage.places import Storage
-from s2l_ray.trajectories.sorting import Run, SortedTable, StoredFile
+from s2l_ray.trajectories.sorting import Codes, Run, SortedTable, StoredFile, with_codes
 from s2l_ray.trajectories.store import BLOCK_ROWS, NUM_RESPONSE_TOKENS, TrajectoryStore
 
 # A task of a pass takes a quarter of a second or more.
 BLOCKS_PER_TASK = 4
 Result = TypeVar("Result")
-Codes = Mapping[str, NDArray[np.int32]]
 
 
 @dataclass(frozen=True)
@@ -37,12 +36,12 @@ class RangedTable(SortedTable):
     """For each file and column of names, what each code of the file is in the whole table."""
 
     @classmethod
-    def of_runs(cls, runs: Sequence[Run], codes: Sequence[Codes]) -> RangedTable:
+    def of_runs(cls, runs: Sequence[Run]) -> RangedTable:
         """Runs that ascend from one to the next."""
         files: list[StoredFile] = [run.path for run in runs if isinstance(run.path, StoredFile)]
         counts = [run.num_rows for run in runs]
         starts = np.cumsum([0, *counts[:-1]])
-        return cls(tuple(files), runs[0].schema, sum(counts), starts=starts, codes=codes)
+        return cls(tuple(files), runs[0].schema, sum(counts), starts=starts, codes=[run.codes for run in runs])
 
     def between(self, start: int, stop: int, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
         """The rows numbered from `start` up to `stop`, in batches."""
@@ -64,15 +63,6 @@ class RangedTable(SortedTable):
 
     def _batches(self, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
         yield from self.between(0, self.num_rows, columns)
-
-
-def with_codes(batch: pa.RecordBatch, codes: Codes) -> pa.RecordBatch:
-    """Rows of a file with the codes of names that the whole table has."""
-    for name, values in codes.items():
-        if name in batch.schema.names:
-            place = batch.schema.get_field_index(name)
-            batch = batch.set_column(place, name, pa.array(values[batch[name].to_numpy()]))
-    return batch
 
 
 @dataclass(frozen=True, eq=False)

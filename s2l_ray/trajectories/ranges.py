@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from s2l_ray.config import WorkerConfig
 from s2l_ray.errors import DataError
-from s2l_ray.examples.ids import priority_cut
 from s2l_ray.progress import get_log
 from s2l_ray.runtime.data import run_tasks
 from s2l_ray.runtime.passes import in_tasks
@@ -30,17 +29,20 @@ from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.layout import SPILLED
 from s2l_ray.storage.ownership import scratch_folder
 from s2l_ray.storage.places import Storage
-from s2l_ray.trajectories.arriving import LOWEST_ROWS, Arriving
+from s2l_ray.trajectories.arriving import Arriving, lowest_of
 from s2l_ray.trajectories.files import Expected, changed, checked_batches, common_schema, integers_of, rows_of
+from s2l_ray.trajectories.id_order import sorted_by_id
 from s2l_ray.trajectories.measured import measurements_of
-from s2l_ray.trajectories.parts import IsWanted, Part, every_group, find_artifact, parts_of, place_name
-from s2l_ray.trajectories.ranged_store import Codes, RangedStore, RangedTable, with_codes
-from s2l_ray.trajectories.sorting import Run, StoredFile, check_unique, of_run_size, sorted_by_id, splits_of
-from s2l_ray.trajectories.store import BLOCK_ROWS, Names
+from s2l_ray.trajectories.parts import READ_ROWS, IsWanted, Part, every_group, find_artifact, parts_of, place_name
+from s2l_ray.trajectories.ranged_store import RangedStore, RangedTable
+from s2l_ray.trajectories.sorting import IdRange, Run, StoredFile, check_unique, is_one_order, merged_runs, of_run_size
+from s2l_ray.trajectories.store import Names
 
 _AT_ONCE = 16
 # Rows that one task reads: a second or so.
 TASK_ROWS = 524_288
+# A run is a file that all workers see: of few rows there would be many.
+RUN_ROWS = 131_072
 _log = get_log("trajectories")
 
 
@@ -79,7 +81,7 @@ def open_ranges(
     opened = parts if found is None else _unchecked(parts, found)
     try:
         expected = _expected(opened, stratify_by, statistics)
-        read = _ReadRuns(tuple(parts), _pieces(opened, found is None), stratify_by, statistics, expected, seed, place)
+        read = _ReadRuns(tuple(parts), _pieces(opened, found is None), stratify_by, statistics, expected, seed, place, RUN_ROWS)
         found_rows = list(_results(read))
         table, names = _ranges([run for one in found_rows for run in one.runs], place)
     except DataError as error:
@@ -90,7 +92,7 @@ def open_ranges(
         *(f"{table.num_rows:,}", num_points, len(parts), len(table.files)),
     )
     measured = measurements_of(parts, found, lambda: expected.integers)
-    low = pa.concat_tables([one.lowest for one in found_rows if one.lowest is not None]).sort_by("example_id").combine_chunks()
+    low = lowest_of([table for one in found_rows for table in one.low], table.num_rows)
     content = sum(one.content for one in found_rows) % 2**64
     return RangedStore(table, num_points, names, seed, measurements=measured, content=content, lowest=low, place=place)
 
@@ -134,7 +136,7 @@ class _FetchRows:
 
     def __call__(self, wanted: _Wanted) -> list[pa.Table]:
         part, piece = self.parts[wanted.piece.part], wanted.piece
-        some = _SomeRows(part.name, part.source, part.constants, piece.start, piece.stop)
+        some = _SomeRows(**vars(part), start=piece.start, stop=piece.stop)
         return list(rows_of(some, self.schema, wanted.rows_M, wanted.ids, self.source))
 
 
@@ -155,7 +157,7 @@ def _unchecked(parts: Sequence[Part], artifact: Artifact) -> list[Part]:
 def _expected(parts: Sequence[Part], stratify_by: str | None, statistics: bool) -> Expected:
     """What all rows must agree on, by the first row of all."""
     integers = integers_of(parts)
-    small = [_FirstRow(part.name, part.source, part.constants) for part in parts]
+    small = [_FirstRow(**vars(part)) for part in parts]
     names: dict[str, Names] = {}
     for row in checked_batches(small, stratify_by, names, statistics, Expected(integers)):
         fields = [pa.field(field.name, pa.string() if field.name in names else field.type) for field in row.schema]
@@ -220,8 +222,8 @@ class _Read:
 
     runs: list[_NamedRun]
     content: int
-    lowest: pa.Table | None
-    """Its rows of lowest priority; None where it has none."""
+    low: list[pa.Table]
+    """See `Arriving`."""
 
 
 @dataclass(frozen=True)
@@ -235,27 +237,25 @@ class _ReadRuns:
     expected: Expected
     seed: int
     place: Storage
+    run_rows: int
 
     def __call__(self, number: int) -> dict[str, Any]:
         names: dict[str, Names] = {}
         runs = []
-        arriving = Arriving(self.seed, lambda: {name: values.values for name, values in names.items()})
-        cut = np.uint64(priority_cut(LOWEST_ROWS, sum(piece.stop - piece.start for task in self.pieces for piece in task)))
-        for count, table in enumerate(of_run_size(self._rows(self.pieces[number], names))):
+        num_rows = sum(piece.stop - piece.start for task in self.pieces for piece in task)
+        arriving = Arriving(self.seed, lambda: {name: values.values for name, values in names.items()}, num_rows)
+        for count, table in enumerate(of_run_size(self._rows(self.pieces[number], names), self.run_rows, self.run_rows)):
             ordered = sorted_by_id(table)
             runs.append(_written(self.place, f"run-{number:06d}-{count:03d}.arrow", arriving.finish(ordered)))
         found = {name: values.values for name, values in names.items()}
-        low = arriving.lowest() if runs else None
-        if low is not None:
-            low = low.take(pa.array(np.flatnonzero(low["priority"].to_numpy() <= cut)))
-        return {"number": number, "runs": pickle.dumps(_Read([_NamedRun(run, found) for run in runs], arriving.content, low))}
+        read = _Read([_NamedRun(run, found) for run in runs], arriving.content, arriving.low)
+        return {"number": number, "runs": pickle.dumps(read)}
 
     def _rows(self, pieces: Sequence[_Unread], names: dict[str, Names]) -> Iterator[pa.Table]:
         for (part, _), group in itertools.groupby(pieces, lambda piece: (piece.part, piece.position - piece.start)):
             several = list(group)
             first, last = several[0], several[-1]
-            part_here = self.parts[part]
-            some = _SomeRows(part_here.name, part_here.source, part_here.constants, first.start, last.stop)
+            some = _SomeRows(**vars(self.parts[part]), start=first.start, stop=last.stop)
             yield from checked_batches([some], self.stratify_by, names, self.statistics, self.expected, first.position)
 
 
@@ -267,7 +267,7 @@ class _SomeRows(Part):
     stop: int = 0
 
     def batches(
-        self, columns: Sequence[str], wanted: IsWanted = every_group, most: int = BLOCK_ROWS
+        self, columns: Sequence[str], wanted: IsWanted = every_group, most: int = READ_ROWS
     ) -> Iterator[tuple[int, pa.RecordBatch]]:
         def is_here(start: int, count: int) -> bool:
             return self.start <= start < self.stop and wanted(start, count)
@@ -295,22 +295,20 @@ def _ranges(found: list[_NamedRun], place: Storage) -> tuple[RangedTable, dict[s
         raise DataError("no rows.")
     check_unique([one.run for one in found])
     found.sort(key=lambda one: one.run.first)
-    runs = [one.run for one in found]
     names: dict[str, Names] = {}
     codes = [
         {name: _codes(names.setdefault(name, Names()), values, name) for name, values in one.names.items()} for one in found
     ]
-    lists = {name: values.values for name, values in names.items()}
-    if all(left.last < right.first for left, right in itertools.pairwise(runs)):
-        return RangedTable.of_runs(runs, codes), lists
-    splits = splits_of(runs)
-    merge = _MergeRange(tuple(runs), tuple(codes), tuple(splits), place)
-    merged = [run for run in in_tasks(merge, range(len(splits) - 1)) if run.num_rows]
+    runs = [replace(one.run, codes=of_run) for one, of_run in zip(found, codes, strict=True)]
+    if not is_one_order(runs):
+        runs = merged_runs(runs, lambda ranges: in_tasks(_WriteRange(place), ranges), partial(_remove, place))
+    return RangedTable.of_runs(runs), {name: values.values for name, values in names.items()}
+
+
+def _remove(place: Storage, runs: Iterable[Run]) -> None:
     for run in runs:
         assert isinstance(run.path, StoredFile)
         place.delete(run.path.name)
-    check_unique(merged)
-    return RangedTable.of_runs(merged, [{}] * len(merged)), lists
 
 
 def _codes(names: Names, values: list[str], column: str) -> NDArray[np.int32]:
@@ -319,21 +317,11 @@ def _codes(names: Names, values: list[str], column: str) -> NDArray[np.int32]:
 
 
 @dataclass(frozen=True)
-class _MergeRange:
-    """Task: the rows of all runs in one range of ids, sorted."""
-
-    runs: tuple[Run, ...]
-    codes: tuple[Codes, ...]
-    splits: tuple[Any, ...]
+class _WriteRange:
+    """Task: the rows of some runs in one range of ids, sorted."""
 
     place: Storage
 
-    def __call__(self, number: int) -> Run:
-        first, stop = self.splits[number], self.splits[number + 1]
-        batches = [
-            with_codes(batch, codes)
-            for run, codes in zip(self.runs, self.codes, strict=True)
-            for batch in run.between(first, stop).to_batches()
-        ]
-        table = pa.Table.from_batches(batches, self.runs[0].schema)
-        return _written(self.place, f"range-{number:06d}.arrow", sorted_by_id(table))
+    def __call__(self, named: tuple[str, IdRange]) -> Run:
+        name, some = named
+        return _written(self.place, name, some.rows())

@@ -34,9 +34,9 @@ from s2l_ray.storage.layout import BUILDING, DROPPED, MANIFEST, RECORDING, is_st
 from s2l_ray.storage.ownership import read_building, scratch_of, write_building
 from s2l_ray.storage.places import Storage
 from s2l_ray.storage.records import digest
+from s2l_ray.trajectories.id_order import is_ascending
 from s2l_ray.trajectories.loss_columns import LOSSES, STATISTICS, check_losses, losses_of, trajectories_table
 from s2l_ray.trajectories.parts import recorded_files
-from s2l_ray.trajectories.sorting import is_ascending
 from s2l_ray.trajectories.store import BLOCK_ROWS
 
 STAGE = "trajectories"

@@ -1,4 +1,4 @@
-"""Tables of any size in ascending order of `example_id`: sorted runs on disk, merged, with memory for a few runs of 64 MB.
+"""Tables of any size in ascending order of `example_id`: sorted runs on disk, merged, with memory for a few runs.
 
 Losses, ids and texts of a corpus come in whatever order their files have them; everything after this module sees one
 order. Input that ascends already is written once and not merged.
@@ -8,33 +8,40 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from s2l_ray.errors import DataError
 from s2l_ray.examples.ids import NAMED_IDS, not_unique, one_array, repeated
 from s2l_ray.storage.places import Storage
+from s2l_ray.trajectories.id_order import is_ascending, sorted_by_id
 
-# A run is sorted in memory, several at a time: 12 MB of trajectories of 12 points, and no more of long texts.
-RUN_ROWS = 131_072
+# A run is sorted in memory, several at a time: 3 MB of trajectories of 12 points, and 16 MB of long texts. With runs of
+# 131,072 rows a million rows took 70 MB more. Later runs grow to a share of all before, up to as many: fewer are merged.
+RUN_ROWS, MAX_RUN_ROWS, SHARE_OF_BEFORE = 32_768, 131_072, 32
 RUN_BYTES = 16 * 2**20
-# What is read of a run at once while merging: a share of a run, by rows or by bytes.
+# What is read of a run at once while merging, by rows or by bytes.
 PIECE_ROWS = 2_048
-# A merged range is as large as a run, or of many runs (every so many one more) as large as up to four.
-RUNS_OF_LARGER_RANGES, MAX_RUNS_PER_RANGE = 20, 4
-_MAX_WIDTH = 64
+PIECE_BYTES = RUN_BYTES // 64
+# A merged range is as large as a run, or of many pieces (every so many one more) as large as several, up to so many pieces.
+PIECES_OF_LARGER_RANGES, MAX_PIECES_PER_RANGE = 640, 256
+# Each range reads of all runs. Of more runs than these some are merged first, and then what has come of them: so reads grow
+# as N log N. A pass more over all rows takes as long as the reads of some 600 runs from a local disk.
+MAX_RUNS_AT_ONCE = 512
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Codes = Mapping[str, NDArray[np.int32]]
+"""For columns of names what each code of a file is in the whole table."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,11 @@ class StoredFile:
 
     storage: Storage
     name: str
+
+
+def opened(path: Path | StoredFile) -> pa.NativeFile:
+    """A file to read from: not mapped, since mapped pages count as this process's memory."""
+    return pa.OSFile(str(path)) if isinstance(path, Path) else path.storage.open(path.name)
 
 
 @dataclass(frozen=True)
@@ -113,37 +125,78 @@ def sort_by_id(
         number, table = numbered
         return Run.write(folder / f"run-{number:05d}.arrow", finish(sorted_by_id(table)))
 
-    runs = list(in_order(pool, write, enumerate(of_run_size(batches))))
+    runs = list(in_order(pool, write, enumerate(of_run_size(batches, RUN_ROWS, MAX_RUN_ROWS))))
     if not runs:
         raise DataError("no rows.")
     check_unique(runs)
-    if all(left.last < right.first for left, right in itertools.pairwise(runs)):
-        return SortedTable(tuple(run.path for run in runs), runs[0].schema, sum(run.num_rows for run in runs))
-    return _merged(runs, folder, pool)
+    if not is_one_order(runs):
+
+        def merge(numbered: tuple[str, IdRange]) -> Run:
+            name, some = numbered
+            return Run.write(folder / name, some.rows())
+
+        def remove(done: Iterable[Run]) -> None:
+            for run in done:
+                Path(str(run.path)).unlink()
+
+        runs = merged_runs(runs, lambda ranges: in_order(pool, merge, ranges), remove)
+    return SortedTable(tuple(run.path for run in runs), runs[0].schema, sum(run.num_rows for run in runs))
 
 
-def _merged(runs: list[Run], folder: Path, pool: Executor) -> SortedTable:
-    """Runs as one table: cut at the same ids, the pieces of each range sorted together."""
-    splits = splits_of(runs)
+def is_one_order(runs: Sequence[Run]) -> bool:
+    """Whether each run begins behind the end of the one before."""
+    return all(left.last < right.first for left, right in itertools.pairwise(runs))
 
-    def merge(number: int) -> Run:
-        tables = [run.between(splits[number], splits[number + 1]) for run in runs]
-        return Run.write(folder / f"merged-{number:05d}.arrow", sorted_by_id(pa.concat_tables(tables)))
 
-    merged = [run for run in in_order(pool, merge, range(len(splits) - 1)) if run.num_rows]
-    for run in runs:
-        Path(str(run.path)).unlink()
-    check_unique(merged)
-    return SortedTable(tuple(run.path for run in merged), runs[0].schema, sum(run.num_rows for run in merged))
+def merged_runs(
+    runs: Sequence[Run],
+    merge: Callable[[Sequence[tuple[str, IdRange]]], Iterable[Run]],
+    remove: Callable[[Iterable[Run]], None],
+) -> list[Run]:
+    """The rows of all runs as runs that follow each other.
+
+    `merge` writes each of some ranges under its name and gives the runs in the same order; `remove` removes the files of
+    runs that are not needed any more. Raises DataError naming ids that occur twice.
+    """
+    ordered = [[run] for run in runs]
+    num_passes = 0
+    while len(ordered) > 1:
+        size = _runs_at_once(len(ordered))
+        groups = [list(itertools.chain(*ordered[first : first + size])) for first in range(0, len(ordered), size)]
+        ranges = [(number, some) for number, group in enumerate(groups) for some in ranges_of(group)]
+        num_passes += 1
+        named = [(f"merged-{num_passes}-{place:06d}.arrow", some) for place, (_, some) in enumerate(ranges)]
+        ordered = [[] for _ in groups]
+        for (number, _), run in zip(ranges, merge(named), strict=True):
+            ordered[number].append(run)
+        remove(itertools.chain(*groups))
+        check_unique(list(itertools.chain(*ordered)))
+        ordered = [[run for run in one if run.num_rows] for one in ordered]
+    return ordered[0]
+
+
+def _runs_at_once(count: int) -> int:
+    """How many of `count` runs are merged into one in a pass: about the same in every pass."""
+    num_passes = 1
+    while MAX_RUNS_AT_ONCE**num_passes < count:
+        num_passes += 1
+    return math.ceil(math.pow(count, 1 / num_passes))
 
 
 def splits_of(runs: Sequence[Run]) -> list[Any]:
     """Ids at which all runs are cut into ranges, None at both ends."""
     firsts = sorted(first for run in runs for first in run.firsts)
-    # A run's rows lie between the samples: with so many samples per range its size varies little. Each range opens all runs,
-    # which takes 0.2 ms a run: of many runs ranges are larger.
-    per_range = RUN_ROWS // PIECE_ROWS * min(MAX_RUNS_PER_RANGE, 1 + len(runs) // RUNS_OF_LARGER_RANGES)
+    # A run's rows lie between the samples: with so many samples per range its size varies little.
+    of_run = max(len(run.firsts) for run in runs)
+    per_range = min(of_run * (1 + len(firsts) // PIECES_OF_LARGER_RANGES), MAX_PIECES_PER_RANGE)
     return [None, *firsts[per_range::per_range], None]
+
+
+def ranges_of(runs: Sequence[Run]) -> Iterator[IdRange]:
+    """All rows of some runs in ranges of ids that follow each other."""
+    for first, stop in itertools.pairwise(splits_of(runs)):
+        found = [run.stretch(first, stop) for run in runs]
+        yield IdRange(first, stop, runs[0].schema, tuple(stretch for stretch in found if stretch is not None))
 
 
 def check_unique(runs: Sequence[Run]) -> None:
@@ -154,6 +207,47 @@ def check_unique(runs: Sequence[Run]) -> None:
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """Pieces of a run that follow each other, by their bytes in the file."""
+
+    path: Path | StoredFile
+    start: int
+    stop: int
+    codes: Codes
+
+    def read(self, schema: pa.Schema) -> pa.Table:
+        """The rows: one read, where to open the file as Arrow does takes several, and five times as long."""
+        with opened(self.path) as file:
+            file.seek(self.start)
+            source = pa.BufferReader(file.read_buffer(self.stop - self.start))
+        batches = []
+        while source.tell() < source.size():
+            batches.append(with_codes(pa.ipc.read_record_batch(pa.ipc.read_message(source), schema), self.codes))
+        return _table(batches)
+
+
+@dataclass(frozen=True)
+class IdRange:
+    """Where the rows lie whose ids are in [first, stop), None being no limit."""
+
+    first: Any
+    stop: Any
+    schema: pa.Schema
+    stretches: tuple[Stretch, ...]
+
+    def rows(self) -> pa.Table:
+        """All of them, sorted."""
+        tables = [self._inside(stretch.read(self.schema)) for stretch in self.stretches]
+        return sorted_by_id(pa.concat_tables([self.schema.empty_table(), *tables]))
+
+    def _inside(self, table: pa.Table) -> pa.Table:
+        ids = table["example_id"]
+        key = functools.partial(_value, ids)
+        start = 0 if self.first is None else bisect_left(range(len(ids)), self.first, key=key)
+        return table[start : len(ids) if self.stop is None else bisect_left(range(len(ids)), self.stop, key=key)]
+
+
+@dataclass(frozen=True, eq=False)
 class Run:
     """A sorted Arrow file, and the first id of every piece of it."""
 
@@ -161,10 +255,15 @@ class Run:
     schema: pa.Schema
     num_rows: int
     firsts: list[Any]
+    offsets: NDArray[np.int64]
+    """Where each piece begins in the file, in bytes, and last where they end."""
+
     last: Any
     num_duplicates: int
     duplicates: pa.Array
     """The first few ids that occur more than once."""
+
+    codes: Codes = field(default_factory=dict)
 
     @property
     def first(self) -> Any:
@@ -172,37 +271,34 @@ class Run:
 
     @classmethod
     def write(cls, path: Path, table: pa.Table) -> Run:
-        pieces = RUN_ROWS // PIECE_ROWS
-        size = min(PIECE_ROWS, max(1, RUN_BYTES // pieces * len(table) // max(table.nbytes, 1)))
+        size = min(PIECE_ROWS, max(1, PIECE_BYTES * len(table) // max(table.nbytes, 1)))
+        # The schema stands before the first piece, behind eight bytes that say what file it is.
+        offsets = [8 + table.schema.serialize().size]
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-            writer.write_table(table, max_chunksize=size)
+            for batch in table.to_batches(max_chunksize=size):
+                writer.write_batch(batch)
+                offsets.append(file.tell())
         ids = table["example_id"]
         firsts = [ids[start].as_py() for start in range(0, len(ids), size)]
         last = ids[-1].as_py() if len(ids) else None
         ids = one_array(ids)
         twice = ids[:0] if is_ascending(ids) else repeated(ids)
         named = pa.array(twice[:NAMED_IDS].to_pylist(), ids.type)  # a slice would keep all ids
-        return cls(path, table.schema, len(table), firsts, last, len(twice), named)
+        return cls(path, table.schema, len(table), firsts, np.array(offsets), last, len(twice), named)
 
     @staticmethod
     def open(path: Path | StoredFile, schema: pa.Schema, columns: Sequence[str] | None = None) -> Any:
-        """A reader of the file: not mapped, since mapped pages count as this process's memory."""
+        """A reader of the file."""
         fields = [schema.get_field_index(name) for name in columns] if columns is not None else None
-        file = pa.OSFile(str(path)) if isinstance(path, Path) else path.storage.open(path.name)
-        return pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(included_fields=fields))
+        return pa.ipc.open_file(opened(path), options=pa.ipc.IpcReadOptions(included_fields=fields))
 
-    def between(self, first: Any, stop: Any) -> pa.Table:
-        """The rows whose ids lie in [first, stop); None is no limit."""
+    def stretch(self, first: Any, stop: Any) -> Stretch | None:
+        """The pieces that may have rows whose ids lie in [first, stop); None is no limit."""
         begin = 0 if first is None else max(bisect_left(self.firsts, first) - 1, 0)
         end = len(self.firsts) if stop is None else bisect_left(self.firsts, stop)
-        if begin >= end:
-            return self.schema.empty_table()
-        with self.open(self.path, self.schema) as reader:
-            table = _table([reader.get_batch(piece) for piece in range(begin, end)])
-        ids = table["example_id"]
-        key = functools.partial(_value, ids)
-        start = 0 if first is None else bisect_left(range(len(ids)), first, key=key)
-        return table[start : len(ids) if stop is None else bisect_left(range(len(ids)), stop, key=key)]
+        if begin >= end or (first is not None and self.last < first):
+            return None
+        return Stretch(self.path, int(self.offsets[begin]), int(self.offsets[end]), self.codes)
 
 
 def in_order(pool: Executor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int = 3) -> Iterator[Result]:
@@ -216,72 +312,32 @@ def in_order(pool: Executor, function: Callable[[Item], Result], items: Iterable
         yield waiting.popleft().result()
 
 
-def is_ascending(ids: pa.Array) -> bool:
-    """Whether ids (N,) ascend and none occurs twice; strings compare bytewise."""
-    return bool(pc.all(pc.greater(ids[1:], ids[:-1])).as_py() is not False)
-
-
-def sorted_by_id(table: pa.Table) -> pa.Table:
-    """A table's rows in ascending order of `example_id`."""
-    ids = one_array(table["example_id"])
-    if is_ascending(ids):
-        return table.combine_chunks()
-    order = pa.array(_ascending_order(ids))
-    # Column by column: a second copy of one column at a time, not of all.
-    return pa.table([one_array(column).take(order) for column in table.columns], schema=table.schema)
-
-
-def _ascending_order(ids: pa.Array) -> NDArray[np.integer[Any]]:
-    """Row numbers, shape (N,), in ascending order of ids; equal ids keep their order. Integers and strings of one length are
-    sorted as numbers: a fifth of the time."""
-    if pa.types.is_integer(ids.type):
-        return _order_of_words(ids.to_numpy()[:, None])
-    lengths = pc.min_max(pc.binary_length(ids)).as_py()
-    width = lengths["min"]
-    if width != lengths["max"] or not 0 < width <= _MAX_WIDTH:
-        return np.asarray(pc.array_sort_indices(ids).to_numpy())
-    start = np.frombuffer(ids.buffers()[1], np.int32)[ids.offset]
-    data = np.frombuffer(ids.buffers()[2], np.uint8)[start : start + len(ids) * width].reshape(-1, width)
-    # Where all ids have the same byte it decides nothing.
-    varying = np.flatnonzero((data != data[0]).any(axis=0))
-    if not len(varying):
-        return np.arange(len(ids))
-    words = np.zeros((len(ids), -(-len(varying) // 8) * 8), np.uint8)
-    words[:, : len(varying)] = data[:, varying]
-    return _order_of_words(words.view(">u8").astype(np.uint64))
-
-
-def _order_of_words(words_NW: NDArray[Any]) -> NDArray[np.integer[Any]]:
-    """Row numbers in ascending order of rows of numbers, the first number first; equal rows keep their order.
-
-    numpy sorts numbers six times faster where equal ones may change places; these are looked at again.
-    """
-    order_N = np.argsort(words_NW[:, 0])
-    sorted_N = words_NW[order_N, 0]
-    is_equal = sorted_N[1:] == sorted_N[:-1]
-    if is_equal.any():
-        tied = np.flatnonzero(np.append(is_equal, False) | np.append(False, is_equal))
-        among = np.sort(order_N[tied])
-        order_N[tied] = among[np.lexsort(words_NW[among].T[::-1])]
-    return order_N
-
-
-def of_run_size(batches: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Tables joined and cut to runs."""
+def of_run_size(batches: Iterable[pa.Table], least: int, most: int) -> Iterator[pa.Table]:
+    """Tables joined and cut to runs of `least` to `most` rows, fewer where texts are long."""
     waiting: list[pa.Table] = []
-    count = num_bytes = 0
+    count = num_bytes = done = 0
     for batch in batches:
         waiting.append(batch)
         count += len(batch)
         num_bytes += batch.nbytes
-        while count >= RUN_ROWS or (num_bytes >= RUN_BYTES and count > 1):
+        num_rows = min(most, max(least, done // SHARE_OF_BEFORE))
+        while count >= num_rows or (num_bytes >= RUN_BYTES and count > 1):
             table = pa.concat_tables(waiting)
-            size = min(RUN_ROWS, max(1, RUN_BYTES * count // num_bytes))
+            size = min(num_rows, max(1, RUN_BYTES * count // num_bytes))
             yield table[:size]
-            waiting, count = [table[size:]], count - size
+            waiting, count, done = [table[size:]], count - size, done + size
             num_bytes = waiting[0].nbytes
     if count:
         yield pa.concat_tables(waiting)
+
+
+def with_codes(batch: pa.RecordBatch, codes: Codes) -> pa.RecordBatch:
+    """Rows of a file with the codes of names that the whole table has."""
+    for name, values in codes.items():
+        if name in batch.schema.names:
+            place = batch.schema.get_field_index(name)
+            batch = batch.set_column(place, name, pa.array(values[batch[name].to_numpy()]))
+    return batch
 
 
 def _table(batches: list[pa.RecordBatch]) -> pa.Table:

@@ -22,6 +22,7 @@ from s2l_ray.errors import ConfigError, DataError
 from s2l_ray.examples.ids import column_of, id_column, not_unique, one_array, priorities, repeated
 from s2l_ray.storage.records import digest
 from s2l_ray.trajectories.arriving import content_of
+from s2l_ray.trajectories.id_order import is_ascending
 from s2l_ray.trajectories.loss_columns import (
     LOSSES,
     STATISTICS,
@@ -32,7 +33,7 @@ from s2l_ray.trajectories.loss_columns import (
     points_column,
     token_count_column,
 )
-from s2l_ray.trajectories.sorting import SortedTable, in_order, is_ascending
+from s2l_ray.trajectories.sorting import SortedTable, in_order
 
 BLOCK_ROWS = 65_536
 NUM_RESPONSE_TOKENS = "num_response_tokens"
