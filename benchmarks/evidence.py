@@ -75,6 +75,9 @@ class Kind:
     parts_read: int | None = None
     """How many parts of the examples are evaluated; None: all."""
 
+    small_batches: bool = False
+    """For a CPU: a batch of 16 at once takes 11 GB."""
+
     writes_answers: bool = False
     proxy_is_target: bool = False
 
@@ -82,7 +85,7 @@ class Kind:
 KINDS = {
     "whole": Kind(ARMS, "s2l", [0.1, 0.3], 8, full_seeds=3, epochs=2, writes_answers=True),
     "upper": Kind([*ARMS[:4], "s2l_profile"], "s2l", [0.1], 8, epochs=2, writes_answers=True, proxy_is_target=True),
-    "reduced": Kind(ARMS[:3], "s2l_inside_sources", [256], 3, batch=16, parts_read=2),
+    "reduced": Kind(ARMS[:3], "s2l_inside_sources", [256], 3, batch=16, parts_read=2, small_batches=True),
     "rates": Kind(["source_balanced"], "source_balanced", [0.1], 2, rates=RATES, split="validation"),
 }
 
@@ -151,6 +154,8 @@ def config(data: Path, work: Path, model: str, kind: Kind, *, tiny: bool = False
         "redo_from": "clustering",
         "fit": "together",
     }
+    if kind.small_batches:
+        values["machines"] = values["machines"] | {"target": values["machines"]["target"] | {"device_batch_size": 4}}
     return values
 
 
