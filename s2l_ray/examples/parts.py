@@ -11,8 +11,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from s2l_ray.config import WorkerConfig
-from s2l_ray.examples.columns import struct_from_arrow, struct_from_values
-from s2l_ray.examples.json_values import loads_json
+from s2l_ray.examples.columns import holds_json, struct_from_arrow, struct_from_values
+from s2l_ray.examples.ids import one_array
+from s2l_ray.examples.json_values import loads_json, read_fields
 from s2l_ray.examples.order import Addresses
 from s2l_ray.examples.shards import REPEATING, take_rows
 from s2l_ray.examples.splits import with_held_out
@@ -53,11 +54,16 @@ class PartColumns:
     def of(self, table: pa.Table) -> pa.Table:
         """Rows of a shard with these columns."""
         if self.has_json:
-            made = struct_from_values([loads_json(text) for text in table["row_json"].to_pylist()], self.original)
+            made = self._from_json(one_array(table["row_json"]))
         else:
             made = struct_from_arrow(table["original"].combine_chunks(), self.original)
             table = table.drop_columns(["original"])
         return table.append_column("original", made).select(self._names)
+
+    def _from_json(self, texts: pa.Array) -> pa.StructArray:
+        """The corpus's own columns from the rows' texts."""
+        made = None if any(map(holds_json, self.original)) else read_fields(texts, self.original)
+        return struct_from_values([loads_json(text) for text in texts.to_pylist()], self.original) if made is None else made
 
     @property
     def _names(self) -> list[str]:
