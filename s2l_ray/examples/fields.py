@@ -48,6 +48,8 @@ class Examples:
     the row as it was: `row_json` or `original` (see `CorpusRows.own`)."""
     dropped: Dropped
     columns: Columns
+    are_plain: bool
+    """Whether all are pairs of plain texts (see `plain_pairs`)."""
 
 
 def normalise(rows: CorpusRows, config: ExamplesConfig, layout: Layout | None = None) -> Examples:
@@ -55,10 +57,7 @@ def normalise(rows: CorpusRows, config: ExamplesConfig, layout: Layout | None = 
 
     Raises DataError for a row that contradicts the config, unless such rows are dropped.
     """
-    if isinstance(config.dataset, ReasoningGymDataset | MimicRadiologyDataset):
-        config = _with_known_fields(config)
-        layout = Layout.of(config)
-    layout = layout or Layout.of(config)
+    config, layout = known_fields(config, layout)
     dropped = Dropped()
     for bad in rows.bad:
         _drop_bad(bad, rows.source, dropped, config)
@@ -69,7 +68,7 @@ def normalise(rows: CorpusRows, config: ExamplesConfig, layout: Layout | None = 
     learned = pa.concat_tables([_learned(found, rows.source) for found in (plain, others)]).combine_chunks()
     if len(others.numbers_M):
         learned, kept_M = learned.take(pa.array(np.argsort(kept_M))), np.sort(kept_M)
-    return Examples(_table(rows, kept_M, learned, config), dropped, rows.columns(kept_M))
+    return Examples(_table(rows, kept_M, learned, config), dropped, rows.columns(kept_M), not len(others.numbers_M))
 
 
 def _wanted(rows: CorpusRows, where: dict[str, Any], dropped: Dropped) -> NDArray[np.int64]:
@@ -172,16 +171,19 @@ def content_digest(text: LearnedText) -> bytes:
     return digest_of((text.messages if text.tools is None else f"{text.messages}\0{text.tools}").encode())
 
 
-def _with_known_fields(config: ExamplesConfig) -> ExamplesConfig:
-    """The config with the fields of a corpus that can be mapped in only one way; a radiology report's findings go into a
-    template where one is given."""
+def known_fields(config: ExamplesConfig, layout: Layout | None = None) -> tuple[ExamplesConfig, Layout]:
+    """The config and which fields are what: those that it names, or those of a corpus that can be mapped in only one way; a
+    radiology report's findings go into a template where one is given."""
+    if not isinstance(config.dataset, ReasoningGymDataset | MimicRadiologyDataset):
+        return config, layout or Layout.of(config)
     unused = ["messages_field", "tools_field", "system_field", "history_field"]
     if isinstance(config.dataset, MimicRadiologyDataset):
         fields = {"prompt_field": "findings", "response_field": "impression", "source_field": "source", "id_field": "row_id"}
     else:
         fields = {"prompt_field": "question", "response_field": "answer", "source_field": "source"}
         unused += ["id_field", "prompt_template", "prompt_template_if_empty"]
-    return config.model_copy(update={**dict.fromkeys(unused), **fields})
+    known = config.model_copy(update={**dict.fromkeys(unused), **fields})
+    return known, Layout.of(known)
 
 
 def _label(record: dict[str, Any], field: str | None, key: str) -> str | None:

@@ -14,7 +14,9 @@ from s2l_ray.config import WorkerConfig
 from s2l_ray.examples.columns import holds_json, struct_from_arrow, struct_from_values
 from s2l_ray.examples.ids import one_array
 from s2l_ray.examples.json_values import loads_json, read_fields
+from s2l_ray.examples.layouts import Layout
 from s2l_ray.examples.order import Addresses
+from s2l_ray.examples.plain_pairs import pairs_again
 from s2l_ray.examples.shards import REPEATING, take_rows
 from s2l_ray.examples.splits import with_held_out
 from s2l_ray.progress import get_log, track
@@ -51,19 +53,22 @@ class PartColumns:
     has_conversations: bool
     """Whether there are `messages` and `tools`."""
 
+    layout: Layout
+    """Which fields are what: shards of plain rows have no prompt and response beside the rows' own texts."""
+
     def of(self, table: pa.Table) -> pa.Table:
         """Rows of a shard with these columns."""
-        if self.has_json:
-            made = self._from_json(one_array(table["row_json"]))
-        else:
-            made = struct_from_arrow(table["original"].combine_chunks(), self.original)
-            table = table.drop_columns(["original"])
-        return table.append_column("original", made).select(self._names)
-
-    def _from_json(self, texts: pa.Array) -> pa.StructArray:
-        """The corpus's own columns from the rows' texts."""
-        made = None if any(map(holds_json, self.original)) else read_fields(texts, self.original)
-        return struct_from_values([loads_json(text) for text in texts.to_pylist()], self.original) if made is None else made
+        if not self.has_json:
+            made = struct_from_arrow(one_array(table["original"]), self.original)
+            return table.drop_columns(["original"]).append_column("original", made).select(self._names)
+        texts = one_array(table["row_json"])
+        fields = None if any(map(holds_json, self.original)) else read_fields(texts, self.original)
+        if "prompt" not in table.column_names:
+            prompts, responses = pairs_again(texts, fields, self.layout)
+            table = table.append_column("prompt", prompts).append_column("response", responses)
+        if fields is None:
+            fields = struct_from_values([loads_json(text) for text in texts.to_pylist()], self.original)
+        return table.append_column("original", fields).select(self._names)
 
     @property
     def _names(self) -> list[str]:
