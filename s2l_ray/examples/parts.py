@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ SMALLEST_PART, MOST_PARTS = 512, 1024
 # Rows that one task gathers. It holds them in memory; smaller tasks open every shard more often.
 ROWS_PER_TASK = 32_768
 TASKS_WANTED = 16
+JOINED_BYTES = 2**26
 
 
 def rows_per_part(num_rows: int, wanted: int | str) -> int:
@@ -127,10 +129,24 @@ class _WriteParts:
         """Some rows of the order, given by their numbers."""
         addresses = self.addresses.of(rows_M)
         shards_M, positions_M = (addresses[name].to_numpy() for name in ("shard", "position"))
-        tables = []
-        for shard in np.unique(shards_M):
-            table = take_rows(self.addresses.work, int(shard), np.sort(positions_M[shards_M == shard]))
-            tables.append(self.columns.of(with_held_out(table, self.addresses.held_out)))
+        taken = (
+            take_rows(self.addresses.work, int(shard), np.sort(positions_M[shards_M == shard])) for shard in np.unique(shards_M)
+        )
+        tables = [self.columns.of(with_held_out(table, self.addresses.held_out)) for table in _joined(taken)]
         # The tables are in order of shard and position; the row at place i of that order belongs at by_address_M[i].
         by_address_M = np.lexsort((positions_M, shards_M))
         return pa.concat_tables(tables).take(pa.array(np.argsort(by_address_M)))
+
+
+def _joined(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Neighbouring tables of the same columns as one each, up to JOINED_BYTES: columns are made of many rows at once."""
+    joined: list[pa.Table] = []
+    num_bytes = 0
+    for table in tables:
+        if joined and (num_bytes > JOINED_BYTES or not table.schema.equals(joined[0].schema)):
+            yield pa.concat_tables(joined).combine_chunks()
+            joined, num_bytes = [], 0
+        joined.append(table)
+        num_bytes += table.nbytes
+    if joined:
+        yield pa.concat_tables(joined).combine_chunks()
