@@ -7,7 +7,6 @@ whole file is in memory.
 from __future__ import annotations
 
 import abc
-import contextlib
 import functools
 import itertools
 import json
@@ -159,12 +158,14 @@ def _plain_records(data: bytes) -> tuple[list[dict[str, Any]], pa.Array] | None:
     """Rows and their texts where every line is an object without white space around it, and `json` agrees with orjson on all
     of them; else None."""
     lines = data.split(b"\n")
-    if all(line.startswith(b"{") and line.endswith(b"}") for line in lines):
-        with contextlib.suppress(ValueError):
-            records = [orjson.loads(line) for line in lines]
-            if SIMPLE.issuperset(itertools.chain.from_iterable(map(type, record.values()) for record in records)):
-                return records, pa.array(lines, pa.string())
-    return None
+    if not (data.startswith(b"{") and data.endswith(b"}") and data.count(b"}\n{") == len(lines) - 1):
+        return None
+    try:
+        records = [orjson.loads(line) for line in lines]
+    except ValueError:
+        return None
+    kinds = set(map(type, itertools.chain.from_iterable(map(dict.values, records))))
+    return (records, pa.array(lines, pa.string())) if kinds <= SIMPLE else None
 
 
 def _decoded_lines(data: bytes) -> list[Any]:

@@ -2,6 +2,7 @@
 
 orjson does the work wherever both agree. It refuses NaN, Infinity, numbers beyond a double's range and half surrogate pairs,
 and turns whole numbers beyond 64 bits into decimals; `json` takes them, reads them exactly, and says where a text is wrong.
+The columns of rows that were read once are read again by Arrow.
 """
 
 from __future__ import annotations
