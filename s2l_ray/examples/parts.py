@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,8 @@ SMALLEST_PART, MOST_PARTS = 512, 1024
 # Rows that one task gathers. It holds them in memory; smaller tasks open every shard more often.
 ROWS_PER_TASK = 32_768
 TASKS_WANTED = 16
-JOINED_BYTES = 2**26
+JOINED_BYTES = 2**26  # of rows whose columns are made together
+WRITERS = 2  # threads of a task that wait for the disk
 
 
 def rows_per_part(num_rows: int, wanted: int | str) -> int:
@@ -117,13 +119,18 @@ class _WriteParts:
         starts = [self.size * part for part in self.parts[number]]
         rows_M = np.concatenate([np.arange(start, min(start + self.size, self.addresses.num_rows)) for start in starts])
         table = self._gather(rows_M)
-        records = []
-        for part in self.parts[number]:
-            first, end = np.searchsorted(rows_M, [self.size * part, self.size * (part + 1)])
-            data = table_bytes(table.slice(first, end - first).combine_chunks(), REPEATING)
-            self.storage.write(part_name(part), data)
-            records.append(dataclasses.asdict(FileRecord.of(part_name(part), data)))
-        return {"records": records}
+        # A file waits for the disk: the next one is made meanwhile.
+        with ThreadPoolExecutor(WRITERS) as pool:
+            writes = []
+            for part in self.parts[number]:
+                first, end = np.searchsorted(rows_M, [self.size * part, self.size * (part + 1)])
+                data = table_bytes(table.slice(first, end - first).combine_chunks(), REPEATING)
+                writes.append(pool.submit(self._write, part_name(part), data))
+            return {"records": [dataclasses.asdict(write.result()) for write in writes]}
+
+    def _write(self, name: str, data: bytes) -> FileRecord:
+        self.storage.write(name, data)
+        return FileRecord.of(name, data)
 
     def _gather(self, rows_M: NDArray[np.int64]) -> pa.Table:
         """Some rows of the order, given by their numbers."""
