@@ -6,12 +6,14 @@ The corpus repeats the rows of DATA_DIR (`*.jsonl` with `instruction`, `input`, 
 pyarrow does two things with it, each with the threads of this machine: `to_parquet` reads the JSON Lines file and writes it as
 one Parquet file; `same_files` reads what the stage read and writes what the stage wrote, part by part. The stage's time is the
 one in its manifest, without Ray's start; the driver's memory is that of its process alone. `--before` also runs another
-checkout of this project in every pair. Lines are added to `results/way_in.jsonl`, medians printed at the end.
+checkout of this project in every pair. Processor seconds of a run are those of all its processes, Ray's start among them.
+Lines are added to `results/way_in.jsonl`, medians printed at the end.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -19,14 +21,19 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.json
 import pyarrow.parquet as pq
 from driver_memory import CONFIG, peaks
+from numpy.typing import NDArray
+from ranged import children
 
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.places import Storage
@@ -37,6 +44,9 @@ RESULTS = Path(__file__).parent / "results" / "way_in.jsonl"
 HERE = Path(__file__).parents[1]
 NUMBER = re.compile(r"\d{1,9}")
 PARQUET = {"compression": "zstd"}
+BASES = ("to_parquet", "same_files")
+Seconds = NDArray[np.float64]
+"""Seconds and processor seconds."""
 
 
 def write_corpus(path: Path, data: Path, rows: int) -> None:
@@ -56,6 +66,7 @@ def run_stage(tree: Path, corpus: Path, run_dir: Path) -> dict[str, Any]:
     shutil.rmtree(run_dir, ignore_errors=True)
     code = "from s2l_ray.cli import main; main()"
     command = [sys.executable, "-c", code, "run", str(CONFIG), "--run-dir", str(run_dir), "--until", "examples"]
+    used: dict[tuple[int, float], float] = {}
     with run_dir.with_suffix(".log").open("wb") as log:
         process = subprocess.Popen(
             [*command, "--set", f"examples.dataset={corpus}"],
@@ -64,32 +75,50 @@ def run_stage(tree: Path, corpus: Path, run_dir: Path) -> dict[str, Any]:
             cwd=tree,
             env=os.environ | {"PYTHONPATH": str(tree)},
         )
+        threading.Thread(target=add_processor_seconds, args=(process, used)).start()
         memory = peaks(process)
     if process.wait():
         raise SystemExit(f"the run failed: see {log.name}")
     artifact = Artifact.read(Storage(str(run_dir)).child("examples"))
     files = digest({path: record["sha256"] for path, record in artifact.manifest["files"].items()})
-    return {"seconds": artifact.manifest["provenance"]["seconds"], "rows": artifact.summary["rows"], "files": files} | memory
+    seconds = {"seconds": artifact.manifest["provenance"]["seconds"], "cpu_seconds": sum(used.values())}
+    return seconds | {"rows": artifact.summary["rows"], "files": files} | memory
 
 
-def to_parquet(corpus: Path, target: Path) -> float:
-    """Seconds of pyarrow from the JSON Lines file to one Parquet file."""
-    start = time.perf_counter()
+def add_processor_seconds(process: subprocess.Popen[bytes], used: dict[tuple[int, float], float]) -> None:
+    """Keep the processor seconds of a process and of all below it, Ray's own among them, until it ends."""
+    root = psutil.Process(process.pid)
+    while process.poll() is None:
+        for one in [root, *children(root)]:
+            with contextlib.suppress(psutil.Error):
+                times = one.cpu_times()
+                used[one.pid, one.create_time()] = times.user + times.system
+        time.sleep(0.25)
+
+
+def to_parquet(corpus: Path, target: Path) -> Seconds:
+    """pyarrow from the JSON Lines file to one Parquet file."""
+    start = clocks()
     pq.write_table(pa.json.read_json(corpus), target, **PARQUET)
-    return time.perf_counter() - start
+    return clocks() - start
 
 
-def same_files(corpus: Path, run_dir: Path, target: Path) -> float:
-    """Seconds of pyarrow for reading the JSON Lines file, and for writing every part that the stage wrote."""
-    start = time.perf_counter()
+def same_files(corpus: Path, run_dir: Path, target: Path) -> Seconds:
+    """pyarrow reading the JSON Lines file, and writing every part that the stage wrote."""
+    start = clocks()
     pa.json.read_json(corpus)
-    seconds = time.perf_counter() - start
+    seconds = clocks() - start
     for part in sorted((run_dir / "examples").glob("part-*.parquet")):
         table = pq.read_table(part)
-        start = time.perf_counter()
+        start = clocks()
         pq.write_table(table, target, **PARQUET)
-        seconds += time.perf_counter() - start
+        seconds += clocks() - start
     return seconds
+
+
+def clocks() -> Seconds:
+    """The time, and the processor seconds of this process."""
+    return np.array([time.perf_counter(), time.process_time()])
 
 
 def one_pair(arguments: argparse.Namespace, corpus: Path) -> dict[str, Any]:
@@ -103,7 +132,7 @@ def one_pair(arguments: argparse.Namespace, corpus: Path) -> dict[str, Any]:
         ("to_parquet", lambda: to_parquet(corpus, work / "pyarrow.parquet")),
         ("same_files", lambda: same_files(corpus, run_dir, work / "pyarrow.parquet")),
     ):
-        found[name] = measure()
+        found[name], found[f"{name}_cpu"] = measure().tolist()
         found[f"stage_over_{name}"] = found["stage"]["seconds"] / found[name]
     return found
 
@@ -127,10 +156,10 @@ def main() -> None:
         with RESULTS.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line | {"provenance": provenance()}) + "\n")
         print(json.dumps(line), flush=True)
-    for name in ("to_parquet", "same_files", "stage_over_to_parquet", "stage_over_same_files"):
+    for name in (*BASES, *(f"{base}_cpu" for base in BASES), *(f"stage_over_{base}" for base in BASES)):
         print(f"{name:24} {statistics.median(pair[name] for pair in pairs):10.2f}")
     for name in ("before", "stage") if arguments.before else ("stage",):
-        for key, unit in (("seconds", "s"), ("rss_mib", "MiB")):
+        for key, unit in (("seconds", "s"), ("cpu_seconds", "s"), ("rss_mib", "MiB")):
             print(f"{name:12} {key:11} {statistics.median(pair[name][key] for pair in pairs):10.1f} {unit}")
 
 

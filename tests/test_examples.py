@@ -37,7 +37,7 @@ from s2l_ray.examples.conversations import LearnedText
 from s2l_ray.examples.corpus import corpus_identity, examples_recipe, find_files
 from s2l_ray.examples.cutting import cut_corpus, cut_file, sample_corpus
 from s2l_ray.examples.dropped import Dropped
-from s2l_ray.examples.fields import content_digest
+from s2l_ray.examples.fields import content_digest, known_fields
 from s2l_ray.examples.formats import Lines, owned_lines
 from s2l_ray.examples.hashes import masked, prompt_hash, split_of
 from s2l_ray.examples.parts import PartColumns, rows_per_part
@@ -91,7 +91,8 @@ def read_all(dataset: Any, **fields: Any) -> pa.Table:
     shards = [read_shard(shard, config) for shard in cut_corpus(config)]
     indexes = [ShardIndex.of(row_groups(shard)) for shard in shards]
     joined = join_columns(index.columns for index in indexes)
-    columns = PartColumns(joined.type, any(i.has_json for i in indexes), any(i.num_conversations for i in indexes))
+    has_json, has_conversations = (any(getattr(index, name) for index in indexes) for name in ("has_json", "num_conversations"))
+    columns = PartColumns(joined.type, has_json, has_conversations, known_fields(config)[1])
     return pa.concat_tables([columns.of(shard.replace_schema_metadata()) for shard in shards])
 
 

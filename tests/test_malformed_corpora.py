@@ -27,6 +27,7 @@ from s2l_ray.config import ExamplesConfig
 from s2l_ray.errors import DataError, S2LError
 from s2l_ray.examples.columns import join_columns
 from s2l_ray.examples.cutting import cut_corpus
+from s2l_ray.examples.fields import known_fields
 from s2l_ray.examples.parts import PartColumns
 from s2l_ray.examples.shards import ShardIndex, read_shard, row_groups
 from s2l_ray.storage.drafts import table_bytes
@@ -452,7 +453,8 @@ def read(corpus: Malformed, folder: Path, **config: Any) -> tuple[int, Counter[s
     tables = [read_shard(shard, section) for shard in cut_corpus(section)]
     indexes = [ShardIndex.of(row_groups(table)) for table in tables]
     columns = join_columns(index.columns for index in indexes).type
-    made = PartColumns(columns, any(index.has_json for index in indexes), any(index.num_conversations for index in indexes))
+    has_json, has_conversations = (any(getattr(index, name) for index in indexes) for name in ("has_json", "num_conversations"))
+    made = PartColumns(columns, has_json, has_conversations, known_fields(section)[1])
     kept = [len(stored(made.of(stored(table)))) for table in tables if len(table)]
     return sum(kept), sum((index.dropped.by_reason for index in indexes), Counter[str]())
 

@@ -87,7 +87,7 @@ def _kind_of_all(values: Sequence[Any], marks: set[bytes], depth: int) -> pa.Dat
         return None
     [kind] = kinds
     if kind is str:
-        return pa.string() if all(map(is_unicode, filter(None, values))) else None
+        return pa.string() if are_unicode(values) else None
     if kind is list:
         inner = _kind_of_all([item for value in values if value for item in value], marks, depth + 1)
         return None if inner is None else pa.list_(inner)
@@ -205,6 +205,15 @@ def is_unicode(text: str) -> bool:
     try:
         text.encode()
     except UnicodeEncodeError:  # half a surrogate pair
+        return False
+    return True
+
+
+def are_unicode(texts: Sequence[str | None]) -> bool:
+    """Whether UTF-8 has every character of all texts."""
+    try:
+        pa.array(texts, pa.string())
+    except UnicodeEncodeError:
         return False
     return True
 

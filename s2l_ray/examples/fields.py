@@ -10,18 +10,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from s2l_ray.config import ExamplesConfig, MimicRadiologyDataset, ReasoningGymDataset
 from s2l_ray.errors import DataError
 from s2l_ray.examples.columns import Columns
 from s2l_ray.examples.conversations import LearnedText
 from s2l_ray.examples.dropped import FILTERED, Dropped
-from s2l_ray.examples.hashes import DIGEST_BYTES, POOL, canonical_json, digest_of, prompt_hash, split_of
+from s2l_ray.examples.hashes import POOL, canonical_json, digest_of, splits_of
+from s2l_ray.examples.ids import one_array
 from s2l_ray.examples.imperfections import may_be_wrong
 from s2l_ray.examples.layouts import IF_LEFT_OUT, Layout, missing_field, row_reader
+from s2l_ray.examples.masking import prompt_hashes
+from s2l_ray.examples.plain_pairs import ReadRows, read_plain_pairs
 from s2l_ray.examples.row_problems import NOTHING_TO_LEARN, RowProblem, kind_in_words, require_unicode
 from s2l_ray.examples.rows import MISSING, BadRow, CorpusRows
+from s2l_ray.examples.texts import binaries, digests_of, hexadecimal
 
 # What an id and a source are, and what to do about another value.
 _LABELS = {
@@ -41,6 +48,8 @@ class Examples:
     the row as it was: `row_json` or `original` (see `CorpusRows.own`)."""
     dropped: Dropped
     columns: Columns
+    are_plain: bool
+    """Whether all are pairs of plain texts (see `plain_pairs`)."""
 
 
 def normalise(rows: CorpusRows, config: ExamplesConfig, layout: Layout | None = None) -> Examples:
@@ -48,21 +57,39 @@ def normalise(rows: CorpusRows, config: ExamplesConfig, layout: Layout | None = 
 
     Raises DataError for a row that contradicts the config, unless such rows are dropped.
     """
-    if isinstance(config.dataset, ReasoningGymDataset | MimicRadiologyDataset):
-        config = _with_known_fields(config)
-        layout = Layout.of(config)
+    config, layout = known_fields(config, layout)
     dropped = Dropped()
     for bad in rows.bad:
         _drop_bad(bad, rows.source, dropped, config)
-    read, is_wanted = row_reader(layout or Layout.of(config), rows.nulls_are_absent), _filter(config.where)
+    wanted_N = _wanted(rows, config.where, dropped)
+    plain = read_plain_pairs(rows, wanted_N, config, layout)
+    others = _read_one_by_one(rows, np.setdiff1d(wanted_N, plain.numbers_M), config, layout, dropped)
+    kept_M = np.concatenate([plain.numbers_M, others.numbers_M])
+    learned = pa.concat_tables([_learned(found, rows.source) for found in (plain, others)]).combine_chunks()
+    if len(others.numbers_M):
+        learned, kept_M = learned.take(pa.array(np.argsort(kept_M))), np.sort(kept_M)
+    return Examples(_table(rows, kept_M, learned, config), dropped, rows.columns(kept_M), not len(others.numbers_M))
+
+
+def _wanted(rows: CorpusRows, where: dict[str, Any], dropped: Dropped) -> NDArray[np.int64]:
+    """The numbers of the rows that the config asks for."""
+    is_wanted = _filter(where)
+    wanted = [row for row in range(len(rows)) if is_wanted(rows.record(row))] if where else range(len(rows))
+    for _ in range(len(rows) - len(wanted)):
+        dropped.add(rows.source, FILTERED)
+    return np.array(wanted, np.int64)
+
+
+def _read_one_by_one(
+    rows: CorpusRows, numbers_M: NDArray[np.int64], config: ExamplesConfig, layout: Layout, dropped: Dropped
+) -> ReadRows:
+    """What is learned from some rows, each as its layout has it."""
+    read = row_reader(layout, rows.nulls_are_absent)
     kept: list[int] = []
     texts: list[LearnedText] = []
     labels: list[tuple[str | None, str]] = []
-    for row in range(len(rows)):
+    for row in numbers_M.tolist():
         source, record = rows.source, rows.record(row)
-        if not is_wanted(record):
-            dropped.add(source, FILTERED)
-            continue
         try:
             source = _label(record, config.source_field, "source_field") or source
             example_id = _label(record, config.id_field, "id_field")
@@ -76,7 +103,13 @@ def normalise(rows: CorpusRows, config: ExamplesConfig, layout: Layout | None = 
         kept.append(row)
         texts.append(text)
         labels.append((example_id, source))
-    return Examples(_table(rows, kept, texts, labels, config), dropped, rows.columns(kept))
+    columns = {
+        "source": [source for _, source in labels],
+        **{name: [getattr(text, name) for text in texts] for name in ("prompt", "response", "messages", "tools")},
+        **({} if config.id_field is None else {"example_id": [example_id for example_id, _ in labels]}),
+    }
+    arrays = {name: pa.array(values, pa.string()) for name, values in columns.items()}
+    return ReadRows(np.array(kept, np.int64), arrays, b"".join(map(content_digest, texts)))
 
 
 def _drop_bad(bad: BadRow, source: str, dropped: Dropped, config: ExamplesConfig) -> None:
@@ -88,42 +121,47 @@ def _drop_bad(bad: BadRow, source: str, dropped: Dropped, config: ExamplesConfig
     dropped.add(source, bad.reason, bad.message)
 
 
-def _table(
-    rows: CorpusRows, kept: list[int], texts: list[LearnedText], labels: list[tuple[str | None, str]], config: ExamplesConfig
-) -> pa.Table:
-    digests = [content_digest(text) for text in texts]
-    hashes = [_hash_for_split(text.prompt, config) for text in texts]
-    fractions = config.held_out_fraction, config.validation_fraction
-    splits = [POOL if hashed is None else split_of(hashed, *fractions) for hashed in hashes]
-    ids = [given or digest.hex() for (given, _), digest in zip(labels, digests, strict=True)]
-    own_name, own = rows.own(kept)
+def _learned(read: ReadRows, source: str) -> pa.Table:
+    """What was read of some rows: the columns of `Examples.table` from `example_id` to `content`, but the split."""
+    count = len(read.numbers_M)
+    given = read.columns if count else {}
+    columns = {
+        "example_id": given.get("example_id", hexadecimal(read.contents)),
+        "source": given.get("source", pa.repeat(source, count)),
+        **{name: given.get(name, pa.nulls(count, pa.string())) for name in ("prompt", "response", "messages", "tools")},
+        "content": binaries(read.contents),
+    }
+    return pa.table(columns)
+
+
+def _table(rows: CorpusRows, kept_M: NDArray[np.int64], learned: pa.Table, config: ExamplesConfig) -> pa.Table:
+    prompts = one_array(learned["prompt"])
+    hashes_M = prompt_hashes(prompts)
+    is_kept_M = _stays_in_pool(hashes_M, config)
+    splits = splits_of(hashes_M, config.held_out_fraction, config.validation_fraction)
+    own_name, own = rows.own(kept_M)
     if own_name == "row_json":  # two rows that differ in how they are written come out differently
-        row_digests = [digest_of(written) for written in own.cast(pa.binary()).to_pylist()]
+        row_digests = digests_of(own)
     else:
-        row_digests = [digest_of(canonical_json(rows.record(row)).encode()) for row in kept]
+        row_digests = b"".join(digest_of(canonical_json(rows.record(row)).encode()) for row in kept_M.tolist())
     return pa.table(
         {
-            "example_id": pa.array(ids, pa.string()),
-            "source": pa.array([source for _, source in labels], pa.string()),
-            "prompt": pa.array([text.prompt for text in texts], pa.string()),
-            "response": pa.array([text.response for text in texts], pa.string()),
-            "split": pa.array(splits, pa.string()),
-            "prompt_hash": pa.array(hashes, pa.uint64()),
-            "messages": pa.array([text.messages for text in texts], pa.string()),
-            "tools": pa.array([text.tools for text in texts], pa.string()),
-            "content": pa.array(digests, pa.binary(DIGEST_BYTES)),
-            "row": pa.array(row_digests, pa.binary(DIGEST_BYTES)),
+            **{name: learned[name] for name in ("example_id", "source", "prompt", "response")},
+            "split": pc.if_else(pa.array(is_kept_M), POOL, splits),
+            "prompt_hash": pa.array(hashes_M, mask=is_kept_M),
+            **{name: learned[name] for name in ("messages", "tools", "content")},
+            "row": binaries(row_digests),
             own_name: own,
         }
     )
 
 
-def _hash_for_split(prompt: str, config: ExamplesConfig) -> int | None:
-    """The hash that decides a row's split; None where the row stays in the pool whatever is asked for."""
-    hashed = prompt_hash(prompt)
+def _stays_in_pool(hashes_M: NDArray[np.uint64], config: ExamplesConfig) -> NDArray[np.bool_]:
+    """Whether a row of a prompt with this hash stays in the pool whatever is asked for."""
     gym = config.dataset.reasoning_gym if isinstance(config.dataset, ReasoningGymDataset) else None
-    is_kept = gym is not None and gym.imperfections and gym.imperfections.wrong_answers and may_be_wrong(hashed)
-    return None if is_kept else hashed
+    if gym is None or not gym.imperfections or not gym.imperfections.wrong_answers:
+        return np.zeros(len(hashes_M), bool)
+    return np.array([may_be_wrong(hashed) for hashed in hashes_M.tolist()], bool)
 
 
 def content_digest(text: LearnedText) -> bytes:
@@ -133,16 +171,19 @@ def content_digest(text: LearnedText) -> bytes:
     return digest_of((text.messages if text.tools is None else f"{text.messages}\0{text.tools}").encode())
 
 
-def _with_known_fields(config: ExamplesConfig) -> ExamplesConfig:
-    """The config with the fields of a corpus that can be mapped in only one way; a radiology report's findings go into a
-    template where one is given."""
+def known_fields(config: ExamplesConfig, layout: Layout | None = None) -> tuple[ExamplesConfig, Layout]:
+    """The config and which fields are what: those that it names, or those of a corpus that can be mapped in only one way; a
+    radiology report's findings go into a template where one is given."""
+    if not isinstance(config.dataset, ReasoningGymDataset | MimicRadiologyDataset):
+        return config, layout or Layout.of(config)
     unused = ["messages_field", "tools_field", "system_field", "history_field"]
     if isinstance(config.dataset, MimicRadiologyDataset):
         fields = {"prompt_field": "findings", "response_field": "impression", "source_field": "source", "id_field": "row_id"}
     else:
         fields = {"prompt_field": "question", "response_field": "answer", "source_field": "source"}
         unused += ["id_field", "prompt_template", "prompt_template_if_empty"]
-    return config.model_copy(update={**dict.fromkeys(unused), **fields})
+    known = config.model_copy(update={**dict.fromkeys(unused), **fields})
+    return known, Layout.of(known)
 
 
 def _label(record: dict[str, Any], field: str | None, key: str) -> str | None:

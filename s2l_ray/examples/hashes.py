@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 DIGEST_BYTES = 10  # 20 hexadecimal digits: two of ten million contents share a digest in one of 10**10 corpora
@@ -57,3 +58,11 @@ def split_of(hashed: int, held_out_fraction: float, validation_fraction: float =
     if number < held_out_fraction:
         return HELD_OUT
     return VALIDATION if validation_fraction and number >= 1 - validation_fraction else POOL
+
+
+def splits_of(hashes_N: NDArray[np.uint64], held_out_fraction: float, validation_fraction: float = 0.0) -> pa.Array:
+    """`split_of` of each hash, as texts."""
+    numbers_N = hashes_N / 2.0**64
+    is_validation_N = (numbers_N >= 1 - validation_fraction) if validation_fraction else np.zeros(len(hashes_N), bool)
+    codes_N = np.where(numbers_N < held_out_fraction, 1, np.where(is_validation_N, 2, 0))
+    return pa.array([POOL, HELD_OUT, VALIDATION]).take(pa.array(codes_N))

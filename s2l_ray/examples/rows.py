@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from s2l_ray.errors import DataError
 from s2l_ray.examples.columns import Columns, field_of, field_of_arrow, is_unicode, json_text, plain_type, plain_values
@@ -69,11 +71,11 @@ class CorpusRows(Protocol):
         """A row as a mapping of all its fields, with values that JSON has where it has them."""
         ...
 
-    def own(self, rows: list[int]) -> tuple[str, pa.Array]:
+    def own(self, rows: NDArray[np.int64]) -> tuple[str, pa.Array]:
         """Some of the rows as they were: `row_json` and the text of each, or `original` and a struct of their columns."""
         ...
 
-    def columns(self, rows: list[int]) -> Columns:
+    def columns(self, rows: NDArray[np.int64]) -> Columns:
         """The columns of some of the rows."""
         ...
 
@@ -85,7 +87,7 @@ class Records:
     records: list[dict[str, Any]]
     place: Callable[[int], str]
     source: str
-    texts: list[str] | None = None
+    texts: pa.Array | None = None
     """Each row as JSON, as it was written; made from the record where the corpus has none."""
     bad: Sequence[BadRow] = ()
     nulls_are_absent: bool = False
@@ -102,17 +104,19 @@ class Records:
     def record(self, row: int) -> dict[str, Any]:
         return self.records[row]
 
-    def own(self, rows: list[int]) -> tuple[str, pa.Array]:
-        texts = [json_text(self.records[row]) if self.texts is None else self.texts[row] for row in rows]
-        return "row_json", pa.array(texts, pa.string())
+    def own(self, rows: NDArray[np.int64]) -> tuple[str, pa.Array]:
+        if self.texts is None:
+            return "row_json", pa.array([json_text(self.records[row]) for row in rows.tolist()], pa.string())
+        return "row_json", self.texts if len(rows) == len(self) else self.texts.take(pa.array(rows))
 
-    def columns(self, rows: list[int]) -> Columns:
+    def columns(self, rows: NDArray[np.int64]) -> Columns:
+        records = self.records if len(rows) == len(self) else [self.records[row] for row in rows.tolist()]
         ranks: dict[str, int] = {}
-        for fields in {tuple(self.records[row]) for row in rows}:
+        for fields in set(map(tuple, records)):
             for rank, field in enumerate(fields):
                 if is_unicode(field):  # a column cannot be called otherwise; such a field is in the row's own text alone
                     ranks[field] = min(rank, ranks.get(field, rank))
-        return Columns({name: field_of(name, [self.records[row].get(name) for row in rows]) for name in ranks}, ranks)
+        return Columns({name: field_of(name, [record.get(name) for record in records]) for name in ranks}, ranks)
 
 
 @dataclass(frozen=True)
@@ -145,11 +149,11 @@ class TableRows:
     def _values(self) -> dict[str, list[Any]]:
         return {name: plain_values(self.table[name]) for name in self.table.column_names}
 
-    def own(self, rows: list[int]) -> tuple[str, pa.Array]:
+    def own(self, rows: NDArray[np.int64]) -> tuple[str, pa.Array]:
         fields = [pa.field(field.name, plain_type(field.type)) for field in self.table.schema]
         # Cast before anything is taken: of some types (views of text) nothing can be.
         plain = self.table.cast(pa.schema(fields)).to_struct_array().combine_chunks()
-        return "original", plain.take(pa.array(rows, pa.int64()))
+        return "original", plain.take(pa.array(rows))
 
     def as_records(self) -> Records:
         """The rows as those of a JSON file. Raises DataError for bytes, which JSON does not have."""
@@ -162,7 +166,7 @@ class TableRows:
         records = [self.record(row) for row in range(len(self))]
         return Records(records, self.place, self.source, nulls_are_absent=True)
 
-    def columns(self, rows: list[int]) -> Columns:
-        names = self.table.column_names if rows else []
+    def columns(self, rows: NDArray[np.int64]) -> Columns:
+        names = self.table.column_names if len(rows) else []
         fields = {name: field_of_arrow(name, self.table.schema.field(name).type) for name in names}
         return Columns(fields, {name: rank for rank, name in enumerate(names)})

@@ -127,6 +127,9 @@ def _without_collection() -> Iterator[None]:
 def read_shard(shard: Shard, config: ExamplesConfig, layout: Layout | None = None) -> pa.Table:
     """The examples of a shard in order of id: the columns of `fields.Examples.table`, and the notes for its index.
 
+    Where all rows are plain and have a text of their own, prompt and response are left out: `parts` reads them from it again,
+    in less time than two more texts take to be written and read.
+
     Raises DataError for a row that contradicts the config.
     """
     found = [normalise(rows, config, layout) for piece in shard for rows in piece.read()]
@@ -135,6 +138,8 @@ def read_shard(shard: Shard, config: ExamplesConfig, layout: Layout | None = Non
     original = join_columns(examples.columns for examples in found if "original" in examples.table.column_names).type
     # Where no row of a stretch was kept it has no column `original`.
     table = pa.concat_tables([_with_original(examples.table, original) for examples in found], promote_options="default")
+    if "row_json" in table.column_names and all(examples.are_plain for examples in found):
+        table = table.drop_columns(["prompt", "response"])
     table = table.take(pc.sort_indices(table, sort_keys=[("example_id", "ascending")]))
     return with_notes(table, Dropped.joined(examples.dropped for examples in found), columns)
 

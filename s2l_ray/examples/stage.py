@@ -22,6 +22,7 @@ from s2l_ray.errors import DataError
 from s2l_ray.examples.columns import Columns, join_columns
 from s2l_ray.examples.cutting import cut_corpus
 from s2l_ray.examples.dropped import DUPLICATE, Dropped
+from s2l_ray.examples.fields import known_fields
 from s2l_ray.examples.hashes import HELD_OUT, POOL, VALIDATION
 from s2l_ray.examples.llama_factory import resolved
 from s2l_ray.examples.order import Order, order_rows
@@ -54,9 +55,8 @@ def build(context: Context) -> Artifact:
         order = hold_out_per_source(order, config.held_out_per_source, workers)
     columns = join_columns(index.columns for index in indexes)
     _check_fields(columns, config)
-    made = PartColumns(
-        columns.type, any(index.has_json for index in indexes), any(index.num_conversations for index in indexes)
-    )
+    has_json, has_conversations = (any(getattr(index, name) for index in indexes) for name in ("has_json", "num_conversations"))
+    made = PartColumns(columns.type, has_json, has_conversations, known_fields(config, layout)[1])
     summary = _summary(order, dropped, config) | _corpus_facts(indexes, columns, made)
     write_parts(order.addresses, summary["rows_per_part"], made, workers, draft)
     return draft.publish(summary)
