@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -31,7 +30,7 @@ from s2l_ray.storage.records import FileRecord
 from s2l_ray.storage.stages import Context
 from s2l_ray.trajectories.ranged_store import RangedStore
 from s2l_ray.trajectories.sorting import in_order
-from s2l_ray.trajectories.store import BLOCK_ROWS, Trajectories, TrajectoryStore
+from s2l_ray.trajectories.store import Trajectories, TrajectoryStore
 
 ROWS_PER_PART = 1_048_576
 _log = get_log("clustering")
@@ -171,12 +170,16 @@ def publish_clustering(
 
 def _parts(assignments: Assigned) -> Iterator[pa.Table]:
     """The parts of the artifact, a chunk for each block: to join these would hold a part twice."""
-    blocks = (
-        pa.table({"example_id": block["example_id"], "cluster_id": labels_M, "distance": distances_M})
-        for block, labels_M, distances_M in assignments
-    )
-    while some := list(itertools.islice(blocks, ROWS_PER_PART // BLOCK_ROWS)):
-        yield pa.concat_tables(some)
+    held: list[pa.Table] = []
+    room = ROWS_PER_PART
+    for block, labels_M, distances_M in assignments:
+        rows = pa.table({"example_id": block["example_id"], "cluster_id": labels_M, "distance": distances_M})
+        while len(rows) >= room:
+            yield pa.concat_tables([*held, rows.slice(0, room)])
+            rows, held, room = rows.slice(room), [], ROWS_PER_PART
+        held, room = [*held, rows], room - len(rows)
+    if room < ROWS_PER_PART:
+        yield pa.concat_tables(held)
 
 
 def _part_bytes(table: pa.Table) -> bytes:
