@@ -53,9 +53,9 @@ CHOOSE = [
     Candidate(("profile",), "mixture", (10,)),
     Candidate(("profile", "embedding"), "mixture", (10,)),
 ]
-CHOSEN: Candidate | None = None
+CHOSEN: Candidate | None = Candidate(("profile",), "mixture", (10,))
 DIAGNOSED_SEEDS = 3
-SEEDS = {"choose": 4, "confirm": 8}
+SEEDS = {"choose": 4, "confirm": 6}
 
 
 # --- runs and cells ------------------------------------------------------------------------------------------------
