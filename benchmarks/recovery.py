@@ -115,8 +115,8 @@ class Reading:
         examples = self.finished["examples"]
         parts = evaluated_parts(self.config, examples)
         job = CellsJob(examples, self.finished["proxy"], specs, work, parts, frozenset())
-        workers = Workers.resolve(self.config.machines.compare, one_per_cpu=True)
         connect_ray()
+        workers = Workers.resolve(self.config.machines.compare, one_per_cpu=True)
         do_units("compare", [Unit(unit, CELL_LOSSES) for unit in specs], CellWorker, job, work, workers)
 
     def trained(self, pool: SeenPool, wanted: list[Candidate], seeds: int) -> list[Cell]:
