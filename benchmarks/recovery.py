@@ -191,7 +191,7 @@ def recovered(random_K: Floats, arm_K: Floats, balanced_K: Floats) -> dict[str, 
     a, c = gap**2 - squared * covariance[0, 0], gain**2 - squared * covariance[1, 1]
     b = gain * gap - squared * covariance[0, 1]
     if a <= 0 or b**2 < a * c:
-        return {"share": gain / gap, "low": None, "high": None}
+        return {"share": gain / gap if gap else None, "low": None, "high": None}
     root = float(np.sqrt(b**2 - a * c))
     return {"share": gain / gap, "low": float((b - root) / a), "high": float((b + root) / a)}
 
@@ -241,7 +241,7 @@ def markdown(found: Mapping[str, Any]) -> str:
                 columns[-1] = f"{one['difference']['mean']:+.3f} ± {half:.3f}"
             share = one["recovered"]
             interval = "" if not share or share["low"] is None else f" [{share['low']:.2f}, {share['high']:.2f}]"
-            columns.append("" if not share else f"{share['share']:.2f}{interval}")
+            columns.append("" if not share or share["share"] is None else f"{share['share']:.2f}{interval}")
         lines.append(f"| {' | '.join(columns)} |")
     return "\n".join(lines)
 
