@@ -465,6 +465,13 @@ def test_rows_of_json_and_of_parquet_make_one_corpus(tmp_path: Path) -> None:
     assert second["original"] == {"prompt": "c", "response": "d", "meta": None, "when": "2024-02-29 12:30:00.000000"}
 
 
+def test_a_file_of_which_no_row_is_kept_does_not_matter_by_the_types_of_its_columns(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"prompt": ["a"], "response": ["b"], "meta": ["text"]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"prompt": ["c"], "response": ["d"], "meta": [[1, 2]]}), tmp_path / "b.parquet")
+    [row] = read_all(tmp_path, where={"prompt": "a"}).to_pylist()
+    assert row["original"] == {"prompt": "a", "response": "b", "meta": "text"}
+
+
 def test_whole_numbers_and_decimals_make_one_column(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", [{"prompt": "a", "response": "b", "score": 1}])
     write_lines(tmp_path / "b.jsonl", [{"prompt": "c", "response": "d", "score": 0.5}])
