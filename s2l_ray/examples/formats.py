@@ -213,8 +213,12 @@ class JsonValues(FilePiece):
                 rows.append(row)
             else:
                 bad.append(_no_row(value, self._place(row)))
-        # All rows together: the whole file is in memory as Python objects anyway.
-        yield Records(values, lambda number: self._place(rows[number]), self.file.source, pa.array(texts, pa.string()), bad)
+        # The whole file is in memory as Python objects anyway. Its texts come in stretches: an array has 2 GiB at most.
+        for start in range(0, max(1, len(values)), ROWS_AT_A_TIME):
+            stop = start + ROWS_AT_A_TIME
+            places = functools.partial(lambda first, row: self._place(rows[first + row]), start)
+            some = pa.array(texts[start:stop], pa.string())
+            yield Records(values[start:stop], places, self.file.source, some, bad if not start else [])
 
     def _place(self, row: int) -> str:
         return f"{self.name} row {row + 1:,}"
