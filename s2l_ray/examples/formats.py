@@ -161,11 +161,16 @@ def _plain_records(data: bytes) -> tuple[list[dict[str, Any]], pa.Array] | None:
     if not (data.startswith(b"{") and data.endswith(b"}") and data.count(b"}\n{") == len(lines) - 1):
         return None
     try:
+        if not _is_simple([orjson.loads(lines[0])]):  # rows are alike: conversations, say, would all be read twice
+            return None
         records = [orjson.loads(line) for line in lines]
     except ValueError:
         return None
-    kinds = set(map(type, itertools.chain.from_iterable(map(dict.values, records))))
-    return (records, pa.array(lines, pa.string())) if kinds <= SIMPLE else None
+    return (records, pa.array(lines, pa.string())) if _is_simple(records) else None
+
+
+def _is_simple(records: list[dict[str, Any]]) -> bool:
+    return set(map(type, itertools.chain.from_iterable(map(dict.values, records)))) <= SIMPLE
 
 
 def _decoded_lines(data: bytes) -> list[Any]:
