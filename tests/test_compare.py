@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -209,6 +210,17 @@ def test_a_draw_without_an_order_has_no_matched_arm_by_itself_and_is_refused_whe
     assert [arm.name for arm in arms_of(made, SOURCES)] == [RANDOM, "source_balanced", "s2l"]
     with pytest.raises(ConfigError, match=r"compare.arms: source_matched: (.|\n)*draw=spread has none. Choose draw=random"):
         arms_of(config(tmp_path, selection={"draw": "spread"}), SOURCES)
+
+
+def test_an_arm_that_is_left_out_is_named_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(stage, "evaluated_parts", lambda *_: ["part-00000.parquet"])
+    sources = {name: {"pool": 100} for name in SOURCES}
+    examples = SimpleNamespace(summary={"pool": 200, "sources": sources})
+    made = config(tmp_path, selection={"draw": "spread"}, compare={"arms": None})
+    with caplog.at_level("INFO"):
+        stage.arms_and_budgets(made, examples)
+        stage.arms_and_budgets(made, examples, SimpleNamespace(summary={"steps": [0, 1, 2]}))
+    assert caplog.text.count("source_matched is left out") == 1
 
 
 def test_a_budget_is_of_the_pool_and_at_least_a_batch(tmp_path):

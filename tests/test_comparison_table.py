@@ -186,6 +186,8 @@ def test_an_arm_that_needs_a_pass_of_its_own_pays_for_it_and_the_others_do_not(t
     assert seconds["s2l"] == pytest.approx(200 + 160 * 12 / passes)
     assert seconds["ifd"] == pytest.approx(200 + 160 * 12.25 / passes)
     assert seconds["rds_plus"] == pytest.approx(200 + 160 * 13.25 / passes)
+    alone = spent_on(priced(tmp_path, response_fraction=0.25), measured, "ifd", 100)
+    assert 3600 * (alone.hours - found["random"].hours) == pytest.approx(200 + 160 * 12.25 / 12), "not recorded by the run"
 
 
 def test_the_selection_s_hours_are_the_proxy_s_and_the_scoring_s(tmp_path: Path) -> None:

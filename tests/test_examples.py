@@ -439,6 +439,21 @@ def test_texts_of_an_array_over_several_lines_keep_every_character(tmp_path: Pat
     assert [json.loads(text) for text in read_all(tmp_path / "rows.json")["row_json"].to_pylist()] == rows
 
 
+def test_the_texts_of_a_large_array_are_no_longer_than_one_column_can_be(tmp_path: Path, monkeypatch: Any) -> None:
+    """Of more than 2 GiB of text Arrow makes several chunks, whose bytes do not follow each other."""
+    monkeypatch.setattr("s2l_ray.examples.formats.ROWS_AT_A_TIME", 2)
+    rows: list[Any] = [{"prompt": f"p{number}", "response": "r"} for number in range(5)]
+    (tmp_path / "rows.json").write_text(json.dumps([*rows[:2], 7, *rows[2:]]))
+    [[piece]] = cut_corpus(config_of(tmp_path / "rows.json"))
+    read = list(piece.read())
+    assert [(len(some), len(some.bad)) for some in read] == [(2, 1), (2, 0), (1, 0)]
+    assert [some.place(row).rpartition("/")[2] for some in read for row in range(len(some))] == [
+        f"rows.json row {number}" for number in (1, 2, 4, 5, 6)
+    ]
+    found = read_all(tmp_path / "rows.json", on_bad_row="drop", max_dropped=0.5)
+    assert sorted(map(json.loads, found["row_json"].to_pylist()), key=str) == rows
+
+
 def test_a_field_for_tools_that_no_row_has_is_an_error(ray_session: None, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "rows.jsonl", questions(3))
     with pytest.raises(DataError, match=r"examples\.system_field=sistem: no row has this field"):
@@ -463,6 +478,13 @@ def test_rows_of_json_and_of_parquet_make_one_corpus(tmp_path: Path) -> None:
     assert json.loads(first["row_json"]) == {"prompt": "a", "response": "b", "meta": {"x": 1}}
     assert json.loads(second["row_json"]) == {"prompt": "c", "response": "d", "when": "2024-02-29 12:30:00.000000"}
     assert second["original"] == {"prompt": "c", "response": "d", "meta": None, "when": "2024-02-29 12:30:00.000000"}
+
+
+def test_a_file_of_which_no_row_is_kept_does_not_matter_by_the_types_of_its_columns(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"prompt": ["a"], "response": ["b"], "meta": ["text"]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"prompt": ["c"], "response": ["d"], "meta": [[1, 2]]}), tmp_path / "b.parquet")
+    [row] = read_all(tmp_path, where={"prompt": "a"}).to_pylist()
+    assert row["original"] == {"prompt": "a", "response": "b", "meta": "text"}
 
 
 def test_whole_numbers_and_decimals_make_one_column(tmp_path: Path) -> None:

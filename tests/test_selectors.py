@@ -460,6 +460,17 @@ def test_a_method_that_reads_no_groups_is_not_kept_waiting_for_k_means(tmp_path:
     assert (artifact.summary["num_clusters"] > 1) == (method in reads)
 
 
+def test_groups_that_no_method_reads_are_said_not_to_have_been_made(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pq.write_table(table_of(Corpus()), tmp_path / "t.parquet")
+    with caplog.at_level("INFO"):
+        card = of_files(tmp_path / "out", "least_confidence", str(tmp_path / "t.parquet")).read_bytes("README.md").decode()
+    assert "all rows as one group, whatever clustering asks for: least_confidence reads no groups" in caplog.text
+    assert "`cluster_id` is 0 (this method reads no groups" in card
+    assert "k-means" not in card
+    assert "groups explain" not in card
+    assert "-0.0%" not in caplog.text
+
+
 def test_a_selector_that_lacks_something_is_refused_before_anything_is_grouped(tmp_path: Path) -> None:
     pq.write_table(table_of(Corpus()).drop_columns("loss_without_prompt"), tmp_path / "t.parquet")
     with pytest.raises(ConfigError, match=r"trajectories\.without_prompt=true"):

@@ -197,8 +197,8 @@ def _write_part(place: Storage, part: int, assigned: Assigned) -> FileRecord:
 def _log_groups(groups: Groups, seconds: float) -> None:
     share = groups.diagnostics["variance_explained_by_source"]
     _log.info(
-        "%d groups of %s to %s rows, %.1f%% of the variance explained%s, %s",
-        *(groups.num_clusters, f"{groups.sizes_K.min():,}", f"{groups.sizes_K.max():,}", 100 * groups.explained_variance),
+        "%d groups of %s to %s rows, %s of the variance explained%s, %s",
+        *(groups.num_clusters, f"{groups.sizes_K.min():,}", f"{groups.sizes_K.max():,}", f"{groups.explained_variance:z.1%}"),
         *("" if share is None else f" ({100 * share:.1f}% by source alone)", duration(seconds)),
     )
     if groups.diagnostics["warning"] is not None:

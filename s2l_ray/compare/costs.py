@@ -125,9 +125,10 @@ def _selection(config: RunConfig, measured: RunSizes, beside: str | None = None)
     own = 0.0 if beside is None else beside_operations(config, measured, beside)
     seconds = measured.proxy_seconds
     if seconds is not None and measured.trajectories_seconds is not None:
-        # What was recorded took its time in one go: an arm's share of it goes by operations.
-        unused = 1 - (scoring + own) / (scoring + sum(passes.values()))
-        seconds -= measured.trajectories_seconds * max(0.0, unused)
+        # What was recorded took its time in one go: an arm's share of it goes by operations, as does a pass that only other
+        # trajectories than the run's own have.
+        share = (scoring + own) / (scoring + sum(passes.values()))
+        seconds += measured.trajectories_seconds * (share - 1)
     scoring += own
     if config.plan.accelerator:
         each = ((training, config.proxy.precision), (scoring, config.trajectories.precision))

@@ -138,7 +138,8 @@ def arms_and_budgets(
     as_auto = config.clustering.model_copy(update={"stratify_by": AUTO})  # shards of one corpus are no sources
     named = strata_of(as_auto, sources, summary["pool"], config.examples.sources_are_files).column is not None
     arms = arms_of(config, sources if named else [])
-    if named and config.selection.draw == "spread" and (config.compare or CompareConfig()).arms is None:
+    is_left_out = named and config.selection.draw == "spread" and (config.compare or CompareConfig()).arms is None
+    if is_left_out and trajectories is None:  # said once: the check with trajectories comes after that without
         _log.info("source_matched is left out: it follows an order, which selection.draw=spread has not")
     # What the config asks to be recorded it has checked itself.
     recorded = [TOKENS, NO_PROMPT, EMBEDDING, *[SOURCES] * (len(sources) > 1), *[VALIDATION] * bool(summary.get("validation"))]

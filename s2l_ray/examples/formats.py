@@ -161,11 +161,16 @@ def _plain_records(data: bytes) -> tuple[list[dict[str, Any]], pa.Array] | None:
     if not (data.startswith(b"{") and data.endswith(b"}") and data.count(b"}\n{") == len(lines) - 1):
         return None
     try:
+        if not _is_simple([orjson.loads(lines[0])]):  # rows are alike: conversations, say, would all be read twice
+            return None
         records = [orjson.loads(line) for line in lines]
     except ValueError:
         return None
-    kinds = set(map(type, itertools.chain.from_iterable(map(dict.values, records))))
-    return (records, pa.array(lines, pa.string())) if kinds <= SIMPLE else None
+    return (records, pa.array(lines, pa.string())) if _is_simple(records) else None
+
+
+def _is_simple(records: list[dict[str, Any]]) -> bool:
+    return set(map(type, itertools.chain.from_iterable(map(dict.values, records)))) <= SIMPLE
 
 
 def _decoded_lines(data: bytes) -> list[Any]:
@@ -213,8 +218,12 @@ class JsonValues(FilePiece):
                 rows.append(row)
             else:
                 bad.append(_no_row(value, self._place(row)))
-        # All rows together: the whole file is in memory as Python objects anyway.
-        yield Records(values, lambda number: self._place(rows[number]), self.file.source, pa.array(texts, pa.string()), bad)
+        # The whole file is in memory as Python objects anyway. Its texts come in stretches: an array has 2 GiB at most.
+        for start in range(0, max(1, len(values)), ROWS_AT_A_TIME):
+            stop = start + ROWS_AT_A_TIME
+            places = functools.partial(lambda first, row: self._place(rows[first + row]), start)
+            some = pa.array(texts[start:stop], pa.string())
+            yield Records(values[start:stop], places, self.file.source, some, bad if not start else [])
 
     def _place(self, row: int) -> str:
         return f"{self.name} row {row + 1:,}"

@@ -136,7 +136,6 @@ def read_shard(shard: Shard, config: ExamplesConfig, layout: Layout | None = Non
     found = found or [normalise(Records([], str, ""), config, layout)]
     columns = join_columns(examples.columns for examples in found)
     original = join_columns(examples.columns for examples in found if "original" in examples.table.column_names).type
-    # Where no row of a stretch was kept it has no column `original`.
     table = pa.concat_tables([_with_original(examples.table, original) for examples in found], promote_options="default")
     if "row_json" in table.column_names and all(examples.are_plain for examples in found):
         table = table.drop_columns(["prompt", "response"])
@@ -145,9 +144,12 @@ def read_shard(shard: Shard, config: ExamplesConfig, layout: Layout | None = Non
 
 
 def _with_original(table: pa.Table, original: pa.StructType) -> pa.Table:
-    """The table with its column `original`, if it has one, of this type; a struct of no fields is none for Parquet."""
+    """The table with its column `original`, if it has one, of this type; a struct of no fields is none for Parquet. Of no rows
+    it is left out: they have no part in the type, and may have another that does not become it."""
     if "original" not in table.column_names:
         return table
+    if not len(table):
+        return table.drop_columns(["original"])
     rows = table["original"].combine_chunks()
     table = table.drop_columns(["original"])
     return table.append_column("original", struct_from_arrow(rows, original)) if original.num_fields else table

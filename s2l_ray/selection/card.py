@@ -125,11 +125,18 @@ def _method(summary: Mapping[str, Any]) -> list[str]:
     paper = f" ([arXiv {chosen.paper}](https://arxiv.org/abs/{chosen.paper}))" if chosen.paper else ""
     aware = ["The validation rows, which are of the kind that the target is evaluated on, had a part in the choice."]
     weight = "the number of examples that it stands for" if chosen.strata else "1: this choice estimates nothing"
+    group = "an example's group by k-means on the losses of a small model"
+    group = group if _has_groups(summary) else "0 (this method reads no groups, and none were made)"
     return [
         f"Method `{chosen.name}`{paper}, another than SmallToLarge. {chosen.about}",
         *(aware if chosen.is_target_aware else []),
-        f"`cluster_id` is an example's group by k-means on the losses of a small model, `weight` {weight}.",
+        f"`cluster_id` is {group}, `weight` {weight}.",
     ]
+
+
+def _has_groups(summary: Mapping[str, Any]) -> bool:
+    """Whether there are groups to speak of: `s2l select` makes none for a method that reads none."""
+    return bool(SELECTORS[summary.get("method", S2L)].reads_groups or summary["num_clusters"] > 1)
 
 
 def _share(summary: Mapping[str, Any]) -> str:
@@ -161,12 +168,12 @@ def _sources(summary: Mapping[str, Any]) -> list[str]:
 def _quality(clustering: Mapping[str, Any], selection: Mapping[str, Any]) -> list[str]:
     known = {**clustering, **clustering.get("diagnostics", {}), **(selection.get("stability") or {})}
     lines = [
-        ("explained_variance", "variance of the losses that the groups explain: {:.1%}"),
+        *([("explained_variance", "variance of the losses that the groups explain: {:.1%}")] * _has_groups(selection)),
         ("variance_explained_by_source", "variance that the sources alone explain: {:.1%}"),
         ("agreement_of_restarts", "agreement of groupings from other starts (adjusted Rand index): {:.2f}"),
         ("common", "part of the subset that stays the same from another start: {:.1%}"),
         ("effective_dimension", "effective dimension of the losses: {:.2f}"),
-        ("tiny_groups", "tiny groups: {:,}"),
+        *([("tiny_groups", "tiny groups: {:,}")] * _has_groups(selection)),
     ]
     return [f"- {text.format(known[key])}" for key, text in lines if known.get(key) is not None]
 

@@ -19,6 +19,7 @@ from s2l_ray.clustering.threads import SearchThreads
 from s2l_ray.config import ClusteringConfig, SelectionConfig
 from s2l_ray.errors import ConfigError
 from s2l_ray.examples.ids import priorities, priority_cut
+from s2l_ray.progress import get_log
 from s2l_ray.selection.assignments import BLOCKS_PER_PART, Assignments, PartAssignments
 from s2l_ray.selection.choosing import (
     NO_TOKENS,
@@ -96,6 +97,7 @@ def grouping_for(config: SelectionConfig, grouping: ClusteringConfig) -> Cluster
     """How to group for a method alone: all rows as one group where it reads no groups, and k-means would be in vain."""
     if SELECTORS[config.method].reads_groups:
         return grouping
+    get_log("clustering").info("all rows as one group, whatever clustering asks for: %s reads no groups", config.method)
     return ClusteringConfig(num_clusters=1, num_restarts=1, stratify_by=None, seed=grouping.seed)
 
 
