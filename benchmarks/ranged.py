@@ -75,7 +75,16 @@ def watched(*arguments: Any) -> Row:
     if process.returncode:
         raise SystemExit("a run failed")
     lines = process.stdout.read().splitlines() if process.stdout else []
-    return {"total_cpu": sum(seconds.values()), "object_mib": most / 2**20, "load": load, **json.loads(lines[-1])}
+    (found,) = [line for line in lines if line.startswith("{")]  # Ray's lines of lost workers are among them
+    return {"total_cpu": sum(seconds.values()), "object_mib": most / 2**20, "load": load, **json.loads(found)}
+
+
+def command_line(process: psutil.Process) -> str:
+    """How a process was called; nothing of one that has just ended."""
+    try:
+        return " ".join(process.cmdline() or [])
+    except psutil.Error:
+        return ""
 
 
 def children(root: psutil.Process) -> list[psutil.Process]:
@@ -147,7 +156,7 @@ class Killer:
         while len(self.kinds) < self._most and not self._ended.wait(wait):
             wait = 0.2
             for kind in self._rng.permutation(list(WORDS)).tolist():
-                found = [one for one in children(psutil.Process()) if WORDS[kind] in " ".join(one.cmdline() or [])]
+                found = [one for one in children(psutil.Process()) if WORDS[kind] in command_line(one)]
                 if found:
                     found[int(self._rng.integers(len(found)))].kill()
                     self.kinds.append(kind)
