@@ -72,8 +72,8 @@ class Kind:
     batch: int = 32
     rates: tuple[float, ...] = (RATE,)
     split: str = "held_out"
-    parts_read: int | None = None
-    """How many parts of the examples are evaluated; None: all."""
+    rows_per_source: int | None = None
+    """How many held-out rows of each source are evaluated; None: all."""
 
     small_batches: bool = False
     """For a CPU: a batch of 16 at once takes 11 GB."""
@@ -85,7 +85,7 @@ class Kind:
 KINDS = {
     "whole": Kind(ARMS, "s2l", [0.1, 0.3], 8, full_seeds=3, epochs=2, writes_answers=True),
     "upper": Kind([*ARMS[:4], "s2l_profile"], "s2l", [0.1], 8, epochs=2, writes_answers=True, proxy_is_target=True),
-    "reduced": Kind(ARMS[:3], "s2l_inside_sources", [256], 3, batch=16, parts_read=2, small_batches=True),
+    "reduced": Kind(ARMS[:3], "s2l_inside_sources", [256], 3, batch=16, rows_per_source=20, small_batches=True),
     "rates": Kind(["source_balanced"], "source_balanced", [0.1], 2, rates=RATES, split="validation"),
 }
 
@@ -210,7 +210,7 @@ def choose(arguments: argparse.Namespace) -> int:
             for one in specs
         ]
     examples = finished["examples"]
-    parts = evaluated_parts(parsed, examples)[: KINDS[arguments.kind].parts_read]
+    parts = evaluated_parts(parsed, examples)
     generated = choose_generated(parsed, examples, parts)
     answered = [
         example_id
@@ -221,7 +221,11 @@ def choose(arguments: argparse.Namespace) -> int:
         if source in ANSWERED and example_id in generated
     ]
     shutil.copytree(run_directory(arguments) / EXAMPLES, bundle / EXAMPLES, dirs_exist_ok=True)
-    write_json(bundle / CELLS, {"cells": cells, "parts": parts, "answered": sorted(answered)})
+    some, evaluated = KINDS[arguments.kind].rows_per_source, None
+    if some:
+        evaluation = parsed.evaluation.model_copy(update={"max_generations": some})
+        evaluated = sorted(choose_generated(parsed.model_copy(update={"evaluation": evaluation}), examples, parts))
+    write_json(bundle / CELLS, {"cells": cells, "parts": parts, "answered": sorted(answered), "evaluated": evaluated})
     print(f"{len(cells)} cells in {bundle}")
     return 0
 
@@ -252,12 +256,31 @@ def join(arguments: argparse.Namespace) -> int:
 # --- what is trained: torch and transformers alone -----------------------------------------------------------------
 
 
+def worker_on(ids: list[str] | None) -> Any:
+    """The class of a worker that evaluates these held-out rows; all of them where there is no list."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    from s2l_ray.compare.worker import CellWorker
+    from s2l_ray.evaluation.held_out import HeldOut
+    from s2l_ray.training.token_rows import RowLimit
+    from s2l_ray.training.tokens import encode_table
+
+    class SomeRowsWorker(CellWorker):
+        def _known(self, one: Any) -> Any:
+            tokenizer, pool, held_out = super()._known(one)
+            table = held_out.table.filter(pc.is_in(held_out.table["example_id"], pa.array(ids)))
+            return tokenizer, pool, HeldOut(table, encode_table(tokenizer, table, RowLimit.of(one.config.target)))
+
+    return CellWorker if ids is None else SomeRowsWorker
+
+
 def train(arguments: argparse.Namespace) -> int:
     """The cells that have no result yet, in their order, until the minutes are over."""
     import torch
 
     from s2l_ray.compare.cells import CellSpec
-    from s2l_ray.compare.worker import CellsJob, CellWorker
+    from s2l_ray.compare.worker import CellsJob
     from s2l_ray.config import parse_config
     from s2l_ray.runtime.workers import Workers
     from s2l_ray.storage.artifacts import Artifact, Key
@@ -281,7 +304,7 @@ def train(arguments: argparse.Namespace) -> int:
     subsets = Storage(str(bundle / SUBSETS))
     job = CellsJob(examples, examples, specs, subsets, listed["parts"], frozenset(listed["answered"]))
     workers = Workers(1, arguments.threads or torch.get_num_threads(), 1.0 if on_gpu else 0.0, 1)
-    worker = CellWorker(job, subsets, workers, 1)
+    worker = worker_on(listed["evaluated"])(job, subsets, workers, 1)
     write_json(results / "machine.json", machine(worker.device))
     longest = 0.0
     for unit in specs:
