@@ -239,7 +239,7 @@ def test_a_task_s_process_that_dies_changes_no_byte(
 
     def dying(function: Any, items: Any, *others: Any) -> Any:
         number["count"] += 1
-        wanted = {"merging": "_MergeRange", "fetching": "_FetchRows", "reading": "_ReadRuns"}.get(phase)
+        wanted = {"merging": "_WriteRange", "fetching": "_FetchRows", "reading": "_ReadRuns"}.get(phase)
         inner = getattr(function, "function", None)
         is_chosen = phase == "choosing" and type(inner).__name__ == "_EachOfPool"
         is_pass = phase == "a pass" and type(function).__name__ == "_ReadBlocks"
