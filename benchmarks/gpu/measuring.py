@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -87,11 +88,15 @@ class Kit:
                 found = cell()
             except WrongResultError as error:
                 found, failed = {"wrong": str(error)}, True
+            except Exception as error:  # the cells after it are measured all the same
+                traceback.print_exc()
+                found, failed = {"wrong": f"{type(error).__name__}: {error}"[:2000]}, True
             longest = max(longest, time.monotonic() - start)
             record["cells"][name] = found | {"cell_seconds": round(time.monotonic() - start, 2)}
             write_json(path, record)
             print(f"{piece} {name}: {words(found)}", flush=True)
         left = [name for name in cells if name not in record["cells"]]
+        failed = failed or any("wrong" in record["cells"].get(name, {}) for name in cells)  # of an earlier call, not done again
         print(table(record["cells"]) + (f"\nleft: {', '.join(left)}. Call the same again." if left else ""), flush=True)
         return 1 if failed else AGAIN if left else 0
 
