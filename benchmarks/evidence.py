@@ -411,14 +411,22 @@ def main() -> int:
         of_step = steps.add_parser(name)
         of_step.set_defaults(do=step)
         of_step.add_argument("bundle", type=Path)
-    for of_step in steps.choices.values():
-        of_step.add_argument("--model", type=lambda path: Path(path).resolve())
+    for name in ("choose", "table", "pack", "train"):
+        steps.choices[name].add_argument("--model", type=lambda path: Path(path).resolve(), required=True)
     steps.choices["pack"].add_argument("--output", type=Path, default=Path("build/evidence"))
     steps.choices["train"].add_argument("--minutes", type=float, default=7.5)
     steps.choices["train"].add_argument("--threads", type=int)
     for name in ("train", "table"):
         steps.choices[name].add_argument("--results", type=Path)
     arguments = parser.parse_args()
+    if arguments.step != "join" and not (arguments.model / "config.json").is_file():
+        parser.error(f"--model {arguments.model}: no config.json there; it takes the folder of a transformers model")
+    if arguments.step in {"pack", "train"} and not (arguments.bundle / CELLS).is_file():
+        parser.error(f"{arguments.bundle}: no {CELLS} there; `choose` makes a bundle, in WORK_DIR/KIND")
+    if arguments.step == "join" and not (arguments.bundle / packing.MANIFEST).is_file():
+        parser.error(f"{arguments.bundle}: no {packing.MANIFEST} there; `pack` makes it, and every call brings it along")
+    if arguments.step == "table" and not (arguments.work / arguments.kind / CELLS).is_file():
+        parser.error(f"{arguments.work / arguments.kind}: no bundle there; `choose` makes it")
     return int(arguments.do(arguments))
 
 
