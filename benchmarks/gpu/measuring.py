@@ -88,7 +88,7 @@ class Kit:
                 found = cell()
             except WrongResultError as error:
                 found, failed = {"wrong": str(error)}, True
-            except Exception as error:  # the cells after it are measured all the same
+            except Exception as error:  # noqa: BLE001 - the cells after it are measured all the same
                 traceback.print_exc()
                 found, failed = {"wrong": f"{type(error).__name__}: {error}"[:2000]}, True
             longest = max(longest, time.monotonic() - start)
