@@ -19,9 +19,13 @@ from measuring import ROOT, write_json
 
 PART_BYTES = 60 * 2**20
 WHEELS, MANIFEST = "wheels", "manifest.json"
-# Tier (a) works without any: before transformers 5.23 all logits are computed in training.
+# The package reads its settings with pydantic, which the machine does not list: nothing but `kmeans` starts without tier (a).
+# Before transformers 5.23 all logits are computed in training.
 TIERS = {
-    "a": ["transformers==5.23.0", "huggingface_hub==2.4.0", "tokenizers==0.23.3", "orjson==3.13.0"],
+    "a": [
+        *("transformers==5.23.0", "huggingface_hub==2.4.0", "tokenizers==0.23.3", "orjson==3.13.0"),
+        *("pydantic==2.14.3", "pydantic_core==2.50.4", "annotated-types==0.8.0", "typing-inspection==0.4.5"),
+    ],
     "b": [
         *("ray[data,default,train]==2.60.0", "faiss-cpu==1.15.1", "plotly==7.1.0", "typer==0.29.2", "datasets", "scipy"),
         *("sacrebleu", "absl-py", "nltk", "einops", "hjson", "msgpack", "ninja", "py-cpuinfo"),  # the last five: DeepSpeed's
