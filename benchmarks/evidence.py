@@ -2,7 +2,7 @@
 
     python benchmarks/evidence.py choose DATA_DIR WORK_DIR --model MODEL_DIR [--kind KIND]     here, with the whole package
     python benchmarks/evidence.py pack WORK_DIR/KIND --model MODEL_DIR --output DIR            parts that can be sent
-    python benchmarks/evidence.py train WORK_DIR/KIND --model MODEL_DIR [--minutes 7.5]        torch and transformers alone
+    python benchmarks/evidence.py train WORK_DIR/KIND --model MODEL_DIR [--minutes 7.5]        without Ray, on a GPU
     python benchmarks/evidence.py table DATA_DIR WORK_DIR --model MODEL_DIR [--kind KIND]      here again
 
 `choose` pretrains a proxy of 3.4M parameters on other text, trains it on the pool, records its losses, and writes what every
@@ -23,7 +23,7 @@ import shutil
 import sys
 import tarfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,8 +164,8 @@ def run_directory(arguments: argparse.Namespace) -> Path:
     return Path(arguments.work / ("run-upper" if KINDS[arguments.kind].proxy_is_target else "run"))
 
 
-def planned(arguments: argparse.Namespace, rate: float) -> tuple[Any, Any, Any, Any]:
-    """Config, run directory, its artifacts and all cells."""
+def planned(arguments: argparse.Namespace) -> Iterator[tuple[float, Any, Any, Any, Any]]:
+    """For each learning rate: the config, the run directory, its artifacts and all cells."""
     from s2l_ray.compare.stage import plan_cells
     from s2l_ray.config import parse_config
     from s2l_ray.pipeline import run
@@ -173,11 +173,12 @@ def planned(arguments: argparse.Namespace, rate: float) -> tuple[Any, Any, Any, 
 
     kind = KINDS[arguments.kind]
     values = config(arguments.data, arguments.work, str(arguments.model), kind, tiny=arguments.tiny)
-    values["target"] |= {"learning_rate": rate}
-    parsed = parse_config(values)
     place = run_directory(arguments)
-    finished = run(parsed, str(place), until="trajectories")
-    return parsed, Storage(str(place)), finished, plan_cells(parsed, Storage(str(place)), finished)
+    for rate in kind.rates:
+        values["target"] |= {"learning_rate": rate}
+        parsed = parse_config(values)
+        finished = run(parsed, str(place), until="trajectories")
+        yield rate, parsed, Storage(str(place)), finished, plan_cells(parsed, Storage(str(place)), finished)
 
 
 def in_order(specs: Iterable[Any]) -> list[Any]:
@@ -194,8 +195,7 @@ def choose(arguments: argparse.Namespace) -> int:
 
     bundle = arguments.work / arguments.kind
     cells: list[dict[str, Any]] = []
-    for rate in KINDS[arguments.kind].rates:
-        parsed, place, finished, plan = planned(arguments, rate)
+    for _, parsed, place, finished, plan in planned(arguments):
         specs = in_order(one for one in plan.specs if arguments.kind != "rates" or one.arm == "random")
         choose_subsets(parsed, plan, specs, place, finished, Storage(str(bundle / SUBSETS)))
         cells += [
@@ -256,7 +256,7 @@ def join(arguments: argparse.Namespace) -> int:
     return 0
 
 
-# --- what is trained: torch and transformers alone -----------------------------------------------------------------
+# --- what is trained, without Ray -----------------------------------------------------------------------------------
 
 
 def worker_on(ids: list[str] | None) -> Any:
@@ -330,7 +330,7 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def table(arguments: argparse.Namespace) -> int:
-    """Results as cells of the run's comparison, and its table over whole seeds; of `--rates` the mean loss at each."""
+    """Results as cells of the run's comparison, and its table over whole seeds; of the kind `rates` the mean loss at each."""
     import pyarrow.parquet as pq
 
     from s2l_ray.compare.cells import publish
@@ -339,8 +339,7 @@ def table(arguments: argparse.Namespace) -> int:
 
     bundle = arguments.work / arguments.kind
     results = arguments.results or bundle / RESULTS
-    for rate in KINDS[arguments.kind].rates:
-        parsed, place, finished, plan = planned(arguments, rate)
+    for rate, parsed, place, finished, plan in planned(arguments):
         there = [one for one in plan.specs if (results / f"{one.unit}.parquet").exists()]
         tables = {one.unit: pq.read_table(results / f"{one.unit}.parquet") for one in there}
         if arguments.kind == "rates":

@@ -23,12 +23,11 @@ import numpy as np
 import pyarrow as pa
 import readings
 from recovery_groups import PROXIES, Candidate, Floats, SeenPool, candidates, embedding_of_target, seen
-from scipy import stats
 
 from s2l_ray import run
 from s2l_ray.compare.arms import Arm
 from s2l_ray.compare.cells import CellSpec, budgets_of, read_bytes_table, seeded, spec
-from s2l_ray.compare.statistics import Cell, HeldOutLosses, paired
+from s2l_ray.compare.statistics import Cell, HeldOutLosses, paired, ratio_of_means
 from s2l_ray.compare.worker import FACTS, CellsJob, CellWorker
 from s2l_ray.config import RunConfig, parse_config
 from s2l_ray.config.parsing import apply_override
@@ -85,8 +84,13 @@ class Reading:
         """What candidates see."""
         return seen(self.finished, Storage(str(self.place)))
 
-    def cells(self, pool: SeenPool, wanted: list[Candidate], seeds: int) -> dict[tuple[str, int], tuple[CellSpec, pa.Table]]:
-        """By arm and seed: random, source-balanced and the candidates, seed by seed, with their subsets."""
+    @property
+    def work(self) -> Storage:
+        """Where subsets and losses of cells are."""
+        return Storage(str(self.place.with_name(f"{self.place.name}-cells")))
+
+    def cells(self, pool: SeenPool, wanted: list[Candidate], seeds: int) -> dict[str, tuple[CellSpec, pa.Table]]:
+        """Random, source-balanced and the candidates, seed by seed, with their subsets, by the names of their units."""
         found = {}
         for seed in range(seeds):
             orders = {RANDOM: pool.order(None, seed), BALANCED: pool.order((pool.sources_N, ()), seed)}
@@ -96,7 +100,8 @@ class Reading:
                 config = seeded(self.config.model_copy(update={"compare": None}), Arm(arm, {}), seed)
                 inputs = {name: self.finished[name] for name in ("examples", "proxy")}
                 one = spec(config, arm, self.budget, seed, inputs)
-                found[arm, seed] = one, pa.table({"example_id": ids, "weight": np.ones(len(ids))})
+                subset = pa.table({"example_id": ids, "weight": np.ones(len(ids))})
+                found[self.unit(one, subset)] = one, subset
         return found
 
     def unit(self, one: CellSpec, subset: pa.Table) -> str:
@@ -104,29 +109,25 @@ class Reading:
         made = json.dumps([one.key.recipe["target"], one.key.recipe["evaluation"], subset["example_id"].to_pylist()])
         return f"{one.arm}-{one.budget}-seed{one.seed}-{hashlib.sha256(made.encode()).hexdigest()[:12]}"
 
-    def train(self, pool: SeenPool, wanted: list[Candidate], seeds: int) -> None:
+    def train(self, cells: Mapping[str, tuple[CellSpec, pa.Table]]) -> None:
         """Train what is missing."""
-        work = Storage(str(self.place.with_name(f"{self.place.name}-cells")))
-        specs = {}
-        for one, subset in self.cells(pool, wanted, seeds).values():
-            unit = self.unit(one, subset)
-            specs[unit] = one
-            work.write(f"{unit}.parquet", table_bytes(subset))
+        specs = {unit: one for unit, (one, _) in cells.items()}
+        for unit, (_, subset) in cells.items():
+            self.work.write(f"{unit}.parquet", table_bytes(subset))
         examples = self.finished["examples"]
         parts = evaluated_parts(self.config, examples)
-        job = CellsJob(examples, self.finished["proxy"], specs, work, parts, frozenset())
+        job = CellsJob(examples, self.finished["proxy"], specs, self.work, parts, frozenset())
         connect_ray()
         workers = Workers.resolve(self.config.machines.compare, one_per_cpu=True)
-        do_units("compare", [Unit(unit, CELL_LOSSES) for unit in specs], CellWorker, job, work, workers)
+        do_units("compare", [Unit(unit, CELL_LOSSES) for unit in specs], CellWorker, job, self.work, workers)
 
-    def trained(self, pool: SeenPool, wanted: list[Candidate], seeds: int) -> list[Cell]:
+    def trained(self, cells: Mapping[str, tuple[CellSpec, pa.Table]]) -> list[Cell]:
         """The cells that are there."""
-        work = Storage(str(self.place.with_name(f"{self.place.name}-cells")))
-        there, found = set(work.names(recursive=True)), []
-        for one, subset in self.cells(pool, wanted, seeds).values():
-            path = f"{self.unit(one, subset)}/{CELL_LOSSES}"
+        there, found = set(self.work.names(recursive=True)), []
+        for unit, (one, _) in cells.items():
+            path = f"{unit}/{CELL_LOSSES}"
             if path in there:
-                table = read_bytes_table(work.read(path))
+                table = read_bytes_table(self.work.read(path))
                 facts = json.loads(table.schema.metadata[FACTS])
                 losses = table.select(["example_id", "source", "loss", "num_response_tokens"]).replace_schema_metadata(None)
                 diverged = not np.isfinite(losses["loss"].to_numpy()).all()
@@ -186,14 +187,10 @@ def recovered(random_K: Floats, arm_K: Floats, balanced_K: Floats) -> dict[str, 
     is not clearly above 0."""
     gains_K, gaps_K, number = random_K - arm_K, random_K - balanced_K, len(random_K)
     gain, gap = float(gains_K.mean()), float(gaps_K.mean())
+    if not gap:
+        return {"share": None, "low": None, "high": None}
     covariance = np.cov(gaps_K, gains_K) / number
-    squared = float(stats.t.ppf(0.975, number - 1)) ** 2
-    a, c = gap**2 - squared * covariance[0, 0], gain**2 - squared * covariance[1, 1]
-    b = gain * gap - squared * covariance[0, 1]
-    if a <= 0 or b**2 < a * c:
-        return {"share": gain / gap if gap else None, "low": None, "high": None}
-    root = float(np.sqrt(b**2 - a * c))
-    return {"share": gain / gap, "low": float((b - root) / a), "high": float((b + root) / a)}
+    return asdict(ratio_of_means(gain, gap, covariance[1, 1], covariance[0, 0], covariance[0, 1], number))
 
 
 def measured(cells: list[Cell], pool_rows: Mapping[str, int]) -> dict[str, Any]:
@@ -275,10 +272,11 @@ def main() -> None:
     one = reading()
     pool, arms = one.pool(), CHOOSE if mixture == "mathematics" else [CHOOSE[0], *([CHOSEN] if CHOSEN else [])]
     seeds = SEEDS["confirm" if mixture == "general" else "choose"]
+    cells = one.cells(pool, arms, seeds)
     if step in SEEDS:
-        one.train(pool, arms, seeds)
+        one.train(cells)
     rows = dict(zip(pool.source_names, np.bincount(pool.sources_N).tolist(), strict=True))
-    found = measured(one.trained(pool, arms, seeds), rows)
+    found = measured(one.trained(cells), rows)
     save(f"{mixture}.json", {"mixture": mixture, "budget": one.budget, "pool": rows, **found})
     print(markdown(found))
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+import numpy as np
+
 from s2l_ray.config import ExamplesConfig, RunConfig
+from s2l_ray.examples.hashes import splits_of
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.drafts import Draft
 from s2l_ray.storage.stages import Context
@@ -47,3 +50,17 @@ def literal_priority(example_id: str, seed: int | str) -> int:
     key = hashlib.blake2b(str(seed).encode(), digest_size=16).digest()
     first, second = int.from_bytes(key[:8], "little"), int.from_bytes(key[8:], "little")
     return _mixed(_mixed(folded ^ first) ^ second)
+
+
+def split_of(hashed: int, held_out: float, validation: float = 0.0) -> str:
+    """The split of one row, by the hash of its prompt."""
+    [split] = splits_of(np.array([hashed], np.uint64), held_out, validation).to_pylist()
+    return str(split)
+
+
+def literal_split(hashed: int, held_out: float, validation: float = 0.0) -> str:
+    """The definition of a split, word by word."""
+    number = hashed / 2**64
+    if number < held_out:
+        return "held_out"
+    return "validation" if validation and number >= 1 - validation else "pool"

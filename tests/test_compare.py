@@ -212,10 +212,9 @@ def test_a_draw_without_an_order_has_no_matched_arm_by_itself_and_is_refused_whe
         arms_of(config(tmp_path, selection={"draw": "spread"}), SOURCES)
 
 
-def test_an_arm_that_is_left_out_is_named_once(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(stage, "evaluated_parts", lambda *_: ["part-00000.parquet"])
+def test_an_arm_that_is_left_out_is_named_once(tmp_path, caplog):
     sources = {name: {"pool": 100} for name in SOURCES}
-    examples = SimpleNamespace(summary={"pool": 200, "sources": sources})
+    examples = SimpleNamespace(summary={"pool": 200, "held_out": 40, "sources": sources})
     made = config(tmp_path, selection={"draw": "spread"}, compare={"arms": None})
     with caplog.at_level("INFO"):
         stage.arms_and_budgets(made, examples)

@@ -39,7 +39,7 @@ from s2l_ray.examples.cutting import cut_corpus, cut_file, sample_corpus
 from s2l_ray.examples.dropped import Dropped
 from s2l_ray.examples.fields import content_digest, known_fields
 from s2l_ray.examples.formats import Lines, owned_lines
-from s2l_ray.examples.hashes import masked, prompt_hash, split_of
+from s2l_ray.examples.hashes import masked, prompt_hash
 from s2l_ray.examples.parts import PartColumns, rows_per_part
 from s2l_ray.examples.pieces import GeneratedRows, Shard
 from s2l_ray.examples.reading import fetch_rows, read_held_out, read_pool
@@ -52,7 +52,7 @@ from s2l_ray.storage.hub import hub_id
 from s2l_ray.storage.layout import CORPUS_HASHES, MANIFEST
 from s2l_ray.storage.places import Storage
 from s2l_ray.storage.stages import check_dropped
-from tests.building import context_of
+from tests.building import context_of, split_of
 
 SHARED_DATA = Path(os.environ.get("S2L_SHARED_DATA", Path(__file__).parents[1] / "../shared/data")).resolve()
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -130,7 +130,8 @@ def test_without_a_gpu_a_piece_says_that_it_was_not_run(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_torch_and_transformers_alone_are_enough(tmp_path: Path) -> None:
+def test_torch_transformers_and_what_tier_a_brings_are_enough(packing: ModuleType, tmp_path: Path) -> None:
+    assert any(name.startswith("pydantic==") for name in packing.TIERS["a"])  # the machine has none
     done = run_kit(BLOCKED, "kmeans", "--rehearse", "--results", str(tmp_path))
     assert done.returncode == 0, done.stderr[-2000:]
     modules = f"sys.path.insert(0, {str(KIT)!r})\n" + "".join(f"import piece_{name}\n" for name in ALONE)

@@ -32,7 +32,7 @@ from s2l_ray.compare.subsets import StoreGroups, opened, subsets, whole_pool
 from s2l_ray.compare.table import Comparison, compare_cells
 from s2l_ray.compare.worker import FACTS, CellsJob, CellWorker
 from s2l_ray.config import RunConfig, parse_config
-from s2l_ray.examples.hashes import prompt_hash, split_of
+from s2l_ray.examples.hashes import prompt_hash
 from s2l_ray.examples.ids import priorities
 from s2l_ray.examples.reading import read_held_out
 from s2l_ray.pipeline import run
@@ -43,6 +43,7 @@ from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.drafts import table_bytes
 from s2l_ray.storage.layout import CELL_LOSSES, CELL_SUBSET, COMPARE, MANIFEST, TABLE
 from s2l_ray.storage.places import Storage
+from tests.building import split_of
 from tests.test_resume import Started
 
 LOSSES, ORACLE = (TOKENS, MACRO), "oracle"

@@ -19,7 +19,7 @@ from s2l_ray.examples import fields
 from s2l_ray.examples.columns import join_columns, struct_from_values
 from s2l_ray.examples.cutting import cut_corpus
 from s2l_ray.examples.fields import known_fields, normalise
-from s2l_ray.examples.hashes import digest_of, prompt_hash, split_of, splits_of
+from s2l_ray.examples.hashes import digest_of, prompt_hash, splits_of
 from s2l_ray.examples.json_values import loads_json, read_fields
 from s2l_ray.examples.masking import prompt_hashes
 from s2l_ray.examples.parts import PartColumns
@@ -27,6 +27,7 @@ from s2l_ray.examples.plain_pairs import ReadRows
 from s2l_ray.examples.rows import Records
 from s2l_ray.examples.shards import ShardIndex, read_shard, row_groups
 from s2l_ray.examples.texts import binaries, digests_of, hexadecimal, is_filled
+from tests.building import literal_split
 
 # What is masked, in many scripts, beside what only looks so.
 MARKS = st.text(st.sampled_from("0129.,, \n\tAbZ\u00e9\u0130\u00df\u0663#\x1c\x1f\x85\xa0\u2003\u3000\u4e00"), max_size=12)
@@ -62,7 +63,7 @@ def test_splits_that_are_decided_together_are_those_decided_alone(
     hashes: list[int], held_out: float, validation: float
 ) -> None:
     found = splits_of(np.array(hashes, np.uint64), held_out, validation)
-    assert found.to_pylist() == [split_of(hashed, held_out, validation) for hashed in hashes]
+    assert found.to_pylist() == [literal_split(hashed, held_out, validation) for hashed in hashes]
 
 
 # --- rows --------------------------------------------------------------------------------------------------------

@@ -23,14 +23,14 @@ from s2l_ray.examples import cutting as cutting_module
 from s2l_ray.examples import order as order_module
 from s2l_ray.examples import splits as splits_module
 from s2l_ray.examples.corpus import corpus_identity, examples_recipe
-from s2l_ray.examples.hashes import masked, prompt_hash, split_of
+from s2l_ray.examples.hashes import masked, prompt_hash
 from s2l_ray.examples.reading import read_held_out, read_pool, read_validation
 from s2l_ray.examples.splits import choose_prompts, lowest_prompts, with_held_out
 from s2l_ray.examples.stage import build as build_stage
 from s2l_ray.storage.artifacts import Artifact, Key
 from s2l_ray.storage.drafts import Draft
 from s2l_ray.storage.places import Storage
-from tests.building import context_of
+from tests.building import context_of, split_of
 
 # --- the choice --------------------------------------------------------------------------------------------------
 

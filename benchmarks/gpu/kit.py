@@ -1,6 +1,6 @@
 """The kit for a GPU that is lent for minutes: one command per piece. See the README beside it.
 
-    python benchmarks/gpu/kit.py losses|scoring|training|kmeans [--rehearse] [--results DIR]     torch and transformers alone
+    python benchmarks/gpu/kit.py losses|scoring|training|kmeans [--rehearse] [--results DIR]     with tier a
     python benchmarks/gpu/kit.py pack --output DIR [--tier a|b|faiss]                                where there is a network
     python benchmarks/gpu/kit.py join DIR                                                        on the GPU's machine
     python benchmarks/gpu/kit.py run|tests|faiss [--rehearse] [--results DIR]                    with Ray, faiss-gpu, DeepSpeed

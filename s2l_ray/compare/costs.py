@@ -4,6 +4,7 @@ itself."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,12 +12,10 @@ from s2l_ray.config import RunConfig
 from s2l_ray.config.comparing import Curation
 from s2l_ray.plan.accelerators import UTILISATION
 from s2l_ray.plan.costs import seconds_of
-from s2l_ray.selectors import EMBEDDING, NO_PROMPT
+from s2l_ray.selectors import EMBEDDING, NO_PROMPT, SELECTORS
 
 WITHOUT_TRAJECTORIES = frozenset({"random", "source_proportional", "source_balanced", "longest"})
 """Selectors that nothing is trained or scored for."""
-BESIDE = {"ifd": NO_PROMPT, "rds_plus": EMBEDDING}
-"""Selectors that need a pass under the last checkpoint beside the losses, and what it records."""
 
 
 @dataclass(frozen=True)
@@ -93,21 +92,23 @@ def spent_on(config: RunConfig, measured: RunSizes, method: str | None, examples
     operations = target_operations(config, measured, examples)
     seconds = _target_seconds(config, measured, examples)
     target = _item(config, "target", operations, seconds, config.target.precision)
-    parts = [
-        target,
-        *([] if method is None or method in WITHOUT_TRAJECTORIES else [_selection(config, measured, BESIDE.get(method))]),
-    ]
-
-    def total(values: list[float | None]) -> float | None:
-        known = [value for value in values if value is not None]
-        return sum(known) if len(known) == len(values) else None
-
+    parts = [target]
+    if method is not None and method not in WITHOUT_TRAJECTORIES:
+        # What a pass under the last checkpoint beside the losses records, where the method needs one.
+        beside = next((name for name in SELECTORS[method].needs if name in (NO_PROMPT, EMBEDDING)), None)
+        parts.append(_selection(config, measured, beside))
     return Item(
         "target and selection",
-        total([part.operations for part in parts]),
-        total([part.hours for part in parts]),
-        total([part.money for part in parts]),
+        known_total([part.operations for part in parts]),
+        known_total([part.hours for part in parts]),
+        known_total([part.money for part in parts]),
     )
+
+
+def known_total(values: Sequence[float | None]) -> float | None:
+    """The sum of some values; None where one of them is not known."""
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
 
 
 def _selection(config: RunConfig, measured: RunSizes, beside: str | None = None) -> Item:
@@ -132,8 +133,7 @@ def _selection(config: RunConfig, measured: RunSizes, beside: str | None = None)
     scoring += own
     if config.plan.accelerator:
         each = ((training, config.proxy.precision), (scoring, config.trajectories.precision))
-        known = [seconds_of(operations, config.plan.accelerator, precision) for operations, precision in each]
-        seconds = None if any(one is None for one in known) else sum(one for one in known if one is not None)
+        seconds = known_total([seconds_of(operations, config.plan.accelerator, precision) for operations, precision in each])
     return _priced(config, "selection (both)", training + scoring, seconds)
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from s2l_ray.compare.arms import ANY_SOURCES, SEED_PROXY, Arm, arms_of
 from s2l_ray.compare.cells import budgets_of, resolved, seeded
+from s2l_ray.compare.costs import known_total
 from s2l_ray.compare.statistics import detectable_difference
 from s2l_ray.config import RunConfig
 from s2l_ray.config.comparing import CompareConfig
@@ -81,16 +82,9 @@ def _selection(
     parameters = sizes.proxy_parameters
     if (changed.proxy.model, changed.proxy.tokenizer) != (config.proxy.model, config.proxy.tokenizer):
         parameters = num_parameters(changed.proxy, vocabulary_of(changed.proxy, changed.proxy))
-    costs = [
-        costs_of(changed, replace(sizes, proxy_parameters=parameters), accelerator)[name] for name in ("proxy", "trajectories")
-    ]
-    operations, seconds = [one.operations for one in costs], [one.seconds for one in costs]
-    return _total(operations), _total(seconds)
-
-
-def _total(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) if len(known) == len(values) else None
+    costs = costs_of(changed, replace(sizes, proxy_parameters=parameters), accelerator)
+    both = [costs["proxy"], costs["trajectories"]]
+    return known_total([one.operations for one in both]), known_total([one.seconds for one in both])
 
 
 def _steps(config: RunConfig, num_examples: int) -> str:

@@ -129,7 +129,7 @@ def arms_and_budgets(
     """What is compared over these examples. Raises ConfigError and DataError for what cannot be, before anything is trained
     for it."""
     summary = examples.summary
-    if not evaluated_parts(config, examples):
+    if not summary.get(config.evaluation.split):
         raise ConfigError(
             f"compare: no {config.evaluation.split} row to evaluate on. Set examples.held_out_per_source (100, say), "
             "held_out_fraction or validation_fraction."

@@ -189,6 +189,12 @@ def gap_closed(random_K: Floats, arm_K: Floats, full: Floats) -> GapClosed | Non
     covariance = np.cov(random_K, gains_K) / number
     of_full = float((full if len(full) > 1 else random_K).var(ddof=1)) / len(full)
     var_gap, var_gain, both = float(covariance[0, 0]) + of_full, float(covariance[1, 1]), float(covariance[0, 1])
+    return ratio_of_means(gain, gap, var_gain, var_gap, both, number)
+
+
+def ratio_of_means(gain: float, gap: float, var_gain: float, var_gap: float, both: float, number: int) -> GapClosed:
+    """gain / gap with its interval. `var_gain`, `var_gap`, `both`: variances and covariance of the two means, over a `number`
+    of pairs; `gap` is not 0."""
     squared = float(stats.t.ppf(1 - LEVEL / 2, number - 1)) ** 2
     a, b, c = gap**2 - squared * var_gap, gain * gap - squared * both, gain**2 - squared * var_gain
     if a <= 0 or b**2 < a * c:

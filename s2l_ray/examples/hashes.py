@@ -48,20 +48,12 @@ def mixed(numbers_N: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return np.asarray(numbers_N ^ (numbers_N >> np.uint64(31)))
 
 
-def split_of(hashed: int, held_out_fraction: float, validation_fraction: float = 0.0) -> str:
-    """`pool`, `held_out` or `validation` for the `prompt_hash` of a row.
+def splits_of(hashes_N: NDArray[np.uint64], held_out_fraction: float, validation_fraction: float = 0.0) -> pa.Array:
+    """`pool`, `held_out` or `validation` for the `prompt_hash` of each row, shape (N,).
 
-    The hash is a number in [0, 1]. Below the first fraction it is held out, so a larger fraction holds out the same prompts and
+    A hash is a number in [0, 1]. Below the first fraction it is held out, so a larger fraction holds out the same prompts and
     more; the second is taken from the other end, so that it changes no held-out row. 0 takes none.
     """
-    number = hashed / 2**64
-    if number < held_out_fraction:
-        return HELD_OUT
-    return VALIDATION if validation_fraction and number >= 1 - validation_fraction else POOL
-
-
-def splits_of(hashes_N: NDArray[np.uint64], held_out_fraction: float, validation_fraction: float = 0.0) -> pa.Array:
-    """`split_of` of each hash, as texts."""
     numbers_N = hashes_N / 2.0**64
     is_validation_N = (numbers_N >= 1 - validation_fraction) if validation_fraction else np.zeros(len(hashes_N), bool)
     codes_N = np.where(numbers_N < held_out_fraction, 1, np.where(is_validation_N, 2, 0))
