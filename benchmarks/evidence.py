@@ -10,7 +10,8 @@ cell (arm, budget, seed) trains on into a bundle, all of a budget seed by seed. 
 that order, so that every interruption leaves whole pairs: 0 all done, 3 call the same again. `table` makes them cells of the
 comparison and prints its table over the seeds that are whole.
 
-Kinds: `whole`; `rates`, the learning rate by random subsets and the validation split, read first; `upper`, with the target
+Kinds: `whole`; `rates`, the learning rate by random subsets and the validation split, read first, whose answer `choose --rate`
+takes; `upper`, with the target
 itself, trained for a few steps, as the proxy (for a machine with Ray and a GPU); `reduced`, what a CPU can do. Settings were
 frozen in LOG.md before the first cell.
 """
@@ -18,6 +19,7 @@ frozen in LOG.md before the first cell.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import shutil
 import sys
@@ -38,6 +40,8 @@ from measuring import AGAIN, machine, write_json  # noqa: E402
 
 MIXTURE, CELLS, SUBSETS, EXAMPLES, RESULTS = "mathematics", "cells.json", "subsets", "examples", "results"
 ARCHIVE = "evidence.tar"
+MACHINES = "machines.json"
+"""Every machine that trained cells."""
 PROXY = {"architecture": "gpt_neox", "layers": 6, "hidden": 192, "heads": 6, "max_positions": 512, "tie_embeddings": True}
 ARMS = [
     "random",
@@ -57,6 +61,7 @@ ANSWERED = ("gsm8k", "svamp", "mawps")
 
 RATES = (1.0e-5, 3.0e-5, 1.0e-4)
 RATE = 1.0e-4
+"""Where nothing else is asked for."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,9 @@ class Kind:
     full_seeds: int = 0
     epochs: int = 1
     batch: int = 32
-    rates: tuple[float, ...] = (RATE,)
+    rates: tuple[float, ...] = ()
+    """The learning rates that are compared; none where one is given."""
+
     split: str = "held_out"
     rows_per_source: int | None = None
     """How many held-out rows of each source are evaluated; None: all."""
@@ -174,7 +181,7 @@ def planned(arguments: argparse.Namespace) -> Iterator[tuple[float, Any, Any, An
     kind = KINDS[arguments.kind]
     values = config(arguments.data, arguments.work, str(arguments.model), kind, tiny=arguments.tiny)
     place = run_directory(arguments)
-    for rate in kind.rates:
+    for rate in kind.rates or (arguments.rate,):
         values["target"] |= {"learning_rate": rate}
         parsed = parse_config(values)
         finished = run(parsed, str(place), until="trajectories")
@@ -225,7 +232,8 @@ def choose(arguments: argparse.Namespace) -> int:
     if some:
         evaluation = parsed.evaluation.model_copy(update={"max_generations": some})
         evaluated = sorted(choose_generated(parsed.model_copy(update={"evaluation": evaluation}), examples, parts))
-    write_json(bundle / CELLS, {"cells": cells, "parts": parts, "answered": sorted(answered), "evaluated": evaluated})
+    listed = {"cells": cells, "parts": parts, "answered": sorted(answered), "evaluated": evaluated, "rate": arguments.rate}
+    write_json(bundle / CELLS, listed)
     print(f"{len(cells)} cells in {bundle}")
     return 0
 
@@ -302,13 +310,19 @@ def train(arguments: argparse.Namespace) -> int:
         )
     results = arguments.results or bundle / RESULTS
     results.mkdir(parents=True, exist_ok=True)
+    held = (results / "lock").open("w")
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"{results}: another `train` writes there. Wait for it, or give --results")
+        return 2
     on_gpu = torch.cuda.is_available()
     examples = Artifact.read(Storage(str(bundle / EXAMPLES)))
     subsets = Storage(str(bundle / SUBSETS))
     job = CellsJob(examples, examples, specs, subsets, listed["parts"], frozenset(listed["answered"]))
     workers = Workers(1, arguments.threads or torch.get_num_threads(), 1.0 if on_gpu else 0.0, 1)
     worker = worker_on(listed["evaluated"])(job, subsets, workers, 1)
-    write_json(results / "machine.json", machine(worker.device))
+    add_machine(results / MACHINES, machine(worker.device))
     longest = 0.0
     for unit in specs:
         if (results / f"{unit}.parquet").exists():
@@ -326,6 +340,12 @@ def train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def add_machine(path: Path, on: dict[str, Any]) -> None:
+    """Add a machine to those that trained cells, once."""
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    write_json(path, known if on in known else [*known, on])
+
+
 # --- what came out -------------------------------------------------------------------------------------------------
 
 
@@ -339,6 +359,7 @@ def table(arguments: argparse.Namespace) -> int:
 
     bundle = arguments.work / arguments.kind
     results = arguments.results or bundle / RESULTS
+    arguments.rate = json.loads((bundle / CELLS).read_text(encoding="utf-8")).get("rate", RATE)
     for rate, parsed, place, finished, plan in planned(arguments):
         there = [one for one in plan.specs if (results / f"{one.unit}.parquet").exists()]
         tables = {one.unit: pq.read_table(results / f"{one.unit}.parquet") for one in there}
@@ -390,8 +411,8 @@ def exact_matches(kept: list[Any], tables: dict[str, Any]) -> dict[str, dict[str
 def save(found: Any, right: dict[str, dict[str, float]], results: Path, folder: Path, kind: str) -> None:
     """The table with every cell's losses and the machine that trained them."""
     folder.mkdir(parents=True, exist_ok=True)
-    on = json.loads((results / "machine.json").read_text(encoding="utf-8"))
-    write_json(folder / f"{kind}-table.json", found.to_json() | {"exact_matches": right, "machine": on})
+    on = json.loads((results / MACHINES).read_text(encoding="utf-8"))
+    write_json(folder / f"{kind}-table.json", found.to_json() | {"exact_matches": right, "machines": on})
     (folder / f"{kind}-table.md").write_text(found.markdown(), encoding="utf-8")
 
 
@@ -405,6 +426,7 @@ def main() -> int:
         of_step.add_argument("data", type=Path)
         of_step.add_argument("work", type=Path)
         of_step.add_argument("--kind", choices=KINDS, default="whole")
+        of_step.add_argument("--rate", type=float, default=RATE, help="the target's learning rate; `table` takes the bundle's")
         of_step.add_argument("--tiny", action="store_true", help="a rehearsal: little data, small models")
     for name, step in (("pack", pack), ("join", join), ("train", train)):
         of_step = steps.add_parser(name)

@@ -389,6 +389,7 @@ def test_another_run_s_cells_and_seeds_proxies_are_taken_where_they_match(place,
     ("sections", "error", "message"),
     [
         ({"compare": {"budgets": [24, 5000]}}, ConfigError, r"compare.budgets: 5,000 examples, but the pool has"),
+        ({"compare": {"arms": ["s2l", {"many": {"clustering.num_clusters": 900}}]}}, ConfigError, "arms: many: .* 900 groups of"),
         ({"examples": {"source_field": None}, "compare": {"arms": ["s2l", "source_balanced"]}}, ConfigError, "needs source"),
         ({"trajectories": {"embeddings": True}, "compare": {"arms": ["s2l", "rds_plus"]}}, ConfigError, "validation_fraction"),
     ],
@@ -397,6 +398,26 @@ def test_what_the_corpus_cannot_give_is_refused_before_a_proxy_is_trained(folder
     with pytest.raises(error, match=message):
         compare(config(folder, **sections), str(tmp_path / "run"))
     assert not (tmp_path / "run" / "proxy").exists()
+
+
+def test_points_that_the_trajectories_lack_are_refused_before_a_target_is_trained(place, folder):
+    before = manifests(place)
+    with pytest.raises(ConfigError, match=r"compare.arms: last: clustering.points: no point 9 in trajectories of 3"):
+        compare(config(folder, compare={"arms": ["s2l", {"last": {"clustering.points": [0, 9]}}]}), str(place))
+    assert manifests(place) == before
+
+
+def test_an_arm_bears_the_costs_of_its_own_proxy(place, folder):
+    """Of a proxy with twice the epochs the training costs twice as much; other arms pay for the run's own."""
+    arms = {"arms": ["s2l", {"longer": {"proxy.epochs": 2}}, {"fewer": {"clustering.num_clusters": 3}}], "full_seeds": 0}
+    compare(config(folder, compare=arms), str(folder / "longer"), reuse=str(place))
+    costs = json.loads((folder / "longer" / COMPARE / TABLE).read_text())["costs"]
+    spent = {one["arm"]: one for one in costs["by_row"]}
+    training = costs["items"][0]
+    assert training["name"] == "proxy"
+    assert spent["longer"]["operations"] - spent["s2l"]["operations"] == pytest.approx(training["operations"])
+    assert spent["fewer"] == spent["s2l"] | {"arm": "fewer"}
+    assert spent["longer"]["hours"] != spent["s2l"]["hours"], "as it was measured"
 
 
 def test_a_cell_of_another_recipe_is_refused_before_the_proxies_of_other_seeds_are_trained(place, folder):

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-# What another session must be able to see of a machine.
+# Whose versions a result names.
 LIBRARIES = (
     "torch",
     "transformers",

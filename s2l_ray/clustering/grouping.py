@@ -52,11 +52,7 @@ def group(store: TrajectoryStore, config: ClusteringConfig, engine: Engine, *, s
 
     Raises ConfigError for more groups than rows, an unknown column to stratify by, points or statistics that are not there.
     """
-    if config.num_clusters > len(store):
-        raise ConfigError(
-            f"clustering.num_clusters: {config.num_clusters:,} groups of {len(store):,} examples. "
-            f"Set clustering.num_clusters to {len(store):,} or less, or bring more examples."
-        )
+    check_shape(config, len(store), store.num_points)
     found = strata_of(config, store.names_of("source") if "source" in store.names else [], len(store), sources_are_files)
     by = found.column
     if config.stratify_by == AUTO:
@@ -85,6 +81,18 @@ def group(store: TrajectoryStore, config: ClusteringConfig, engine: Engine, *, s
         counts = [grouping.num_clusters, *(int(parents.max()) + 1 for parents in grouping.parents)]
         _log.info("levels of %s groups", " -> ".join(f"{count:,}" for count in counts))
     return grouping
+
+
+def check_shape(config: ClusteringConfig, num_rows: int, num_points: int | None) -> None:
+    """Raise ConfigError for more groups than rows, and for points or features that trajectories of so many points, where their
+    number is known, do not have."""
+    if config.num_clusters > num_rows:
+        raise ConfigError(
+            f"clustering.num_clusters: {config.num_clusters:,} groups of {num_rows:,} examples. "
+            f"Set clustering.num_clusters to {num_rows:,} or less, or bring more examples."
+        )
+    if num_points is not None:
+        Measured.of(config.features, num_points, config.points)
 
 
 def _diagnostic_cut(store: TrajectoryStore) -> np.uint64:

@@ -85,10 +85,8 @@ def cost_matched(config: RunConfig, measured: RunSizes, budget: int) -> int:
 
 
 def spent_on(config: RunConfig, measured: RunSizes, method: str | None, examples: int) -> Item:
-    """What one target on so many examples costs, with the selection's own; `method` None for all data.
-
-    The selection is that of the run: a proxy of another size or with other epochs, as an ablation has, is not counted.
-    """
+    """What one target on so many examples costs, with the selection's own; `method` None for all data. `config` and `measured`
+    are the arm's: a proxy of its own, as an ablation has, has its own size and epochs."""
     operations = target_operations(config, measured, examples)
     seconds = _target_seconds(config, measured, examples)
     target = _item(config, "target", operations, seconds, config.target.precision)

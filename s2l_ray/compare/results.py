@@ -11,6 +11,7 @@ import numpy as np
 from s2l_ray.compare.arms import FULL, ablated
 from s2l_ray.compare.cells import CellSpec, read_cell
 from s2l_ray.compare.costs import RunSizes, costs_of, spent_on
+from s2l_ray.compare.subsets import seed_run
 from s2l_ray.compare.table import Comparison, compare_cells
 from s2l_ray.config import RunConfig
 from s2l_ray.config.comparing import CompareConfig
@@ -34,9 +35,13 @@ def write_results(
     measured = sizes_of(config, finished, artifacts)
     by_row = {
         (one.arm, one.budget): spent_on(
-            config, measured, None if one.arm == FULL else one.config.selection.method, one.examples
+            one.config,
+            sizes_of(one.config, _made_from(one, place, finished), artifacts),
+            None if one.arm == FULL else one.config.selection.method,
+            one.examples,
         )
         for one in specs
+        if one.seed == 0
     }
     comparison = compare_cells(
         [read_cell(one, artifact) for one, artifact in artifacts],
@@ -66,6 +71,15 @@ def write_results(
         table_of(own, markdown=True),
     )
     return comparison
+
+
+def _made_from(one: CellSpec, place: Storage, finished: dict[str, Artifact]) -> dict[str, Artifact]:
+    """The finished stages whose costs a cell bears: those of the run, but for an arm with a proxy of its own."""
+    own = seed_run(place, one.arm, one.seed)
+    found = {stage: Artifact.find(own.child(stage)) for stage in ("proxy", "trajectories")}
+    theirs = {stage: artifact for stage, artifact in found.items() if artifact is not None}
+    is_made = len(theirs) == len(found) and theirs["trajectories"].identity == one.key.inputs.get("trajectories")
+    return finished | theirs if is_made else finished
 
 
 def sizes_of(config: RunConfig, finished: dict[str, Artifact], cells: Sequence[tuple[CellSpec, Artifact]] = ()) -> RunSizes:

@@ -39,18 +39,23 @@ def trajectories_of(
     chosen = seeded(config, arm, seed)
     if chosen.proxy == config.proxy and chosen.trajectories == config.trajectories:
         return finished["trajectories"]
-    name = f"{arm.name if arm.redoes_proxy else SEED_PROXY}-seed{seed}"
-    own = place.child(COMPARE).child(SEED_RUNS).child(name)
+    name = arm.name if arm.redoes_proxy else SEED_PROXY
+    own = seed_run(place, name, seed)
     found, reuse = Artifact.find(own.child("trajectories")), place
     if found is None and other is not None:
-        theirs = other.child(COMPARE).child(SEED_RUNS).child(name)
+        theirs = seed_run(other, name, seed)
         examples = Artifact.find(theirs.child("examples"))
         if examples is not None and examples.fingerprint == finished["examples"].fingerprint:
             reuse = theirs
     if found is None:
-        _log.info("%s: a proxy of its own", name)
+        _log.info("%s, seed %d: a proxy of its own", name, seed)
     with quiet(("run", "examples") if found is None else ("run", "examples", "proxy", "trajectories")):
         return run(chosen, own.uri, until="trajectories", reuse=reuse.uri)["trajectories"]
+
+
+def seed_run(place: Storage, name: str, seed: int) -> Storage:
+    """The run of a proxy of its own: that of an arm, or SEED_PROXY."""
+    return place.child(COMPARE).child(SEED_RUNS).child(f"{name}-seed{seed}")
 
 
 @contextmanager

@@ -45,6 +45,8 @@ def _make_quiet(restore: contextlib.ExitStack) -> None:
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # Ray Data keeps a part of the processors for what comes after a step, and here nothing does: of two it left one idle.
+    context.op_resource_reservation_enabled = False
     restore.enter_context(ray.data.DataContext.current(context))
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):

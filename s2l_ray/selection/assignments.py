@@ -14,7 +14,7 @@ from s2l_ray.clustering.stage import ROWS_PER_PART
 from s2l_ray.errors import DataError
 from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.layout import ASSIGNMENTS
-from s2l_ray.trajectories.sorting import SortedTable
+from s2l_ray.trajectories.sorting import SortedTable, read_ahead
 from s2l_ray.trajectories.store import BLOCK_ROWS, TrajectoryStore
 
 _COLUMNS = ["example_id", "cluster_id", "distance"]
@@ -40,7 +40,7 @@ class PartAssignments:
         self.check()
         parts = self.clustering.parts(ASSIGNMENTS)
         batches = (batch for part in parts for batch in self._batches(part))
-        found = SortedTable.joined(batches, BLOCK_ROWS)
+        found = read_ahead(SortedTable.joined(batches, BLOCK_ROWS))
         for block in self.store.blocks("example_id"):
             table = next(found, None)
             if table is None or not table["example_id"].equals(block["example_id"]):

@@ -38,6 +38,7 @@ from s2l_ray.storage.artifacts import Artifact
 from s2l_ray.storage.layout import RESTARTS
 from s2l_ray.trajectories.loss_columns import losses_matrix
 from s2l_ray.trajectories.ranged_store import RangedStore
+from s2l_ray.trajectories.sorting import read_ahead
 from s2l_ray.trajectories.store import NUM_RESPONSE_TOKENS, TrajectoryStore
 
 _POOL_COLUMNS = ("example_id", "priority", "source", NUM_RESPONSE_TOKENS, "position")
@@ -266,7 +267,7 @@ class _PoolRows:
 
     def blocks(self) -> Iterator[pa.Table]:
         """All of them in this process."""
-        for block, found in zip(self.store.blocks(*_POOL_COLUMNS), self.assigned(), strict=True):
+        for block, found in zip(read_ahead(self.store.blocks(*_POOL_COLUMNS)), self.assigned(), strict=True):
             yield self._of(block, *found)
 
     def each(self, function: Callable[[pa.Table], Any]) -> Iterable[Any]:

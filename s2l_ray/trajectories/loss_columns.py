@@ -17,6 +17,7 @@ from s2l_ray.examples.ids import column_of, decoded, id_column, is_text, name_ex
 MAX_LOSS = 1e9
 # What a row without a source is called.
 NO_SOURCE = "(none)"
+MAX_TOKENS = np.iinfo(np.int32).max
 LOSSES = "losses"
 STATISTICS = ("deviations", "first_thirds", "last_thirds")
 """What may be recorded beside `losses` at each checkpoint, of the losses of an example's labels: see `label_statistics`."""
@@ -147,9 +148,9 @@ def token_count_column(column: pa.Array, ids: pa.Array, where: str) -> pa.Array:
     """Numbers of response tokens as int32. Raises DataError naming the ids of missing or negative ones."""
     if not pa.types.is_integer(column.type) and len(column):
         raise wrong_type(where, "num_response_tokens", column.type, "integers")
-    column = column.cast(pa.int64(), safe=False)  # what is too large for that becomes negative
-    is_bad = pc.fill_null(pc.or_(pc.less(column, 0), pc.greater(column, np.iinfo(np.int32).max)), True)
-    if len(column) == len(ids) and pc.any(is_bad).as_py():
+    lowest, highest = pc.min_max(column).as_py().values()
+    if column.null_count or (lowest is not None and (lowest < 0 or highest > MAX_TOKENS)):
+        is_bad = pc.fill_null(pc.or_(pc.less(column, 0), pc.greater(column, MAX_TOKENS)), True)
         bad = name_examples(ids.filter(is_bad))
         raise DataError(f"{where}: num_response_tokens is missing, negative or too large for example_id {bad}.")
     return column.cast(pa.int32())

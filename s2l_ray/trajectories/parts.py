@@ -21,6 +21,7 @@ from s2l_ray.storage.layout import BUILDING, MANIFEST, RECORDING, RUN, folder_st
 from s2l_ray.storage.listing import files_below, is_glob, split_glob
 from s2l_ray.storage.places import Storage
 from s2l_ray.storage.records import content_digest, digest
+from s2l_ray.trajectories.sorting import read_ahead
 
 # Of a file on this machine what is read at once: a column of a row group of a million rows takes 50 MB otherwise. Elsewhere
 # each read is a request.
@@ -86,7 +87,7 @@ class Part:
                 count = file.metadata.row_group(group).num_rows
                 if wanted(start, count):
                     done = start
-                    for batch in file.iter_batches(most, columns=known, row_groups=[group]):
+                    for batch in read_ahead(file.iter_batches(most, columns=known, row_groups=[group])):
                         yield done, self._filled(batch, columns)
                         done += len(batch)
                 start += count

@@ -12,7 +12,7 @@ import math
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -310,6 +310,16 @@ def in_order(pool: Executor, function: Callable[[Item], Result], items: Iterable
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
+
+
+def read_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items, the next of which is read in a thread while one is worked on."""
+    with ThreadPoolExecutor(1) as pool:
+        end = object()
+        waiting = pool.submit(next, items, end)
+        while (item := waiting.result()) is not end:
+            waiting = pool.submit(next, items, end)
+            yield item  # type: ignore[misc]
 
 
 def of_run_size(batches: Iterable[pa.Table], least: int, most: int) -> Iterator[pa.Table]:
