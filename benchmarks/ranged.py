@@ -10,8 +10,8 @@ that has started Ray before the clock starts. Driver: the memory and the process
 of all processes below it; objects: the most that Ray's object store took of /dev/shm. `sort`: what Ray Data takes to read and
 sort the same files by id, against our ranges. `merge`: runs of 4,096 rows merged all at once and 64 at once; `seconds` are
 those of merging, a read is a stretch of a run that lies in a range, of which each is one opening of a file. `kills`: a process
-of an actor or a task is killed every few seconds; seconds until the actor's rows answer again, and whether all bytes are as
-undisturbed. Every run adds a line to `results/grouping/ranged-*.jsonl`; the same command again goes on where it stopped.
+of an actor or a task is killed now and then (`--every`); seconds until the actor's rows answer again, and whether all bytes are
+as undisturbed. Every run adds a line to `results/grouping/ranged-*.jsonl`; the same command again goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def select(data: str, engine: str, workers: int, kills: int = 0, seed: int = 0) -> Row:
+def select(data: str, engine: str, workers: int, kills: int = 0, seed: int = 0, every: float = 4.0) -> Row:
     """`s2l select` in this process."""
     from s2l_ray.config import ClusteringConfig, GroupingConfig, SelectionConfig
     from s2l_ray.runtime.session import connect_ray
@@ -117,7 +117,7 @@ def select(data: str, engine: str, workers: int, kills: int = 0, seed: int = 0) 
     shutil.rmtree(output, ignore_errors=True)
     if engine == "ray":
         connect_ray()
-    killed = Killer(kills, seed) if kills else None
+    killed = Killer(kills, seed, every) if kills else None
     begun, cpu = time.perf_counter(), cpu_seconds()
     grouping = ClusteringConfig(num_clusters=NUM_CLUSTERS, stratify_by=None)
     machines = GroupingConfig(engine=engine, num_workers=workers)  # type: ignore[arg-type]
@@ -138,11 +138,11 @@ def select(data: str, engine: str, workers: int, kills: int = 0, seed: int = 0) 
 
 
 class Killer:
-    """Kills a process of an actor or a task now and then."""
+    """Kills a process of an actor or a task now and then: `every` so many seconds on average."""
 
-    def __init__(self, most: int, seed: int) -> None:
+    def __init__(self, most: int, seed: int, every: float) -> None:
         self.kinds: list[str] = []
-        self._most, self._rng, self._ended = most, np.random.default_rng(seed), threading.Event()
+        self._most, self._rng, self._ended, self._every = most, np.random.default_rng(seed), threading.Event(), every
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -160,7 +160,7 @@ class Killer:
                 if found:
                     found[int(self._rng.integers(len(found)))].kill()
                     self.kinds.append(kind)
-                    wait = float(self._rng.exponential(4.0))
+                    wait = float(self._rng.exponential(self._every))
                     break
 
 
@@ -241,7 +241,7 @@ def measure(options: argparse.Namespace) -> None:
                     once("merge", key | {"side": side}, partial(watched, "merge", data, at_once))
             else:
                 calm = once("kills", key | {"side": "calm"}, partial(watched, "select", data, "ray", 2))
-                killed = partial(watched, "select", data, "ray", 2, options.kills, repetition)
+                killed = partial(watched, "select", data, "ray", 2, options.kills, repetition, options.every)
                 row = once("kills", key | {"side": "killed"}, killed)
                 print("same bytes" if calm["bytes"] == row["bytes"] else "OTHER BYTES", row["kills"], row["recovery"])
 
@@ -269,6 +269,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000])
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--every", type=float, default=4.0, help="seconds between kills, on average")
     parser.add_argument("--data", default=str(Path(tempfile.gettempdir()) / "ranged"))
     options = parser.parse_args()
     if options.command == "summary":

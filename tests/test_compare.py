@@ -389,7 +389,11 @@ def test_another_run_s_cells_and_seeds_proxies_are_taken_where_they_match(place,
     ("sections", "error", "message"),
     [
         ({"compare": {"budgets": [24, 5000]}}, ConfigError, r"compare.budgets: 5,000 examples, but the pool has"),
-        ({"compare": {"arms": ["s2l", {"many": {"clustering.num_clusters": 900}}]}}, ConfigError, "arms: many: .* 900 groups of"),
+        (
+            {"compare": {"arms": ["s2l", {"many": {"clustering.num_clusters": 900}}]}},
+            ConfigError,
+            "arms: many: .* 900 groups of",
+        ),
         ({"examples": {"source_field": None}, "compare": {"arms": ["s2l", "source_balanced"]}}, ConfigError, "needs source"),
         ({"trajectories": {"embeddings": True}, "compare": {"arms": ["s2l", "rds_plus"]}}, ConfigError, "validation_fraction"),
     ],

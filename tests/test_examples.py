@@ -32,7 +32,7 @@ from hypothesis import strategies as st
 from s2l_ray.config import ExamplesConfig
 from s2l_ray.config.recipes import SCHEMAS
 from s2l_ray.errors import ArtifactError, ConfigError, DataError, S2LError
-from s2l_ray.examples.columns import Columns, field_of, holds_json, join_columns
+from s2l_ray.examples.columns import Columns, field_of, holds_json, join_columns, plain_values
 from s2l_ray.examples.conversations import LearnedText
 from s2l_ray.examples.corpus import corpus_identity, examples_recipe, find_files
 from s2l_ray.examples.cutting import cut_corpus, cut_file, sample_corpus
@@ -43,6 +43,7 @@ from s2l_ray.examples.hashes import masked, prompt_hash
 from s2l_ray.examples.parts import PartColumns, rows_per_part
 from s2l_ray.examples.pieces import GeneratedRows, Shard
 from s2l_ray.examples.reading import fetch_rows, read_held_out, read_pool
+from s2l_ray.examples.rows import TableRows
 from s2l_ray.examples.shards import ShardIndex, read_shard, row_groups
 from s2l_ray.examples.stage import build as build_stage
 from s2l_ray.runtime.data import quiet_ray_data
@@ -361,6 +362,36 @@ def test_parquet_of_every_type_is_read_and_passed_on(tmp_path: Path, text: pa.Da
     own = pq.read_table(tmp_path / "stored.parquet")["original"].combine_chunks()
     assert own.field("nested").to_pylist() == [{"a": [{"b": A_DAY.date()}]}]
     assert own.field("late").cast(pa.string()).to_pylist() == ["10000-01-01 00:00:00.000"]
+
+
+NOTHING = pa.struct([("u", pa.null())])
+NOTHING_INSIDE = {
+    "list": pa.array([[None], None, [], [None, None]] * 3, pa.list_(pa.null())),
+    "map": pa.array([[("a", None)], None, [], [("b", None)]] * 3, pa.map_(pa.string(), pa.null())),
+    "struct": pa.array([{"s": "x", "v": [None]}, None] * 6, pa.struct([("s", pa.large_string()), ("v", pa.list_(pa.null()))])),
+    "objects": pa.array(
+        [[{"s": "x", "v": {"u": None}}], None, [None], [{"s": "y", "v": None}]] * 3,
+        pa.list_(pa.struct([("s", pa.large_string()), ("v", NOTHING)])),
+    ),
+    "categories": pa.array([{"c": None}] * 12, pa.struct([("c", pa.dictionary(pa.int32(), pa.string()))])),
+}
+
+
+@pytest.mark.parametrize("name", NOTHING_INSIDE)
+def test_columns_with_nothing_inside_are_passed_on_as_they_are(tmp_path: Path, name: str) -> None:
+    """Of some such slices Arrow makes arrays that end the process which reads them."""
+    column = NOTHING_INSIDE[name]
+    rows = {"prompt": [f"p{number}" for number in range(12)], "response": ["r"] * 12}
+    for start in range(0, 12, 4):
+        pq.write_table(pa.table(rows | {name: column})[start : start + 4], tmp_path / f"{start}.parquet")
+    found = sorted(read_all(str(tmp_path / "*.parquet"))["original"].to_pylist(), key=lambda row: int(row["prompt"][1:]))
+    assert [row[name] for row in found] == column.to_pylist()
+    sliced = pa.chunked_array([column[:5], column[5:]])
+    assert plain_values(sliced) == column.to_pylist()
+    table = pa.table({name: sliced})
+    own = TableRows(table, "rows", 0, "rows").own(np.arange(12))[1]
+    own.validate(full=True)
+    assert own.field(name).to_pylist() == column.to_pylist()
 
 
 def test_parquet_files_that_differ_in_the_types_of_a_column_keep_its_values(tmp_path: Path) -> None:

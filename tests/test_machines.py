@@ -12,12 +12,14 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
 from s2l_ray.config import RunConfig, TrainingWorkerConfig, WorkerConfig, parse_config
 from s2l_ray.errors import ConfigError
 from s2l_ray.runtime import room, session
+from s2l_ray.runtime.data import run_tasks
 from s2l_ray.runtime.metrics import count
 from s2l_ray.runtime.workers import Workers
 from s2l_ray.storage.places import Storage
@@ -241,3 +243,17 @@ def test_prometheus_finds_what_a_stage_counts(ray_session):
     names = ("s2l_ray_units_left", "s2l_ray_examples", "s2l_ray_tokens", "s2l_ray_flops_utilization", "s2l_ray_restarts")
     lines = [line for line in page.splitlines() if "s2l_ray_" in line and not line.startswith("#")]
     assert all(any(name in line and 'stage="trajectories"' in line for line in lines) for name in names), lines
+
+
+def test_no_processor_is_idle_while_tasks_of_a_stage_wait(ray_session):
+    """Left to itself Ray Data keeps room for steps that there are not: of two processors one."""
+
+    def task(_: int) -> dict[str, Any]:
+        begun = time.monotonic()
+        time.sleep(0.3)
+        return {"begun": begun, "ended": time.monotonic()}
+
+    found = list(run_tasks(task, 8, WorkerConfig()))
+    assert len(found) == 8
+    at_once = [sum(one["begun"] <= other["begun"] < one["ended"] for one in found) for other in found]
+    assert max(at_once) == 2

@@ -248,7 +248,25 @@ def column_from_arrow(column: pa.Array, one: pa.Field) -> pa.Array:
     """An Arrow column as one of this type, which was joined from theirs."""
     if holds_json(one):
         return column_from_values(plain_values(column), one)
-    return column.cast(one.type)
+    return cast_column(column, one.type)
+
+
+def cast_column(column: pa.Array | pa.ChunkedArray, kind: pa.DataType) -> pa.Array | pa.ChunkedArray:
+    """A column of another type. What Arrow would cast wrongly goes by its values."""
+    if column.type == kind:
+        return column
+    if not _has_nulls_inside(column.type):  # an array that is invalid comes of them, and may end the process that reads it
+        try:
+            return column.cast(kind)
+        except pa.ArrowIndexError:  # of dictionaries without an entry, inside a struct
+            pass
+    return pa.array(column.to_pylist(), kind)
+
+
+def _has_nulls_inside(kind: pa.DataType) -> bool:
+    """Whether a nested type has a part that is always null."""
+    inner = [kind.field(place).type for place in range(kind.num_fields)] if pa.types.is_nested(kind) else []
+    return any(pa.types.is_null(one) or _has_nulls_inside(one) for one in inner)
 
 
 def plain_values(column: pa.Array | pa.ChunkedArray) -> list[Any]:
@@ -276,7 +294,9 @@ def _json_type(kind: pa.DataType) -> pa.DataType:
         return pa.string()
     if pa.types.is_list(plain):
         return pa.list_(_json_type(kind.value_type))
-    return plain
+    if pa.types.is_map(plain):
+        return pa.map_(_json_type(kind.key_type), _json_type(kind.item_type))
+    return pa.int8() if pa.types.is_null(plain) else plain  # nested nulls are cast to nulls of some type alone
 
 
 def struct_from_values(records: Sequence[dict[str, Any]], kind: pa.StructType) -> pa.StructArray:

@@ -16,7 +16,16 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from s2l_ray.errors import DataError
-from s2l_ray.examples.columns import Columns, field_of, field_of_arrow, is_unicode, json_text, plain_type, plain_values
+from s2l_ray.examples.columns import (
+    Columns,
+    cast_column,
+    field_of,
+    field_of_arrow,
+    is_unicode,
+    json_text,
+    plain_type,
+    plain_values,
+)
 
 ROWS_AT_A_TIME = 16_384
 """Rows that a reader hands on together: as Python objects they take several times the memory of their text."""
@@ -150,9 +159,9 @@ class TableRows:
         return {name: plain_values(self.table[name]) for name in self.table.column_names}
 
     def own(self, rows: NDArray[np.int64]) -> tuple[str, pa.Array]:
-        fields = [pa.field(field.name, plain_type(field.type)) for field in self.table.schema]
         # Cast before anything is taken: of some types (views of text) nothing can be.
-        plain = self.table.cast(pa.schema(fields)).to_struct_array().combine_chunks()
+        columns = [cast_column(column, plain_type(column.type)) for column in self.table.columns]
+        plain = pa.table(columns, self.table.column_names).to_struct_array().combine_chunks()
         return "original", plain.take(pa.array(rows))
 
     def as_records(self) -> Records:
