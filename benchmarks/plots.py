@@ -18,16 +18,16 @@ INK, PAPER, LINES = "#333333", "#ffffff", "#dddddd"
 def main() -> None:
     """Draw all of them."""
     for path in sorted(RESULTS.glob("*-table.json")):
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table, name = json.loads(path.read_text(encoding="utf-8")), path.name.removesuffix("-table.json")
         for number, budget in enumerate(table["budgets"]):
             rows = [row for row in table["rows"] if row["budget"] == budget and row["differences"]]
-            seeds = {row["seeds"] for row in rows}
+            seeds = " or ".join(map(str, sorted({row["seeds"] for row in rows})))
             figure = differences(rows)
-            title = f"{path.name.removesuffix('-table.json')}: {budget:,} examples, {' or '.join(map(str, sorted(seeds)))} seeds"
-            figure.update_layout(title={"text": title, "y": 0.98}, width=860, margin={"t": 90, "r": 20})
+            title = {"text": f"{name}: {budget:,} examples, {seeds} seeds", "y": 0.98}
+            figure.update_layout(title=title, width=860, margin={"t": 90, "r": 20})
             figure.update_layout(font={"color": INK}, paper_bgcolor=PAPER, plot_bgcolor=PAPER)
             figure.update_xaxes(gridcolor=LINES)
-            figure.write_image(path.with_name(f"{path.name.removesuffix('-table.json')}{f'-{budget}' if number else ''}.svg"))
+            figure.write_image(path.with_name(f"{name}{f'-{budget}' if number else ''}.svg"))
 
 
 if __name__ == "__main__":

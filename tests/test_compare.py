@@ -404,13 +404,6 @@ def test_what_the_corpus_cannot_give_is_refused_before_a_proxy_is_trained(folder
     assert not (tmp_path / "run" / "proxy").exists()
 
 
-def test_points_that_the_trajectories_lack_are_refused_before_a_target_is_trained(place, folder):
-    before = manifests(place)
-    with pytest.raises(ConfigError, match=r"compare.arms: last: clustering.points: no point 9 in trajectories of 3"):
-        compare(config(folder, compare={"arms": ["s2l", {"last": {"clustering.points": [0, 9]}}]}), str(place))
-    assert manifests(place) == before
-
-
 def test_an_arm_bears_the_costs_of_its_own_proxy(place, folder):
     """Of a proxy with twice the epochs the training costs twice as much; other arms pay for the run's own."""
     arms = {"arms": ["s2l", {"longer": {"proxy.epochs": 2}}, {"fewer": {"clustering.num_clusters": 3}}], "full_seeds": 0}

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from s2l_ray.cli import app
 from s2l_ray.clustering.stage import cluster_store
 from s2l_ray.config import ClusteringConfig, SelectionConfig, parse_config
-from s2l_ray.config.methods import OF_S2L_ALONE, Method
+from s2l_ray.config.methods import MIN_POINTS, OF_S2L_ALONE, Method
 from s2l_ray.errors import ConfigError, DataError
 from s2l_ray.examples.ids import priorities
 from s2l_ray.report.wording import verdict
@@ -353,16 +353,30 @@ def test_an_unknown_method_is_refused_with_the_names_that_there_are() -> None:
 
 @pytest.mark.parametrize(("method", "field"), [("ifd", "without_prompt"), ("rds_plus", "embeddings")])
 def test_a_run_that_would_not_record_what_its_method_needs_is_refused_at_once(method: str, field: str) -> None:
-    values: dict[str, Any] = {
-        "name": "run",
-        "examples": {"dataset": "corpus.jsonl"},
-        "proxy": {"model": "small"},
-        "selection": {"budget": 10, "method": method},
-        "target": {"model": "large"},
-    }
+    values = run_of({"method": method})
     with pytest.raises(ConfigError, match=rf"selection\.method={method} needs what trajectories\.{field}=true records"):
         parse_config(values)
     assert parse_config(values | {"trajectories": {field: True}}).selection.method == method
+
+
+def run_of(selection: dict[str, Any], **proxy: Any) -> dict[str, Any]:
+    return {
+        "name": "run",
+        "examples": {"dataset": "corpus.jsonl"},
+        "proxy": {"model": "small", **proxy},
+        "selection": {"budget": 10, **selection},
+        "target": {"model": "large"},
+    }
+
+
+def test_a_run_of_too_few_points_is_refused_before_its_proxy_is_trained() -> None:
+    with pytest.raises(ConfigError, match=r"selection\.method=ambiguous needs trajectories of 2 points or more, these have 1"):
+        parse_config(run_of({"method": "ambiguous"}, num_checkpoints=1))
+    for clustering, proxy in (({}, {"num_checkpoints": 1}), ({"points": [-1]}, {})):
+        with pytest.raises(ConfigError, match=r"clustering\.features=shape needs two points at least"):
+            parse_config(run_of({}, **proxy) | {"clustering": {"features": "shape", **clustering}})
+    assert parse_config(run_of({"method": "ambiguous"}, num_checkpoints=1, include_untrained=True))
+    assert parse_config(run_of({"method": "ambiguous"}, checkpoint_every_steps=5)), "how many there are goes by the steps"
 
 
 @pytest.mark.parametrize(
@@ -515,3 +529,8 @@ def test_the_command_line_selects_by_any_method_and_its_subsets_can_be_exported(
     lines = [json.loads(line) for line in (tmp_path / "subset.jsonl").read_text().splitlines()]
     assert [line["example_id"] for line in lines] == chosen(read_selection(found))
     assert {line["weight"] for line in lines} == {1.0}
+
+
+def test_the_config_knows_how_many_points_each_method_needs():
+    """So that a run is refused before its proxy is trained."""
+    assert {name: one.min_points for name, one in SELECTORS.items() if one.min_points > 1} == MIN_POINTS

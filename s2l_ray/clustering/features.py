@@ -89,13 +89,8 @@ class Measured:
 
     @classmethod
     def of(cls, kind: Kind, num_points: int, points: Sequence[int] | None = None) -> Measured:
-        """What features of a kind need of trajectories of so many points. Raises ConfigError for points that they lack, and
-        where they are too short for the features."""
+        """What features of a kind need of trajectories of so many points. Raises ConfigError for points that they lack."""
         columns = (LOSSES, *STATISTICS) if kind == "profile" else (LOSSES,)
-        if kind not in ("raw", "profile") and (num_points if points is None else len(points)) < 2:
-            raise ConfigError(
-                f"clustering.features: '{kind}' needs trajectories of two points at least, these have one. Use 'raw'."
-            )
         if points is None:
             return cls(columns, None, num_points)
         beyond = [point for point in points if not -num_points <= point < num_points]
@@ -143,8 +138,13 @@ class Features:
     @classmethod
     def of(cls, kind: Kind, sample_ST: Floats, spectrum: Spectrum) -> Features:
         """The map for a corpus from a sample of what is measured, shape (S, T) and on the grid: the center is the median, which
-        one outlier does not move away from all others. `spectrum`: of the losses."""
+        one outlier does not move away from all others. `spectrum`: of the losses. Raises ConfigError where the trajectories
+        are too short for the features."""
         center_T = on_grid(np.median(sample_ST, axis=0))
+        if kind not in ("raw", "profile") and len(center_T) < 2:
+            raise ConfigError(
+                f"clustering.features: '{kind}' needs trajectories of two points at least, these have one. Use 'raw'."
+            )
         weights_TF = scales_T = None
         if kind == "whitened":
             kept = spectrum.shares_T > MIN_SHARE

@@ -52,7 +52,7 @@ def group(store: TrajectoryStore, config: ClusteringConfig, engine: Engine, *, s
 
     Raises ConfigError for more groups than rows, an unknown column to stratify by, points or statistics that are not there.
     """
-    check_shape(config, len(store), store.num_points)
+    check_num_clusters(config, len(store))
     found = strata_of(config, store.names_of("source") if "source" in store.names else [], len(store), sources_are_files)
     by = found.column
     if config.stratify_by == AUTO:
@@ -83,16 +83,13 @@ def group(store: TrajectoryStore, config: ClusteringConfig, engine: Engine, *, s
     return grouping
 
 
-def check_shape(config: ClusteringConfig, num_rows: int, num_points: int | None) -> None:
-    """Raise ConfigError for more groups than rows, and for points or features that trajectories of so many points, where their
-    number is known, do not have."""
+def check_num_clusters(config: ClusteringConfig, num_rows: int) -> None:
+    """Raise ConfigError for more groups than rows."""
     if config.num_clusters > num_rows:
         raise ConfigError(
             f"clustering.num_clusters: {config.num_clusters:,} groups of {num_rows:,} examples. "
             f"Set clustering.num_clusters to {num_rows:,} or less, or bring more examples."
         )
-    if num_points is not None:
-        Measured.of(config.features, num_points, config.points)
 
 
 def _diagnostic_cut(store: TrajectoryStore) -> np.uint64:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from s2l_ray.clustering.grouping import check_shape
+from s2l_ray.clustering.grouping import check_num_clusters
 from s2l_ray.clustering.stratifying import AUTO, strata_of
 from s2l_ray.compare.arms import ANY_SOURCES, COST_MATCHED, FULL, Arm, arms_of
 from s2l_ray.compare.cells import (
@@ -148,11 +148,11 @@ def arms_and_budgets(
         chosen = arm.config(config)
         method = SELECTORS[chosen.selection.method]
         of_run = None if arm.redoes_proxy else trajectories
-        num_points = None if of_run is None else len(of_run.summary["steps"])
+        num_points = method.min_points if of_run is None else len(of_run.summary["steps"])
         try:
-            method.check(recorded, method.min_points if num_points is None else num_points)
+            method.check(recorded, num_points)
             if method.reads_groups:
-                check_shape(chosen.clustering, summary["pool"], num_points)
+                check_num_clusters(chosen.clustering, summary["pool"])
         except ConfigError as error:
             raise ConfigError(f"compare.arms: {arm.name}: {error}") from error
     return arms, budgets_of(config, summary["pool"])

@@ -23,3 +23,5 @@ Method = Literal[
 OF_S2L_ALONE = ("allocation", "allocation_of_strata", "draw", "min_per_source", "defer_groups_up_to")
 """Fields of the section `selection` that other methods have no use for. (Those that follow S2L's own subset have.)"""
 FOLLOW_S2L = ("s2l", "source_matched", "source_and_length_matched")
+MIN_POINTS = {"high_learnability": 2, "ambiguous": 2}
+"""Points of the trajectories that a method needs, where that is more than one."""

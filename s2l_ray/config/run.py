@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from s2l_ray.config.comparing import CompareConfig
 from s2l_ray.config.machines import MachinesConfig
+from s2l_ray.config.methods import MIN_POINTS
 from s2l_ray.config.section import Positive, Section
 from s2l_ray.config.sections import (
     ClusteringConfig,
@@ -94,14 +95,21 @@ class RunConfig(Section):
         return self
 
     def _points_are_recorded(self) -> None:
-        proxy, points = self.proxy, self.clustering.points or []
+        proxy, points, features, method = self.proxy, self.clustering.points, self.clustering.features, self.selection.method
+        if not proxy.checkpoints and proxy.checkpoint_every_steps is not None:
+            return  # how many there are goes by the proxy's steps
         count = len(proxy.checkpoints) or proxy.num_checkpoints + proxy.include_untrained
-        is_known = bool(proxy.checkpoints) or proxy.checkpoint_every_steps is None
-        beyond = [point for point in points if not -count <= point < count]
-        if is_known and beyond:
+        if beyond := [point for point in points or [] if not -count <= point < count]:
             raise ValueError(
                 f"clustering.points={points}: no point {beyond[0]} in trajectories of {count} points (proxy.num_checkpoints, "
                 f"include_untrained). Give 0 to {count - 1}, or from the end -1 to -{count}"
+            )
+        if features not in ("raw", "profile") and (count if points is None else len(points)) < 2:
+            raise ValueError(f"clustering.features={features} needs two points at least, here is one. Use raw")
+        if count < (least := MIN_POINTS.get(method, 1)):
+            raise ValueError(
+                f"selection.method={method} needs trajectories of {least} points or more, these have {count}: record more "
+                "checkpoints (proxy.num_checkpoints)"
             )
 
     @model_validator(mode="after")
