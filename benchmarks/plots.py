@@ -1,7 +1,7 @@
 """A picture beside every table of `results/compare`: each arm's differences to random, as the report page draws them.
 
-    pip install kaleido          # and a Chromium or Chrome
-    python benchmarks/plots.py
+pip install kaleido          # and a Chromium or Chrome
+python benchmarks/plots.py
 """
 
 from __future__ import annotations
