@@ -149,8 +149,10 @@ def token_count_column(column: pa.Array, ids: pa.Array, where: str) -> pa.Array:
     if not pa.types.is_integer(column.type) and len(column):
         raise wrong_type(where, "num_response_tokens", column.type, "integers")
     lowest, highest = pc.min_max(column).as_py().values()
-    if column.null_count or (lowest is not None and (lowest < 0 or highest > MAX_TOKENS)):
-        is_bad = pc.fill_null(pc.or_(pc.less(column, 0), pc.greater(column, MAX_TOKENS)), True)
+    is_odd = column.null_count or (lowest is not None and (lowest < 0 or highest > MAX_TOKENS))
+    if is_odd and len(column) == len(ids):
+        signed = column.cast(pa.int64(), safe=False)  # what is too large for that becomes negative
+        is_bad = pc.fill_null(pc.or_(pc.less(signed, 0), pc.greater(signed, MAX_TOKENS)), True)
         bad = name_examples(ids.filter(is_bad))
         raise DataError(f"{where}: num_response_tokens is missing, negative or too large for example_id {bad}.")
     return column.cast(pa.int32())
