@@ -6,12 +6,13 @@
     python benchmarks/ranged.py kills --kills 20
 
 `run`: engines `ray` (two actors) and `disk` (two threads) in turn, K = 100, 10,000 rows chosen, each in a process of its own
-that has started Ray before the clock starts. Driver: the memory and the processor seconds of that process alone; total: those
-of all processes below it; objects: the most that Ray's object store took of /dev/shm. `sort`: what Ray Data takes to read and
-sort the same files by id, against our ranges. `merge`: runs of 4,096 rows merged all at once and 64 at once; `seconds` are
-those of merging, a read is a stretch of a run that lies in a range, of which each is one opening of a file. `kills`: a process
-of an actor or a task is killed now and then (`--every`); seconds until the actor's rows answer again, and whether all bytes are
-as undisturbed. Every run adds a line to `results/grouping/ranged-*.jsonl`; the same command again goes on where it stopped.
+that has started Ray and grouped 100,000 rows before the clock starts, so that Ray's workers and all imports are there. Driver:
+the memory and the processor seconds of that process alone; total: those of all processes below it, of its start too; objects:
+the most that Ray's object store took of /dev/shm. `sort`: what Ray Data takes to read and sort the same files by id, against
+our ranges. `merge`: runs of 4,096 rows merged all at once and 64 at once; `seconds` are those of merging, a read is a stretch
+of a run that lies in a range, of which each is one opening of a file. `kills`: a process of an actor or a task is killed now
+and then (`--every`); seconds until the actor's rows answer again, and whether all bytes are as undisturbed. Every run adds a
+line to `results/grouping/ranged-*.jsonl`; the same command again goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ import numpy as np
 import psutil
 from grouping import RESULTS, Row, child, generate, records, setting
 
-POINTS, NUM_CLUSTERS, BUDGET = 12, 100, 10_000
+POINTS, NUM_CLUSTERS, BUDGET, FIRST_ROWS = 12, 100, 10_000, 100_000
 SMALL_RUN_ROWS = 4_096
 WORDS = {"actors": "ray::SlotsActor", "tasks": "ray::_reported"}
 
@@ -113,14 +114,16 @@ def select(data: str, engine: str, workers: int, kills: int = 0, seed: int = 0, 
     from s2l_ray.runtime.session import connect_ray
     from s2l_ray.selection.alone import select_trajectories
 
-    output = f"{data}-{engine}"
-    shutil.rmtree(output, ignore_errors=True)
+    output, first = f"{data}-{engine}", Path(data).with_name(f"{FIRST_ROWS}x{POINTS}")
     if engine == "ray":
         connect_ray()
-    killed = Killer(kills, seed, every) if kills else None
-    begun, cpu = time.perf_counter(), cpu_seconds()
     grouping = ClusteringConfig(num_clusters=NUM_CLUSTERS, stratify_by=None)
     machines = GroupingConfig(engine=engine, num_workers=workers)  # type: ignore[arg-type]
+    shutil.rmtree(output, ignore_errors=True)
+    select_trajectories(str(first), output, grouping, SelectionConfig(budget=BUDGET), machines)
+    shutil.rmtree(output)
+    killed = Killer(kills, seed, every) if kills else None
+    begun, cpu = time.perf_counter(), cpu_seconds()
     select_trajectories(data, output, grouping, SelectionConfig(budget=BUDGET), machines)
     row = {"seconds": time.perf_counter() - begun, "driver_cpu": cpu_seconds() - cpu}
     row |= {"driver_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
@@ -224,6 +227,7 @@ def merge(data: str, at_once: int) -> Row:
 
 def measure(options: argparse.Namespace) -> None:
     """All runs of a command."""
+    child(generate, f"{options.data}/{FIRST_ROWS}x{POINTS}", FIRST_ROWS, POINTS, False, False)
     for rows in options.rows:
         data = f"{options.data}/{rows}x{POINTS}"
         child(generate, data, rows, POINTS, False, False)
