@@ -421,6 +421,20 @@ def save(found: Any, right: dict[str, dict[str, float]], results: Path, folder: 
     (folder / f"{kind}-table.md").write_text(found.markdown(), encoding="utf-8")
 
 
+def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """End with what is missing of a step's inputs."""
+    if arguments.step != "join" and not (arguments.model / "config.json").is_file():
+        parser.error(f"--model {arguments.model}: no config.json there; it takes the folder of a transformers model")
+    if arguments.step in {"pack", "train"} and not (arguments.bundle / CELLS).is_file():
+        parser.error(f"{arguments.bundle}: no {CELLS} there; `choose` makes a bundle, in WORK_DIR/KIND")
+    if arguments.step == "join" and not (arguments.bundle / packing.MANIFEST).is_file():
+        parser.error(f"{arguments.bundle}: no {packing.MANIFEST} there; `pack` makes it, and every call brings it along")
+    if arguments.step == "table" and not (arguments.work / arguments.kind / CELLS).is_file():
+        parser.error(f"{arguments.work / arguments.kind}: no bundle there; `choose` makes it")
+    if arguments.step in {"choose", "table"} and not arguments.data.is_dir():
+        parser.error(f"{arguments.data}: no such folder; it has a JSON Lines file for each source (gsm8k.jsonl and so on)")
+
+
 def main() -> int:
     """One step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -445,16 +459,7 @@ def main() -> int:
     for name in ("train", "table"):
         steps.choices[name].add_argument("--results", type=Path, help="the bundle's results where nothing is given")
     arguments = parser.parse_args()
-    if arguments.step != "join" and not (arguments.model / "config.json").is_file():
-        parser.error(f"--model {arguments.model}: no config.json there; it takes the folder of a transformers model")
-    if arguments.step in {"pack", "train"} and not (arguments.bundle / CELLS).is_file():
-        parser.error(f"{arguments.bundle}: no {CELLS} there; `choose` makes a bundle, in WORK_DIR/KIND")
-    if arguments.step == "join" and not (arguments.bundle / packing.MANIFEST).is_file():
-        parser.error(f"{arguments.bundle}: no {packing.MANIFEST} there; `pack` makes it, and every call brings it along")
-    if arguments.step == "table" and not (arguments.work / arguments.kind / CELLS).is_file():
-        parser.error(f"{arguments.work / arguments.kind}: no bundle there; `choose` makes it")
-    if arguments.step in {"choose", "table"} and not arguments.data.is_dir():
-        parser.error(f"{arguments.data}: no such folder; it has a JSON Lines file for each source (gsm8k.jsonl and so on)")
+    check(parser, arguments)
     try:
         return int(arguments.do(arguments))
     except ModuleNotFoundError as error:

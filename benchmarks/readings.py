@@ -151,7 +151,7 @@ def config(data: Path, work: Path, mixture: str) -> dict[str, Any]:
     pretrained = work / f"{mixture}-pretraining"
     checkpoint = max((pretrained / "proxy").glob("step-*"), default=None)
     if checkpoint is None:
-        raise SystemExit(f"{pretrained}: no pretrained proxy there; `readings.py DATA_DIR WORK_DIR {mixture} pretrain` makes it")
+        raise SystemExit(f"{pretrained}: no proxy there; `readings.py DATA_DIR WORK_DIR {mixture} pretrain` trains it")
     return {
         "name": mixture,
         "examples": {
