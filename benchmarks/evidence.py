@@ -329,12 +329,11 @@ def train(arguments: argparse.Namespace) -> int:
         if longest and time.monotonic() - begun + longest > 60 * arguments.minutes:
             print("cells are left: call the same again")
             return AGAIN
-        if not longest:  # a call that finds all cells done trains nothing
-            add_machine(results / MACHINES, machine(worker.device))
         start = time.monotonic()
         ((_, data),) = worker.work_on(unit, {unit: worker.load(unit)})
         beside = results / f"{unit}.tmp"
         beside.write_bytes(data)
+        add_machine(results / MACHINES, machine(worker.device))
         beside.rename(results / f"{unit}.parquet")
         longest = max(longest, time.monotonic() - start)
         print(f"{unit}: {time.monotonic() - start:.1f} s", flush=True)
@@ -464,7 +463,7 @@ def main() -> int:
         return int(arguments.do(arguments))
     except ModuleNotFoundError as error:
         wheels = "the wheels of gpu/kit.py pack --tier a" if arguments.step == "train" else "the whole package's requirements"
-        raise SystemExit(f"not run: {error.name} is not installed. `{arguments.step}` needs {wheels}") from error
+        raise SystemExit(f"not run: {error}. `{arguments.step}` needs {wheels}") from error
 
 
 if __name__ == "__main__":

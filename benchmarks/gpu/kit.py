@@ -59,7 +59,7 @@ def main() -> int:
     try:
         module = importlib.import_module(PIECES[arguments.piece])
     except ModuleNotFoundError as error:
-        wanted = f"not run: {error.name} is not installed. Send the wheels: kit.py pack --tier a, then join."
+        wanted = f"not run: {error}. Send the wheels: kit.py pack --tier a, then join."
         raise SystemExit(wanted) from error
     cells = module.cells(kit) if arguments.piece not in {"run", "tests", "faiss"} else module.CELLS[arguments.piece](kit)
     return kit.run(arguments.piece, cells)
