@@ -375,7 +375,7 @@ def table(arguments: argparse.Namespace) -> int:
         kept = [one for one in there if all(other in there for other in plan.specs if together(other, one))]
         seeds = {budget: len({one.seed for one in kept if one.budget == budget}) for budget in plan.budgets}
         budgets = [budget for budget, whole in seeds.items() if whole >= 2]
-        print(f"whole seeds by budget: {seeds}")
+        print(f"whole seeds by budget: {seeds}; {len(there)} of {len(plan.specs)} cells in {results}")
         if budgets:
             kept = [one for one in kept if one.budget in budgets or one.arm == "full"]
             found = write_results(parsed, kept, budgets, place, finished)
