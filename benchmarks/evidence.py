@@ -13,7 +13,8 @@ comparison and prints its table over the seeds that are whole.
 Kinds: `whole`; `rates`, the learning rate by random subsets and the validation split, read first, whose answer `choose --rate`
 takes; `upper`, with the target
 itself, trained for a few steps, as the proxy (for a machine with Ray and a GPU); `reduced`, what a CPU can do. Settings were
-frozen in LOG.md before the first cell.
+frozen in LOG.md before the first cell. `table` keeps cells in WORK_DIR/run (but for `rates`): another rate after it, or
+`--tiny` with another kind, needs another WORK_DIR and is refused in the same.
 """
 
 from __future__ import annotations
