@@ -13,7 +13,8 @@ comparison and prints its table over the seeds that are whole.
 Kinds: `whole`; `rates`, the learning rate by random subsets and the validation split, read first, whose answer `choose --rate`
 takes; `upper`, with the target
 itself, trained for a few steps, as the proxy (for a machine with Ray and a GPU); `reduced`, what a CPU can do. Settings were
-frozen in LOG.md before the first cell.
+frozen in LOG.md before the first cell. `table` keeps cells in WORK_DIR/run (but for `rates`): another rate after it, or
+`--tiny` with another kind, needs another WORK_DIR and is refused in the same.
 """
 
 from __future__ import annotations
@@ -322,7 +323,6 @@ def train(arguments: argparse.Namespace) -> int:
     job = CellsJob(examples, examples, specs, subsets, listed["parts"], frozenset(listed["answered"]))
     workers = Workers(1, arguments.threads or torch.get_num_threads(), 1.0 if on_gpu else 0.0, 1)
     worker = worker_on(listed["evaluated"])(job, subsets, workers, 1)
-    add_machine(results / MACHINES, machine(worker.device))
     longest = 0.0
     for unit in specs:
         if (results / f"{unit}.parquet").exists():
@@ -334,6 +334,7 @@ def train(arguments: argparse.Namespace) -> int:
         ((_, data),) = worker.work_on(unit, {unit: worker.load(unit)})
         beside = results / f"{unit}.tmp"
         beside.write_bytes(data)
+        add_machine(results / MACHINES, machine(worker.device))
         beside.rename(results / f"{unit}.parquet")
         longest = max(longest, time.monotonic() - start)
         print(f"{unit}: {time.monotonic() - start:.1f} s", flush=True)
@@ -365,7 +366,8 @@ def table(arguments: argparse.Namespace) -> int:
         tables = {one.unit: pq.read_table(results / f"{one.unit}.parquet") for one in there}
         if arguments.kind == "rates":
             means = [mean_loss(tables[one.unit]) for one in there]
-            print(f"{rate:g}: {sum(means) / max(1, len(means)):.4f} nats per token of random, {len(means)} seeds")
+            mean = f"{sum(means) / len(means):.4f} nats per token of random" if means else "not trained"
+            print(f"{rate:g}: {mean}, {len(means)} seeds")
             continue
         for one in there:
             if one.find(place) is None:
@@ -374,7 +376,7 @@ def table(arguments: argparse.Namespace) -> int:
         kept = [one for one in there if all(other in there for other in plan.specs if together(other, one))]
         seeds = {budget: len({one.seed for one in kept if one.budget == budget}) for budget in plan.budgets}
         budgets = [budget for budget, whole in seeds.items() if whole >= 2]
-        print(f"whole seeds by budget: {seeds}")
+        print(f"whole seeds by budget: {seeds}; {len(there)} of {len(plan.specs)} cells in {results}")
         if budgets:
             kept = [one for one in kept if one.budget in budgets or one.arm == "full"]
             found = write_results(parsed, kept, budgets, place, finished)
@@ -411,9 +413,26 @@ def exact_matches(kept: list[Any], tables: dict[str, Any]) -> dict[str, dict[str
 def save(found: Any, right: dict[str, dict[str, float]], results: Path, folder: Path, kind: str) -> None:
     """The table with every cell's losses and the machine that trained them."""
     folder.mkdir(parents=True, exist_ok=True)
-    on = json.loads((results / MACHINES).read_text(encoding="utf-8"))
+    known = results / MACHINES
+    on = json.loads(known.read_text(encoding="utf-8")) if known.exists() else []
+    if not on:
+        print(f"{known} is missing: the table names no machine. Copy it from where the cells were trained")
     write_json(folder / f"{kind}-table.json", found.to_json() | {"exact_matches": right, "machines": on})
     (folder / f"{kind}-table.md").write_text(found.markdown(), encoding="utf-8")
+
+
+def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """End with what is missing of a step's inputs."""
+    if arguments.step != "join" and not (arguments.model / "config.json").is_file():
+        parser.error(f"--model {arguments.model}: no config.json there; it takes the folder of a transformers model")
+    if arguments.step in {"pack", "train"} and not (arguments.bundle / CELLS).is_file():
+        parser.error(f"{arguments.bundle}: no {CELLS} there; `choose` makes a bundle, in WORK_DIR/KIND")
+    if arguments.step == "join" and not (arguments.bundle / packing.MANIFEST).is_file():
+        parser.error(f"{arguments.bundle}: no {packing.MANIFEST} there; `pack` makes it, and every call brings it along")
+    if arguments.step == "table" and not (arguments.work / arguments.kind / CELLS).is_file():
+        parser.error(f"{arguments.work / arguments.kind}: no bundle there; `choose` makes it")
+    if arguments.step in {"choose", "table"} and not arguments.data.is_dir():
+        parser.error(f"{arguments.data}: no such folder; it has a JSON Lines file for each source (gsm8k.jsonl and so on)")
 
 
 def main() -> int:
@@ -431,24 +450,21 @@ def main() -> int:
     for name, step in (("pack", pack), ("join", join), ("train", train)):
         of_step = steps.add_parser(name)
         of_step.set_defaults(do=step)
-        of_step.add_argument("bundle", type=Path)
+        of_step.add_argument("bundle", type=Path, help="where the parts are" if name == "join" else "WORK_DIR/KIND")
     for name in ("choose", "table", "pack", "train"):
         steps.choices[name].add_argument("--model", type=lambda path: Path(path).resolve(), required=True)
     steps.choices["pack"].add_argument("--output", type=Path, default=Path("build/evidence"))
-    steps.choices["train"].add_argument("--minutes", type=float, default=7.5)
+    steps.choices["train"].add_argument("--minutes", type=float, default=7.5, help="no cell begins that may end later")
     steps.choices["train"].add_argument("--threads", type=int)
     for name in ("train", "table"):
-        steps.choices[name].add_argument("--results", type=Path)
+        steps.choices[name].add_argument("--results", type=Path, help="the bundle's results where nothing is given")
     arguments = parser.parse_args()
-    if arguments.step != "join" and not (arguments.model / "config.json").is_file():
-        parser.error(f"--model {arguments.model}: no config.json there; it takes the folder of a transformers model")
-    if arguments.step in {"pack", "train"} and not (arguments.bundle / CELLS).is_file():
-        parser.error(f"{arguments.bundle}: no {CELLS} there; `choose` makes a bundle, in WORK_DIR/KIND")
-    if arguments.step == "join" and not (arguments.bundle / packing.MANIFEST).is_file():
-        parser.error(f"{arguments.bundle}: no {packing.MANIFEST} there; `pack` makes it, and every call brings it along")
-    if arguments.step == "table" and not (arguments.work / arguments.kind / CELLS).is_file():
-        parser.error(f"{arguments.work / arguments.kind}: no bundle there; `choose` makes it")
-    return int(arguments.do(arguments))
+    check(parser, arguments)
+    try:
+        return int(arguments.do(arguments))
+    except ModuleNotFoundError as error:
+        wheels = "the wheels of gpu/kit.py pack --tier a" if arguments.step == "train" else "the whole package's requirements"
+        raise SystemExit(f"not run: {error}. `{arguments.step}` needs {wheels}") from error
 
 
 if __name__ == "__main__":

@@ -149,7 +149,9 @@ def config(data: Path, work: Path, mixture: str) -> dict[str, Any]:
     """The comparison's config."""
     rows = [row for name, count in MIXTURES[mixture].items() for row in rows_of(data, name, round(1.04 * count) + HELD_OUT)]
     pretrained = work / f"{mixture}-pretraining"
-    checkpoint = max((pretrained / "proxy").glob("step-*"))
+    checkpoint = max((pretrained / "proxy").glob("step-*"), default=None)
+    if checkpoint is None:
+        raise SystemExit(f"{pretrained}: no proxy there; `readings.py DATA_DIR WORK_DIR {mixture} pretrain` trains it")
     return {
         "name": mixture,
         "examples": {

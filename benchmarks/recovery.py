@@ -6,7 +6,8 @@ WORK_DIR has the pretrained models of `readings.py pretrain`. Recovered is (L_ra
 loss on held-out rows, pairs by seed, labels hidden from the method. `diagnose` trains no target: how near each candidate's
 subset is to equal sources, and how well its groups agree with sources. `choose` trains the candidates of `CHOOSE`; one of
 them, `CHOSEN`, `confirm` trains again, on another mixture (LOG.md has what was frozen when). `table` writes what is there to
-`benchmarks/results/recovery`. All resume.
+`benchmarks/results/recovery`, and `diagnose` too. All resume. Candidates are given in the code: those of `diagnose` in
+`recovery_groups.candidates`, where one that is added is diagnosed by the next call.
 """
 
 from __future__ import annotations
@@ -252,11 +253,11 @@ def save(name: str, found: dict[str, Any]) -> None:
 def main() -> None:
     """Do one of the steps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("work", type=Path)
-    parser.add_argument("mixture", choices=readings.MIXTURES)
+    parser.add_argument("data", type=Path, help="the JSON Lines files of the sources")
+    parser.add_argument("work", type=Path, help="where `readings.py pretrain` wrote; runs and cells are kept here")
+    parser.add_argument("mixture", choices=readings.MIXTURES, help="`choose` is for mathematics, `confirm` for general")
     parser.add_argument("step", choices=("diagnose", "choose", "confirm", "table"))
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="changes the run's config")
     arguments = parser.parse_args()
     log_to_console()
     mixture, step = arguments.mixture, arguments.step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import subprocess
 import sys
@@ -67,6 +68,18 @@ def target(tmp_path: Path) -> Path:
     return folder
 
 
+def test_two_calls_do_not_train_into_one_folder(tmp_path: Path) -> None:
+    (tmp_path / "cells.json").write_text(json.dumps({"cells": []}))
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "results").mkdir()
+    with (tmp_path / "results" / "lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        command = [sys.executable, str(BENCHMARKS / "evidence.py"), "train", str(tmp_path), "--model", str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "another `train` writes there" in done.stdout
+
+
 @pytest.mark.slow
 def test_cells_chosen_here_are_trained_elsewhere_and_compared_here(data: Path, target: Path, tmp_path: Path) -> None:
     work, model = tmp_path / "work", str(target)
@@ -91,3 +104,7 @@ def test_cells_chosen_here_are_trained_elsewhere_and_compared_here(data: Path, t
     table = json.loads((results / "reduced-table.json").read_text())
     assert {row["arm"] for row in table["rows"]} == {"random", "source_balanced", "s2l_inside_sources"}
     assert {cell["seed"] for cell in table["cells"]} == {0, 1}
+    assert len(table["machines"]) == 1
+    (results / "machines.json").unlink()
+    assert "names no machine" in evidence("table", *here, "--results", str(results))
+    assert json.loads((results / "reduced-table.json").read_text())["machines"] == []

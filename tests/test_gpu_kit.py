@@ -79,6 +79,11 @@ def test_a_part_that_did_not_arrive_whole_is_named(packing: ModuleType, tmp_path
         packing.joined(tmp_path)
 
 
+def test_a_folder_without_a_manifest_is_named(packing: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="no manifest"):
+        packing.joined(tmp_path)
+
+
 def test_a_piece_goes_on_with_the_cells_that_are_missing(kit: ModuleType, tmp_path: Path) -> None:
     called: list[str] = []
 

@@ -117,6 +117,8 @@ def calls(files: list[dict[str, Any]]) -> list[list[str]]:
 
 def joined(folder: Path) -> list[Path]:
     """The wheels put together from their parts. Raises SystemExit naming what is missing or damaged."""
+    if not (folder / MANIFEST).is_file():
+        raise SystemExit(f"{folder}: no {MANIFEST} there; `pack` makes it, and every call brings it along")
     files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
     parts = [part for file in files for part in file["parts"]]
     missing = [part["name"] for part in parts if not (folder / part["name"]).is_file()]
