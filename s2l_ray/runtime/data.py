@@ -14,6 +14,9 @@ import pyarrow as pa
 from s2l_ray import errors
 from s2l_ray.config import WorkerConfig
 
+# So many tasks of a stage are submitted at once where nobody says how many may run, and four for each processor of a cluster
+# that has more: those that wait ask an autoscaling cluster for nodes. All of them would take the driver's memory.
+WAITING_TASKS, WAITING_PER_CPU = 256, 4
 _lock = threading.Lock()
 _restore = contextlib.ExitStack()
 _num_users = 0
@@ -62,12 +65,14 @@ def run_tasks(task: Callable[[int], dict[str, Any]], count: int, workers: Worker
     import ray.data
 
     most = workers.num_workers[-1] if isinstance(workers.num_workers, list) else workers.num_workers
+    if not isinstance(most, int):
+        most = max(WAITING_TASKS, WAITING_PER_CPU * int(ray.cluster_resources().get("CPU", 0)))
     with quiet_ray_data():
         results = ray.data.range(count, override_num_blocks=count).map_batches(
             _ReportingTask(task),
             batch_size=None,
             batch_format="pyarrow",
-            compute=ray.data.TaskPoolStrategy(most if isinstance(most, int) else None),
+            compute=ray.data.TaskPoolStrategy(most),
             num_cpus=cpus_per_task(workers),
         )
         for batch in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
