@@ -245,7 +245,7 @@ def test_prometheus_finds_what_a_stage_counts(ray_session):
     assert all(any(name in line and 'stage="trajectories"' in line for line in lines) for name in names), lines
 
 
-def test_no_processor_is_idle_while_tasks_of_a_stage_wait(ray_session):
+def test_no_processor_is_idle_while_tasks_of_a_stage_wait(ray_session, recwarn):
     """Left to itself Ray Data keeps room for steps that there are not: of two processors one."""
 
     def task(_: int) -> dict[str, Any]:
@@ -257,3 +257,4 @@ def test_no_processor_is_idle_while_tasks_of_a_stage_wait(ray_session):
     assert len(found) == 8
     at_once = [sum(one["begun"] <= other["begun"] < one["ended"] for one in found) for other in found]
     assert max(at_once) == 2
+    assert not [one for one in recwarn if "concurrent tasks" in str(one.message)]

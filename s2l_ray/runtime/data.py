@@ -72,7 +72,7 @@ def run_tasks(task: Callable[[int], dict[str, Any]], count: int, workers: Worker
             _ReportingTask(task),
             batch_size=None,
             batch_format="pyarrow",
-            compute=ray.data.TaskPoolStrategy(most),
+            compute=ray.data.TaskPoolStrategy(min(most, count)),
             num_cpus=cpus_per_task(workers),
         )
         for batch in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
