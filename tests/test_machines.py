@@ -12,14 +12,13 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 
 from s2l_ray.config import RunConfig, TrainingWorkerConfig, WorkerConfig, parse_config
 from s2l_ray.errors import ConfigError
 from s2l_ray.runtime import room, session
-from s2l_ray.runtime.data import run_tasks
+from s2l_ray.runtime.data import quiet_ray_data, run_tasks
 from s2l_ray.runtime.metrics import count
 from s2l_ray.runtime.workers import Workers
 from s2l_ray.storage.places import Storage
@@ -245,16 +244,17 @@ def test_prometheus_finds_what_a_stage_counts(ray_session):
     assert all(any(name in line and 'stage="trajectories"' in line for line in lines) for name in names), lines
 
 
-def test_no_processor_is_idle_while_tasks_of_a_stage_wait(ray_session, recwarn):
-    """Left to itself Ray Data keeps room for steps that there are not: of two processors one."""
+@pytest.mark.parametrize("is_one_machine", [True, False])
+def test_tasks_wait_for_a_processor_in_ray_on_one_machine_and_in_ray_data_on_a_cluster(
+    ray_session, recwarn, monkeypatch, is_one_machine
+):
+    """On one machine tasks follow each other at once: one of two processors was idle. On a cluster the autoscaler would start
+    nodes for those that wait, with a GPU where there is no other kind."""
+    import ray.data
 
-    def task(_: int) -> dict[str, Any]:
-        begun = time.monotonic()
-        time.sleep(0.3)
-        return {"begun": begun, "ended": time.monotonic()}
-
-    found = list(run_tasks(task, 8, WorkerConfig()))
-    assert len(found) == 8
-    at_once = [sum(one["begun"] <= other["begun"] < one["ended"] for one in found) for other in found]
-    assert max(at_once) == 2
+    monkeypatch.setattr(room, "is_one_machine", is_one_machine)
+    with quiet_ray_data():
+        assert ray.data.DataContext.get_current().op_resource_reservation_enabled is not is_one_machine
+    found = list(run_tasks(lambda number: {"number": number}, 8, WorkerConfig()))
+    assert sorted(row["number"] for row in found) == list(range(8))
     assert not [one for one in recwarn if "concurrent tasks" in str(one.message)]

@@ -13,10 +13,10 @@ import pyarrow as pa
 
 from s2l_ray import errors
 from s2l_ray.config import WorkerConfig
+from s2l_ray.runtime import room
 
-# So many tasks of a stage are submitted at once where nobody says how many may run, and four for each processor of a cluster
-# that has more: those that wait ask an autoscaling cluster for nodes. All of them would take the driver's memory.
-WAITING_TASKS, WAITING_PER_CPU = 256, 4
+# So many tasks of a stage are submitted at once to a Ray of our own on one machine: all of them would take the driver's memory.
+WAITING_TASKS = 256
 _lock = threading.Lock()
 _restore = contextlib.ExitStack()
 _num_users = 0
@@ -48,8 +48,9 @@ def _make_quiet(restore: contextlib.ExitStack) -> None:
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    # Ray Data keeps a part of the processors for what comes after a step, and here nothing does: of two it left one idle.
-    context.op_resource_reservation_enabled = False
+    # With its reservation Ray Data submits a task only when a processor is free, and of two one was idle in between. Tasks that
+    # wait would ask a cluster's autoscaler for nodes, though, and for one with a GPU where there is no other.
+    context.op_resource_reservation_enabled = not room.is_one_machine
     restore.enter_context(ray.data.DataContext.current(context))
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
@@ -64,15 +65,14 @@ def run_tasks(task: Callable[[int], dict[str, Any]], count: int, workers: Worker
     """
     import ray.data
 
-    most = workers.num_workers[-1] if isinstance(workers.num_workers, list) else workers.num_workers
-    if not isinstance(most, int):
-        most = max(WAITING_TASKS, WAITING_PER_CPU * int(ray.cluster_resources().get("CPU", 0)))
+    wanted = workers.num_workers[-1] if isinstance(workers.num_workers, list) else workers.num_workers
+    most = wanted if isinstance(wanted, int) else WAITING_TASKS if room.is_one_machine else None
     with quiet_ray_data():
         results = ray.data.range(count, override_num_blocks=count).map_batches(
             _ReportingTask(task),
             batch_size=None,
             batch_format="pyarrow",
-            compute=ray.data.TaskPoolStrategy(min(most, count)),
+            compute=ray.data.TaskPoolStrategy(None if most is None else min(most, count)),
             num_cpus=cpus_per_task(workers),
         )
         for batch in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
