@@ -150,6 +150,22 @@ def test_merged_runs_leave_only_the_merged_files(pool: ThreadPoolExecutor, tmp_p
     assert max(sizes) <= RUN_ROWS + 2 * 20 * PIECE_ROWS
 
 
+def test_what_is_merged_gives_its_disk_space_back_at_once(
+    pool: ThreadPoolExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken, read = [], sorting.IdRange.rows
+
+    def watched(some: sorting.IdRange) -> pa.Table:
+        taken.append(sum(path.stat().st_size for path in tmp_path.iterdir()))
+        return read(some)
+
+    monkeypatch.setattr(sorting.IdRange, "rows", watched)
+    found = sort_ids(np.random.default_rng(5).permutation(4_000).tolist(), tmp_path, pool)
+    assert rows_of(found)["example_id"].to_pylist() == list(range(4_000))
+    assert len(taken) > 20
+    assert max(taken) < 1.3 * taken[0]  # 2 where all runs stay until the end
+
+
 @pytest.mark.parametrize("kind", [int, str])
 def test_many_runs_are_merged_in_passes_to_the_same_rows(
     pool: ThreadPoolExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type

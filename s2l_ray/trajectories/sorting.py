@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import os
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,6 +39,8 @@ PIECES_OF_LARGER_RANGES, MAX_PIECES_PER_RANGE = 640, 256
 # Each range reads of all runs. Of more runs than these some are merged first, and then what has come of them: so reads grow
 # as N log N. A pass more over all rows takes as long as the reads of some 600 runs from a local disk.
 MAX_RUNS_AT_ONCE = 512
+# How often runs are cut off behind what is still to be merged.
+TIMES_CUT_OFF = 32
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Codes = Mapping[str, NDArray[np.int32]]
@@ -50,6 +53,11 @@ class StoredFile:
 
     storage: Storage
     name: str
+
+    @property
+    def local(self) -> Path | None:
+        """Where the file lies on this machine, if it does."""
+        return Path(self.storage.path(self.name)) if self.storage.is_local else None
 
 
 def opened(path: Path | StoredFile) -> pa.NativeFile:
@@ -156,20 +164,26 @@ def merged_runs(
     """The rows of all runs as runs that follow each other.
 
     `merge` writes each of some ranges under its name and gives the runs in the same order; `remove` removes the files of
-    runs that are not needed any more. Raises DataError naming ids that occur twice.
+    runs that are not needed any more. The last ids are merged first, so that the files of runs on this machine are cut off
+    behind what is still needed: new pages take the place of old ones, of which a system may have none left that are as fast.
+    Raises DataError naming ids that occur twice.
     """
     ordered = [[run] for run in runs]
     num_passes = 0
     while len(ordered) > 1:
         size = _runs_at_once(len(ordered))
         groups = [list(itertools.chain(*ordered[first : first + size])) for first in range(0, len(ordered), size)]
-        ranges = [(number, some) for number, group in enumerate(groups) for some in ranges_of(group)]
+        ranges = [(number, some) for number, group in enumerate(groups) for some in reversed(list(ranges_of(group)))]
         num_passes += 1
-        named = [(f"merged-{num_passes}-{place:06d}.arrow", some) for place, (_, some) in enumerate(ranges)]
+        named = [(f"merged-{num_passes}-{len(ranges) - n:06d}.arrow", some) for n, (_, some) in enumerate(ranges)]
         ordered = [[] for _ in groups]
-        for (number, _), run in zip(ranges, merge(named), strict=True):
+        for place, ((number, some), run) in enumerate(zip(ranges, merge(named), strict=True)):
             ordered[number].append(run)
+            if place % (1 + len(ranges) // TIMES_CUT_OFF) == 0:
+                for one in groups[number]:
+                    one.cut_off(some.first)
         remove(itertools.chain(*groups))
+        ordered = [one[::-1] for one in ordered]
         check_unique(list(itertools.chain(*ordered)))
         ordered = [[run for run in one if run.num_rows] for one in ordered]
     return ordered[0]
@@ -299,6 +313,13 @@ class Run:
         if begin >= end or (first is not None and self.last < first):
             return None
         return Stretch(self.path, int(self.offsets[begin]), int(self.offsets[end]), self.codes)
+
+    def cut_off(self, stop: Any) -> None:
+        """Give the system back what of a file on this machine lies behind ids below `stop`."""
+        path = self.path if isinstance(self.path, Path) else self.path.local
+        if path is not None:
+            stretch = None if stop is None else self.stretch(None, stop)
+            os.truncate(path, stretch.stop if stretch is not None else 0)
 
 
 def in_order(pool: Executor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int = 3) -> Iterator[Result]:
