@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from s2l_ray.clustering import bounds, columns, engines, kmeans, local_rows, ray_rows
 from s2l_ray.clustering import gpu_rows as gpu_module
+from s2l_ray.clustering.bounds import drift_of
 from s2l_ray.clustering.columns import FileColumn, MemoryColumn
 from s2l_ray.clustering.engines import Engine
 from s2l_ray.clustering.features import on_grid
@@ -237,20 +238,35 @@ def test_however_centroids_move_a_bounded_search_finds_the_nearest(
     centroids = rng.normal(0, 1, (num_clusters, width)).astype(np.float32)
     rows = in_memory(features, pool)
     step = rows.assign(centroids, "two")
-    sums, sizes = step.sums_KF, step.sizes_K
+    sums, sizes, radii = step.sums_KF, step.sizes_K, step.radii_K
     for search, scale in zip([*searches, "bounded"], scales, strict=False):
         # One jumps, as when it is seeded again, the others drift.
         moves = rng.normal(0, scale, centroids.shape) * np.where(np.arange(num_clusters) == 0, 10, 1)[:, None]
         before, centroids = centroids, (centroids + moves).astype(np.float32)
-        rows.centroids_moved(np.sqrt(((centroids.astype(np.float64) - before) ** 2).sum(axis=1)))
+        moved = np.sqrt(((centroids.astype(np.float64) - before) ** 2).sum(axis=1))
+        rows.centroids_moved(drift_of(moved, centroids, radii + moved))
         step = rows.assign(centroids, search)
         sums, sizes = sums + step.sums_KF, sizes + step.sizes_K
+        radii = np.maximum(radii + moved, step.radii_K) if search == "bounded" else step.radii_K
         labels = rows._labels.read(0, 250)
         found = squares(features, centroids)
         assert (found[np.arange(250), labels] <= found.min(axis=1) + 1e-6 * (features.max() ** 2 + found.max())).all()
         assert sizes.tolist() == np.bincount(labels, minlength=num_clusters).tolist()
         # Exact: the features lie on a grid.
         assert np.array_equal(sums, [features[labels == k].sum(axis=0, dtype=np.float64) for k in range(num_clusters)])
+
+
+def test_a_centroid_that_wanders_costs_searches_along_its_way_alone(pool: SearchThreads) -> None:
+    rng = np.random.default_rng(4)
+    before = np.array([[0, 0], [4, 0], [100, 0], [104, 0]], np.float32)
+    features = on_grid((before[:, None] + rng.uniform(-1, 1, (4, 100, 2))).reshape(400, 2))
+    rows = in_memory(features, pool)
+    radii = rows.assign(before, "two").radii_K
+    assert (radii > 1).all()
+    assert (radii < 1.5).all()
+    after = before + np.array([[0, 0], [0, 6], [0, 0], [0, 0]], np.float32)
+    moved = np.linalg.norm(after - before, axis=1)
+    assert rows.centroids_moved(drift_of(moved, after, radii + moved)) == 200
 
 
 def test_bounds_hold_after_a_centroid_jumped_to_a_far_row(pool: SearchThreads) -> None:

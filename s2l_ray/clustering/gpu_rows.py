@@ -41,7 +41,7 @@ class GpuRows:
         self._distances: list[Floats] = []
         self._to_nearest: list[NDArray[np.float64]] = []
 
-    def centroids_moved(self, moved_K: NDArray[np.float64]) -> int:  # noqa: ARG002
+    def centroids_moved(self, drift_K: NDArray[np.float64]) -> int:  # noqa: ARG002
         return self.shape[0]
 
     def assign(self, centroids_KF: Floats, search: Search) -> Step:  # noqa: ARG002
@@ -59,7 +59,8 @@ class GpuRows:
             sizes.index_add_(0, new[changed], ones).index_add_(0, old[changed] % (num_clusters + 1), -ones)
             steps.append((sums[:num_clusters], sizes[:num_clusters], changed))
         # Only now is there anything to wait for: the devices work side by side.
-        return Step.sum([Step(sums.cpu().numpy(), sizes.cpu().numpy(), len(changed)) for sums, sizes, changed in steps])
+        radii_K = np.zeros(num_clusters)  # there are no bounds that they would decide
+        return Step.sum([Step(sums.cpu().numpy(), sizes.cpu().numpy(), len(rows), radii_K) for sums, sizes, rows in steps])
 
     def _nearest(self, block: Any, centroids_KF: Floats) -> Any:
         """Labels of a block: the lowest |c|^2 - 2xc, a matrix of rows x centroids that stays in the GPU's cache."""

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from s2l_ray.clustering.bounds import Search, squares_to_nearest
+from s2l_ray.clustering.bounds import Search, drift_of, squares_to_nearest
 from s2l_ray.clustering.columns import Column, Floats, Ints
 from s2l_ray.clustering.threads import SearchThreads, faiss
 from s2l_ray.examples.hashes import mixed
@@ -43,12 +43,18 @@ class Step:
     num_changed: int
     """Rows whose group is another than before."""
 
+    radii_K: NDArray[np.float64]
+    """How far from each centroid those of its rows lie that were searched."""
+
     @classmethod
     def sum(cls, steps: Iterable[Step]) -> Step:
         """The change over all blocks or workers, added as they come."""
         return functools.reduce(
             lambda left, right: cls(
-                left.sums_KF + right.sums_KF, left.sizes_K + right.sizes_K, left.num_changed + right.num_changed
+                left.sums_KF + right.sums_KF,
+                left.sizes_K + right.sizes_K,
+                left.num_changed + right.num_changed,
+                np.maximum(left.radii_K, right.radii_K),
             ),
             steps,
         )
@@ -61,8 +67,9 @@ class KMeansRows(Protocol):
     def shape(self) -> tuple[int, int]:
         """(N, F)."""
 
-    def centroids_moved(self, moved_K: NDArray[np.float64]) -> int:
-        """How many rows may have another nearest centroid, now that centroids moved so far. To be called once a move."""
+    def centroids_moved(self, drift_K: NDArray[np.float64]) -> int:
+        """How many rows may have another nearest centroid, now that bounds drifted so far (see `bounds`). To be called once a
+        move."""
 
     def assign(self, centroids_KF: Floats, search: Search) -> Step:
         """Give each row its nearest centroid."""
@@ -117,6 +124,7 @@ class _LloydState:
     def __init__(self, rows: KMeansRows, centroids_KF: Floats) -> None:
         self._rows, self.centroids_KF = rows, centroids_KF
         self._sums_KF, self.sizes_K = np.zeros(centroids_KF.shape), np.zeros(len(centroids_KF), np.int64)
+        self._radii_K = np.zeros(len(centroids_KF))
         self._search: Search = "two"
         self._moved_at_two = np.inf
         self._repairs_left = MAX_REPAIRS
@@ -153,6 +161,7 @@ class _LloydState:
         step = self._rows.assign(self.centroids_KF, self._search)
         self._sums_KF += step.sums_KF
         self.sizes_K += step.sizes_K
+        self._radii_K = np.maximum(self._radii_K, step.radii_K) if self._search == "bounded" else step.radii_K
         return step.num_changed
 
     def _reseed(self) -> None:
@@ -172,7 +181,8 @@ class _LloydState:
         """Take new centroids; how far each moved, and how many rows the bounds no longer settle."""
         moved_K = np.sqrt(((centroids_KF.astype(np.float64) - self.centroids_KF) ** 2).sum(axis=1))
         self.centroids_KF = centroids_KF
-        return moved_K, self._rows.centroids_moved(moved_K)
+        self._radii_K = self._radii_K + moved_K
+        return moved_K, self._rows.centroids_moved(drift_of(moved_K, centroids_KF, self._radii_K))
 
 
 def group_sums(labels_N: NDArray[np.integer[Any]], rows_NF: NDArray[np.floating[Any]], num_groups: int) -> NDArray[np.float64]:
@@ -202,15 +212,16 @@ def plus_plus(features_NF: Floats, num_clusters: int, seed: int) -> Floats:
     """
     rng = np.random.default_rng(seed)
     chosen = [int(rng.integers(len(features_NF)))]
-    squares_N = np.maximum(faiss.pairwise_distances(features_NF, features_NF[chosen])[:, 0], 0)
+    squares_N = np.maximum(faiss.pairwise_distances(features_NF[chosen], features_NF)[0], 0)
     for _ in range(num_clusters - 1):
         totals_N = np.cumsum(squares_N, dtype=np.float64)
         points_C = rng.random(2 + int(math.log(num_clusters))) * totals_N[-1]
         rows_C = np.minimum(np.searchsorted(totals_N, points_C, side="right"), len(features_NF) - 1)
-        left_NC = np.minimum(np.maximum(faiss.pairwise_distances(features_NF, features_NF[rows_C]), 0), squares_N[:, None])
-        best = int(np.argmin(left_NC.sum(axis=0, dtype=np.float64)))
+        left_CN = faiss.pairwise_distances(features_NF[rows_C], features_NF)
+        np.minimum(np.maximum(left_CN, 0, out=left_CN), squares_N, out=left_CN)
+        best = int(np.argmin(left_CN.sum(axis=1, dtype=np.float64)))
         chosen.append(int(rows_C[best]))
-        squares_N = np.ascontiguousarray(left_NC[:, best])
+        squares_N = left_CN[best]
     return features_NF[chosen]
 
 

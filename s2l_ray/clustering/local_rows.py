@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from s2l_ray.clustering.bounds import Search, drift_of, is_unsettled, nearest_centroids
+from s2l_ray.clustering.bounds import Search, is_unsettled, nearest_centroids
 from s2l_ray.clustering.columns import Column, Floats, Ints, NewColumn, in_memory
 from s2l_ray.clustering.kmeans import Step, group_sums, squared_distances
 from s2l_ray.clustering.threads import SearchThreads
@@ -33,13 +33,13 @@ class LocalRows:
         self._to_nearest: list[NDArray[np.float64]] = []
         """For `farthest`, block by block: squared distances to the nearest centroid or seed."""
 
-    def centroids_moved(self, moved_K: NDArray[np.float64]) -> int:
+    def centroids_moved(self, drift_K: NDArray[np.float64]) -> int:
         assert self._drift_K is not None, "rows that were never assigned have no bounds"
-        drift_K = self._drift_K = self._drift_K + drift_of(moved_K)
+        total_K = self._drift_K = self._drift_K + drift_K
 
         def one_block(block: slice) -> int:
             labels_M, gaps_M = self._results_of(block)
-            return int(np.count_nonzero(is_unsettled(gaps_M, labels_M, drift_K)))
+            return int(np.count_nonzero(is_unsettled(gaps_M, labels_M, total_K)))
 
         return sum(self._pool.map(one_block, self._blocks))
 
@@ -51,18 +51,18 @@ class LocalRows:
             features_MF, (old_M, gaps_M) = self._read(block), self._results_of(block)
             if is_first:
                 old_M = np.full(len(features_MF), -1, np.int32)
-            new_M = nearest_centroids(features_MF, old_M, gaps_M, centroids_KF, drift_K, search)
+            new_M, radii_K = nearest_centroids(features_MF, old_M, gaps_M, centroids_KF, drift_K, search)
             self._gaps.write(block.start, gaps_M)
             changed = np.flatnonzero(new_M != old_M)
             if not len(changed):
-                return Step(np.zeros(centroids_KF.shape), np.zeros(num_clusters, np.int64), 0)
+                return Step(np.zeros(centroids_KF.shape), np.zeros(num_clusters, np.int64), 0, radii_K)
             rows, after, before = features_MF[changed], new_M[changed], old_M[changed]
             self._labels.write(block.start, new_M)  # `old_M` may be a view of what this overwrites
             sums_KF, sizes_K = group_sums(after, rows, num_clusters), np.bincount(after, minlength=num_clusters)
             if not is_first:
                 sums_KF -= group_sums(before, rows, num_clusters)
                 sizes_K -= np.bincount(before, minlength=num_clusters)
-            return Step(sums_KF, sizes_K, len(changed))
+            return Step(sums_KF, sizes_K, len(changed), radii_K)
 
         return Step.sum(self._pool.map(one_block, self._blocks))
 

@@ -42,8 +42,8 @@ class RayRows:
         """Begin with what is to be done in each slot."""
         self._actors.call(self._slots, operations, self._stratum)
 
-    def centroids_moved(self, moved_K: NDArray[np.float64]) -> int:
-        return sum(self._change("centroids_moved", moved_K))
+    def centroids_moved(self, drift_K: NDArray[np.float64]) -> int:
+        return sum(self._change("centroids_moved", drift_K))
 
     def assign(self, centroids_KF: Floats, search: Search) -> Step:
         return Step.sum(self._change("assign", centroids_KF, search))
