@@ -52,6 +52,10 @@ CHOOSE = [
     Candidate(("raw",), "mixture", (10,)),
     Candidate(("profile",), "mixture", (10,)),
     Candidate(("profile", "embedding"), "mixture", (10,)),
+    # Added after the confirmation: what had not been tried.
+    Candidate(("profile",), "mixture", (10,), proxy="long"),
+    Candidate(("raw",), proxy="long"),
+    Candidate(("raw",), allocation=0.5),
 ]
 CHOSEN: Candidate | None = Candidate(("profile",), "mixture", (10,))
 DIAGNOSED_SEEDS = 3
@@ -273,7 +277,10 @@ def main() -> None:
     one = reading()
     pool, arms = one.pool(), CHOOSE if mixture == "mathematics" else [CHOOSE[0], *([CHOSEN] if CHOSEN else [])]
     seeds = SEEDS["confirm" if mixture == "general" else "choose"]
-    cells = one.cells(pool, arms, seeds)
+    cells: dict[str, tuple[CellSpec, pa.Table]] = {}
+    for proxy in dict.fromkeys(arm.proxy for arm in arms):
+        of_proxy = reading(proxy)
+        cells |= of_proxy.cells(of_proxy.pool(), [arm for arm in arms if arm.proxy == proxy], seeds)
     if step in SEEDS:
         one.train(cells)
     rows = dict(zip(pool.source_names, np.bincount(pool.sources_N).tolist(), strict=True))

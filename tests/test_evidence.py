@@ -108,3 +108,19 @@ def test_cells_chosen_here_are_trained_elsewhere_and_compared_here(data: Path, t
     (results / "machines.json").unlink()
     assert "names no machine" in evidence("table", *here, "--results", str(results))
     assert json.loads((results / "reduced-table.json").read_text())["machines"] == []
+
+
+@pytest.mark.slow
+def test_learning_rates_are_compared_on_the_validation_split(data: Path, target: Path, tmp_path: Path) -> None:
+    work, model = tmp_path / "work", str(target)
+    here = (str(data), str(work), "--model", model, "--kind", "rates", "--tiny")
+    assert "6 cells" in evidence("choose", *here)
+    evidence("train", str(work / "rates"), "--model", model, "--threads", "1", without_ray=True)
+    lines = [line for line in evidence("table", *here).splitlines() if line.endswith("nats per token of random, 2 seeds")]
+    assert [line.split(":")[0] for line in lines] == ["1e-05", "3e-05", "0.0001"]
+    losses = [float(line.split()[1]) for line in lines]
+    assert len(set(losses)) == 3
+    assert losses == sorted(losses, reverse=True), "a tiny model in a few steps learns more at a higher rate"
+    # The answer goes into the whole comparison; its run directory is the same.
+    assert "cells" in evidence("choose", *here[:-2], "reduced", "--tiny", "--rate", "3e-5")
+    assert json.loads((work / "reduced" / "cells.json").read_text())["rate"] == 3e-5
