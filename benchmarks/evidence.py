@@ -39,6 +39,8 @@ import packing  # noqa: E402
 import readings  # noqa: E402
 from measuring import AGAIN, machine, write_json  # noqa: E402
 
+from s2l_ray.errors import S2LError  # noqa: E402
+
 MIXTURE, CELLS, SUBSETS, EXAMPLES, RESULTS = "mathematics", "cells.json", "subsets", "examples", "results"
 ARCHIVE = "evidence.tar"
 MACHINES = "machines.json"
@@ -465,6 +467,9 @@ def main() -> int:
     except ModuleNotFoundError as error:
         wheels = "the wheels of gpu/kit.py pack --tier a" if arguments.step == "train" else "the whole package's requirements"
         raise SystemExit(f"not run: {error}. `{arguments.step}` needs {wheels}") from error
+    except S2LError as error:
+        print(error, file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -17,14 +17,15 @@ SOURCES = 12
 ROWS = 40
 
 
-def evidence(*arguments: str, without_ray: bool = False) -> str:
-    """What a step prints. It must end well, or with 3 where cells are left."""
+def evidence(*arguments: str, without_ray: bool = False, is_refused: bool = False) -> str:
+    """What a step prints. It must end well, or with 3 where cells are left; or be refused, and say why."""
     script = str(BENCHMARKS / "evidence.py")
     alone = f"{BLOCKED}\nimport runpy\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
     command = [sys.executable, *(["-c", alone] if without_ray else []), script, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode in (0, 3), done.stdout[-1000:] + done.stderr[-3000:]
-    return done.stdout
+    assert done.returncode in ((2,) if is_refused else (0, 3)), done.stdout[-1000:] + done.stderr[-3000:]
+    assert not is_refused or "Traceback" not in done.stderr
+    return done.stderr if is_refused else done.stdout
 
 
 @pytest.fixture
@@ -108,6 +109,7 @@ def test_cells_chosen_here_are_trained_elsewhere_and_compared_here(data: Path, t
     (results / "machines.json").unlink()
     assert "names no machine" in evidence("table", *here, "--results", str(results))
     assert json.loads((results / "reduced-table.json").read_text())["machines"] == []
+    assert "learning_rate: 0.0001 -> 3e-05" in evidence("choose", *here, "--rate", "3e-5", is_refused=True)
 
 
 @pytest.mark.slow
