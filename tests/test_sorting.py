@@ -213,6 +213,12 @@ def test_a_read_has_the_rows_of_its_pieces_and_no_others(pool: ThreadPoolExecuto
         found = sorting.IdRange(first, stop, table.schema, (stretch,)).rows()
         assert found.equals(table[max(first or 0, 0) : RUN_ROWS if stop is None else stop])
     assert run.stretch(50, 60) is None
+    late = run.stretch(16, None)
+    assert late is not None
+    run.cut_off(32)
+    assert sorting.IdRange(None, 32, table.schema, (run.stretch(None, 32),)).rows().equals(table[:32])
+    with pytest.raises(OSError, match="cut off"):
+        late.read(table.schema)
     assert run.stretch(-5, 0) is None
 
 

@@ -164,9 +164,9 @@ def merged_runs(
     """The rows of all runs as runs that follow each other.
 
     `merge` writes each of some ranges under its name and gives the runs in the same order; `remove` removes the files of
-    runs that are not needed any more. The last ids are merged first, so that the files of runs on this machine are cut off
-    behind what is still needed: new pages take the place of old ones, of which a system may have none left that are as fast.
-    Raises DataError naming ids that occur twice.
+    runs that are not needed any more. The last ids are merged first, and files of runs on this machine are cut off behind what
+    is left: together they take the space of the rows once, and pages that were read serve what is written. Raises DataError
+    naming ids that occur twice.
     """
     ordered = [[run] for run in runs]
     num_passes = 0
@@ -234,6 +234,8 @@ class Stretch:
         with opened(self.path) as file:
             file.seek(self.start)
             source = pa.BufferReader(file.read_buffer(self.stop - self.start))
+        if source.size() < self.stop - self.start:  # a task that was given up reads on, and must not write what is left
+            raise OSError(f"{self.path}: cut off while it was read")
         batches = []
         while source.tell() < source.size():
             batches.append(with_codes(pa.ipc.read_record_batch(pa.ipc.read_message(source), schema), self.codes))
