@@ -224,18 +224,19 @@ def test_bounds_save_searches_where_groups_run_into_each_other(pool: SearchThrea
 @pytest.mark.usefixtures("small_blocks")
 @given(
     searches=st.lists(st.sampled_from(["two", "nearest", "bounded"]), max_size=7),
-    scales=st.lists(st.sampled_from([0.0, 0.01, 0.1, 1.0]), min_size=7, max_size=7),
+    scales=st.lists(st.sampled_from([0.0, 0.01, 0.1, 1.0, 5.0]), min_size=8, max_size=8),
+    spread=st.sampled_from([1.0, 30.0]),  # near each other, or so far apart that most moves concern few
     num_clusters=st.integers(1, 8),
     width=st.integers(1, 4),
     seed=st.integers(0, 2**32 - 1),
 )
 @settings(max_examples=100, deadline=None)
 def test_however_centroids_move_a_bounded_search_finds_the_nearest(
-    pool: SearchThreads, searches: list[Any], scales: list[float], num_clusters: int, width: int, seed: int
+    pool: SearchThreads, searches: list[Any], scales: list[float], spread: float, num_clusters: int, width: int, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
-    features = on_grid(rng.normal(0, 1, (250, width)))
-    centroids = rng.normal(0, 1, (num_clusters, width)).astype(np.float32)
+    centroids = rng.normal(0, spread, (num_clusters, width)).astype(np.float32)
+    features = on_grid(centroids[rng.integers(0, num_clusters, 250)] + rng.normal(0, 1, (250, width)))
     rows = in_memory(features, pool)
     step = rows.assign(centroids, "two")
     sums, sizes, radii = step.sums_KF, step.sizes_K, step.radii_K
@@ -267,6 +268,22 @@ def test_a_centroid_that_wanders_costs_searches_along_its_way_alone(pool: Search
     after = before + np.array([[0, 0], [0, 6], [0, 0], [0, 0]], np.float32)
     moved = np.linalg.norm(after - before, axis=1)
     assert rows.centroids_moved(drift_of(moved, after, radii + moved)) == 200
+
+
+@pytest.mark.parametrize("path", [(6.5, 4.2, 1.9), (6.5, 2.5, 1.9)])
+def test_a_centroid_that_comes_nearer_in_steps_is_noticed(pool: SearchThreads, path: tuple[float, ...]) -> None:
+    """At 4.2 it is farther than s + r, and at 2.5 than 2r, of the one at 0 (s = 3, r = 1); to the row at 1 both matter."""
+    features = on_grid(np.array([[-1], [0], [1], [-3]]))
+    centroids = np.array([[0], [-3], [path[0]]], np.float32)
+    rows = in_memory(features, pool)
+    radii = rows.assign(centroids, "two").radii_K
+    for place in path[1:]:
+        after = np.array([[0], [-3], [place]], np.float32)
+        moved = np.abs(after - centroids)[:, 0].astype(np.float64)
+        radii, centroids = radii + moved, after
+        rows.centroids_moved(drift_of(moved, centroids, radii))
+    rows.assign(centroids, "bounded")
+    assert rows._labels.read(0, 4).tolist() == [0, 0, 2, 1]
 
 
 def test_bounds_hold_after_a_centroid_jumped_to_a_far_row(pool: SearchThreads) -> None:
