@@ -159,6 +159,8 @@ def test_the_rows_are_those_of_water_filling_group_by_group(pool: Pool, budget: 
     assert set(book_order(groups, ranks, strata, defer)[:budget]) == expected
     rows = select_rows(pool.groups, pool.ranks, budget, strata_K=pool.strata_K, defer_up_to=defer)
     assert rows.tolist() == found
+    # Beside another budget it takes the same rows, by the order of all instead of the quotas alone.
+    assert pool.choose([budget, 1], defer=defer)[0] == found
 
 
 @given(large, st.floats(0.001, 0.9), st.integers(0, 40))

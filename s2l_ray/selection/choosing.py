@@ -85,17 +85,50 @@ def choose(
         sizes_S = np.zeros(0, np.int64)
     num_wanted = _first_guess(each_block, budgets, num_rows)
     while True:
-        found = _candidates(
-            each_block, sharing.quotas(num_wanted), sharing.sizes_K, np.minimum(sizes_S, min_per_source), sizes_S
-        )
-        order_M = selection_order(found["cluster_id"].to_numpy(), keys_of(found), sharing, num_wanted)
-        num_first = 0
-        if len(sizes_S):
-            order_M, num_first = minimum_first(order_M, found, min_per_source)
-        counts = [num_taken(budget, found, order_M[:num_wanted], num_rows, num_first) for budget in budgets]
-        if None not in counts:
-            return [found.take(pa.array(np.sort(order_M[:count]))) for count in counts]
+        quotas_K = sharing.quotas(num_wanted)
+        found = _candidates(each_block, quotas_K, sharing.sizes_K, np.minimum(sizes_S, min_per_source), sizes_S)
+        if len(budgets) == 1 and not isinstance(budgets[0], dict) and not len(sizes_S):
+            num_examples(budgets[0], num_rows)  # for its warning
+            wanted: list[Integers] | None = [_of_quotas(found, quotas_K)]
+        else:
+            wanted = _by_order(found, sharing, budgets, num_wanted, min_per_source if len(sizes_S) else 0)
+        if wanted is not None:
+            batches: list[pa.RecordBatch | None] = [*found.to_batches()]
+            del found
+            return [_taken(batches, rows_M, is_last=number == len(wanted) - 1) for number, rows_M in enumerate(wanted)]
         num_wanted = min(num_rows, 2 * num_wanted)
+
+
+def _of_quotas(found: pa.Table, quotas_K: Integers) -> Integers:
+    """The numbers of the rows of lowest key of each group, as many as its quota: all that one budget in examples needs."""
+    groups_M = found["cluster_id"].to_numpy()
+    return np.flatnonzero(ranks(groups_M, keys_of(found)) < quotas_K[groups_M])
+
+
+def _by_order(
+    found: pa.Table, sharing: Sharing, budgets: Sequence[Budget], num_wanted: int, min_per_source: int
+) -> list[Integers] | None:
+    """The numbers of the rows that each budget takes, ascending; None where `num_wanted` are too few for one in tokens."""
+    order_M, num_first = selection_order(found["cluster_id"].to_numpy(), keys_of(found), sharing, num_wanted), 0
+    if min_per_source:
+        order_M, num_first = minimum_first(order_M, found, min_per_source)
+    num_rows = int(sharing.sizes_K.sum())
+    counts = [num_taken(budget, found, order_M[:num_wanted], num_rows, num_first) for budget in budgets]
+    return None if None in counts else [np.sort(order_M[:count]) for count in counts]
+
+
+def _taken(batches: list[pa.RecordBatch | None], rows_M: Integers, *, is_last: bool) -> pa.Table:
+    """Rows of a table by their numbers, ascending; if nothing else is taken batches are given up one by one, so that millions
+    of rows are not there twice."""
+    taken, start = [], 0
+    for number, batch in enumerate(batches):
+        assert batch is not None
+        first, last = np.searchsorted(rows_M, [start, start + len(batch)])
+        taken.append(batch.take(pa.array(rows_M[first:last] - start)))
+        start += len(batch)
+        if is_last:
+            batches[number] = None
+    return pa.Table.from_batches(taken)
 
 
 def minimum_first(order_M: Integers, rows: pa.Table, min_per_source: int) -> tuple[Integers, int]:
@@ -154,7 +187,7 @@ def _pruned(each_block: EachBlock, quotas_K: Integers, cuts_K: NDArray[np.uint64
         if "key" in low.column_names and num_kept > limit:
             kept = [_lowest(pa.concat_tables(kept), quotas_K, cuts_S)]
             num_kept = len(kept[0])
-    found = pa.concat_tables(kept).combine_chunks()
+    found = pa.concat_tables(kept)
     return _lowest(found, quotas_K, cuts_S) if "key" in found.column_names else found
 
 

@@ -177,6 +177,7 @@ def publish_selection(
     assigned = PartAssignments(clustering, store)
     grouping = checked(ClusteringConfig, **clustering.manifest["recipe"])
     subsets = choose_subsets(store, assigned, groups, config, grouping)
+    give_back_freed_memory()  # that of the candidates
     largest = max(subsets, key=lambda one: len(one.selection))
     files = [SELECTED, *(further_subset(_file_name(one.selection.budget)) for one in subsets[1:])]
     control = None

@@ -18,7 +18,7 @@ from s2l_ray.clustering.groups import Groups
 from s2l_ray.clustering.threads import SearchThreads
 from s2l_ray.config import ClusteringConfig, SelectionConfig
 from s2l_ray.errors import ConfigError
-from s2l_ray.examples.ids import priorities, priority_cut
+from s2l_ray.examples.ids import one_array, priorities, priority_cut
 from s2l_ray.progress import get_log
 from s2l_ray.selection.assignments import BLOCKS_PER_PART, Assignments, PartAssignments
 from s2l_ray.selection.choosing import (
@@ -318,7 +318,8 @@ def _subset(budget: Budget, rows: pa.Table, groups: Groups, rows_KS: Integers | 
             weights_M *= _stood_for(groups, quotas_K)[cluster_ids_M]
     else:
         weights_M = _weights_by_source(rows, rows_KS)
-    ids = rows["example_id"].combine_chunks()
+    ids = one_array(rows["example_id"])
+    rows = rows.drop_columns(["priority"]).set_column(0, "example_id", ids)
     return Subset(Selection(ids, cluster_ids_M, weights_M, quotas_K, groups.sizes_K, budget), rows)
 
 
