@@ -89,7 +89,7 @@ def choose(
         found = _candidates(each_block, quotas_K, sharing.sizes_K, np.minimum(sizes_S, min_per_source), sizes_S)
         if len(budgets) == 1 and not isinstance(budgets[0], dict) and not len(sizes_S):
             num_examples(budgets[0], num_rows)  # for its warning
-            wanted: list[Integers] | None = [_of_quotas(found, quotas_K)]
+            wanted: list[Integers] | None = [np.flatnonzero(_is_in_quota(found, quotas_K))]
         else:
             wanted = _by_order(found, sharing, budgets, num_wanted, min_per_source if len(sizes_S) else 0)
         if wanted is not None:
@@ -99,10 +99,10 @@ def choose(
         num_wanted = min(num_rows, 2 * num_wanted)
 
 
-def _of_quotas(found: pa.Table, quotas_K: Integers) -> Integers:
-    """The numbers of the rows of lowest key of each group, as many as its quota: all that one budget in examples needs."""
-    groups_M = found["cluster_id"].to_numpy()
-    return np.flatnonzero(ranks(groups_M, keys_of(found)) < quotas_K[groups_M])
+def _is_in_quota(rows: pa.Table, quotas_K: Integers) -> NDArray[np.bool_]:
+    """Whether a row is among those of lowest key of its group, as many as its quota: all that one budget in examples needs."""
+    groups_M = rows["cluster_id"].to_numpy()
+    return np.asarray(ranks(groups_M, keys_of(rows)) < quotas_K[groups_M])
 
 
 def _by_order(
@@ -193,8 +193,7 @@ def _pruned(each_block: EachBlock, quotas_K: Integers, cuts_K: NDArray[np.uint64
 
 def _lowest(rows: pa.Table, quotas_K: Integers, cuts_S: NDArray[np.uint64]) -> pa.Table:
     """Of each group the rows of lowest key, as many as its quota, and those below the cut of their source."""
-    groups_M = rows["cluster_id"].to_numpy()
-    is_low_M = ranks(groups_M, keys_of(rows)) < quotas_K[groups_M]
+    is_low_M = _is_in_quota(rows, quotas_K)
     if len(cuts_S):
         is_low_M |= rows["priority"].to_numpy() <= cuts_S[rows["source"].to_numpy()]
     return rows.take(pa.array(np.flatnonzero(is_low_M))).combine_chunks()
