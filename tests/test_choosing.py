@@ -305,6 +305,18 @@ def test_the_columns_that_come_along_are_those_of_the_chosen_rows() -> None:
     assert np.array_equal(table["num_response_tokens"].to_numpy(), pool.tokens[rows])
 
 
+def test_rows_chosen_from_thousands_of_blocks_come_in_few_pieces() -> None:
+    """In a piece a block the holes between the pieces took three times the memory of the rows."""
+    rng = np.random.default_rng(8)
+    count, block_rows = 400_000, 128
+    table = pa.table({"cluster_id": rng.integers(0, 4, count, np.int32), "priority": rng.integers(0, 2**64, count, np.uint64)})
+    blocks = [table[start : start + block_rows] for start in range(0, count, block_rows)]
+    sizes_K = np.bincount(table["cluster_id"].to_numpy())
+    [found] = choose(lambda function: map(function, blocks), Sharing(sizes_K), [0.5])
+    assert len(found) == 200_000
+    assert max(column.num_chunks for column in found.columns) <= 8
+
+
 def test_one_hundredth_of_two_million_rows_is_chosen_with_less_than_three_hundredths_in_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

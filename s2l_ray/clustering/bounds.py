@@ -58,30 +58,24 @@ def is_unsettled(gaps_N: Floats, labels_N: Ints, drift_K: NDArray[np.float64]) -
 
 def nearest_centroids(
     features_NF: Floats, labels_N: Ints, gaps_N: Floats, centroids_KF: Floats, drift_K: NDArray[np.float64], search: Search
-) -> tuple[Ints, NDArray[np.float64]]:
-    """The nearest centroid of each row of a block, shape (N,), and the radius of each centroid over the rows that were
-    searched, shape (K,). `gaps_N` is updated in place.
+) -> tuple[Ints, Floats, NDArray[np.float64]]:
+    """The nearest centroid of each of some rows (all of them are searched), their gaps from now on, shape (N,) both, and the
+    radius of each centroid over these rows, shape (K,).
 
     `labels_N` are the centroids of before, -1 where there are none; `drift_K` is the total drift up to now.
     """
-    radii_K = np.zeros(len(centroids_KF))
-    if search == "two" or len(centroids_KF) == 1:
-        new_N, gaps_N[:], uppers_N = _nearest_of_two(features_NF, centroids_KF, drift_K)
-        np.maximum.at(radii_K, new_N, uppers_N)
-    elif search == "nearest":
+    # Of the same type as the bounds: else numpy takes thirty times as long for the largest of each.
+    radii_K = np.zeros(len(centroids_KF), np.float32)
+    if search == "nearest" and len(centroids_KF) > 1:
         squares_N1, labels_N1 = faiss.knn(features_NF, centroids_KF, 1)
         new_N = labels_N1[:, 0].astype(np.int32)
-        np.maximum.at(radii_K, new_N, _upper_bounds(squares_N1[:, 0], _error_of_squares(features_NF, centroids_KF)))
+        uppers_N = _upper_bounds(squares_N1[:, 0], _error_of_squares(features_NF, centroids_KF))
         # Where another centroid is nearest now, all that is known of the others is that they are no nearer.
-        changed = np.flatnonzero(new_N != labels_N)
-        gaps_N[changed] = _rounded_down(drift_K)[new_N[changed]]
+        gaps_N = np.where(new_N == labels_N, gaps_N, _rounded_down(drift_K)[new_N])
     else:
-        new_N, unsettled = labels_N.copy(), np.flatnonzero(is_unsettled(gaps_N, labels_N, drift_K))
-        if len(unsettled):
-            found_M, gaps_N[unsettled], uppers_M = _nearest_of_two(features_NF[unsettled], centroids_KF, drift_K)
-            new_N[unsettled] = found_M
-            np.maximum.at(radii_K, found_M, uppers_M)
-    return new_N, radii_K
+        new_N, gaps_N, uppers_N = _nearest_of_two(features_NF, centroids_KF, drift_K)
+    np.maximum.at(radii_K, new_N, uppers_N)
+    return new_N, gaps_N, radii_K.astype(np.float64)
 
 
 def squares_to_nearest(features_NF: Floats, centroids_KF: Floats) -> NDArray[np.float64]:

@@ -47,6 +47,11 @@ class Step:
     """How far from each centroid those of its rows lie that were searched."""
 
     @classmethod
+    def none(cls, shape: tuple[int, int]) -> Step:
+        """That of no rows, for centroids of this shape."""
+        return cls(np.zeros(shape), np.zeros(shape[0], np.int64), 0, np.zeros(shape[0]))
+
+    @classmethod
     def sum(cls, steps: Iterable[Step]) -> Step:
         """The change over all blocks or workers, added as they come."""
         return functools.reduce(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,9 @@ class LocalRows:
         self._labels = new_column(num_rows, 1, np.int32)
         # The rows' gaps (see `bounds`); `finish` puts the distances in their place.
         self._gaps = new_column(num_rows, 1, np.float32)
+        self._unsettled: list[NDArray[np.uint8]] = [np.empty(0, np.uint8)] * len(self._blocks)
+        """Block by block a bit for each row that the bounds do not settle, since the centroids moved last."""
+
         self._drift_K: NDArray[np.float64] | None = None
         """None until the rows are assigned for the first time."""
         self._to_nearest: list[NDArray[np.float64]] = []
@@ -37,34 +41,44 @@ class LocalRows:
         assert self._drift_K is not None, "rows that were never assigned have no bounds"
         total_K = self._drift_K = self._drift_K + drift_K
 
-        def one_block(block: slice) -> int:
+        def one_block(numbered: tuple[int, slice]) -> int:
+            number, block = numbered
             labels_M, gaps_M = self._results_of(block)
-            return int(np.count_nonzero(is_unsettled(gaps_M, labels_M, total_K)))
+            found_M = is_unsettled(gaps_M, labels_M, total_K)
+            self._unsettled[number] = np.packbits(found_M)
+            return int(np.count_nonzero(found_M))
 
-        return sum(self._pool.map(one_block, self._blocks))
+        return sum(self._pool.map(one_block, enumerate(self._blocks)))
 
     def assign(self, centroids_KF: Floats, search: Search) -> Step:
         num_clusters, is_first = len(centroids_KF), self._drift_K is None
         drift_K = self._drift_K = np.zeros(num_clusters) if self._drift_K is None else self._drift_K
 
-        def one_block(block: slice) -> Step:
-            features_MF, (old_M, gaps_M) = self._read(block), self._results_of(block)
-            if is_first:
-                old_M = np.full(len(features_MF), -1, np.int32)
-            new_M, radii_K = nearest_centroids(features_MF, old_M, gaps_M, centroids_KF, drift_K, search)
+        def one_block(numbered: tuple[int, slice]) -> Step:
+            number, block = numbered
+            labels_M, gaps_M = self._results_of(block)
+            searched = slice(None) if search != "bounded" else np.flatnonzero(np.unpackbits(self._unsettled[number]))
+            features_SF = self._read(block)[searched]
+            if not len(features_SF):
+                return Step.none(centroids_KF.shape)
+            old_S = np.full(len(features_SF), -1, np.int32) if is_first else labels_M[searched]
+            new_S, gaps_M[searched], radii_K = nearest_centroids(
+                features_SF, old_S, gaps_M[searched], centroids_KF, drift_K, search
+            )
             self._gaps.write(block.start, gaps_M)
-            changed = np.flatnonzero(new_M != old_M)
+            changed = np.flatnonzero(new_S != old_S)
             if not len(changed):
-                return Step(np.zeros(centroids_KF.shape), np.zeros(num_clusters, np.int64), 0, radii_K)
-            rows, after, before = features_MF[changed], new_M[changed], old_M[changed]
-            self._labels.write(block.start, new_M)  # `old_M` may be a view of what this overwrites
+                return replace(Step.none(centroids_KF.shape), radii_K=radii_K)
+            rows, after, before = features_SF[changed], new_S[changed], old_S[changed]
+            labels_M[searched] = new_S  # `old_S` may be a view of what this overwrites
+            self._labels.write(block.start, labels_M)
             sums_KF, sizes_K = group_sums(after, rows, num_clusters), np.bincount(after, minlength=num_clusters)
             if not is_first:
                 sums_KF -= group_sums(before, rows, num_clusters)
                 sizes_K -= np.bincount(before, minlength=num_clusters)
             return Step(sums_KF, sizes_K, len(changed), radii_K)
 
-        return Step.sum(self._pool.map(one_block, self._blocks))
+        return Step.sum(self._pool.map(one_block, enumerate(self._blocks)))
 
     def farthest(self, centroids_KF: Floats, seed_F: Floats | None) -> tuple[float, Floats]:
         if seed_F is None:

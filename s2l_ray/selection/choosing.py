@@ -26,6 +26,9 @@ NO_TOKENS = (
 )
 # Rows by a key are thinned out whenever there are so many more than twice those wanted.
 _PRUNED_ROWS = 262_144
+# Rows that are kept are joined to tables of so many: small ones, each made between the large blocks on their way, left holes
+# in memory of three times their size.
+_JOINED_ROWS = 65_536
 _log = get_log("selection")
 
 EachBlock = Callable[[Callable[[pa.Table], Any]], Iterable[Any]]
@@ -176,18 +179,22 @@ def _candidates(
 def _pruned(each_block: EachBlock, quotas_K: Integers, cuts_K: NDArray[np.uint64], cuts_S: NDArray[np.uint64]) -> pa.Table:
     """The rows of a stream below their cuts. Of keys nobody knows which are low: the lowest so far are kept, group by group."""
     kept: list[pa.Table] = []
-    num_kept, limit = 0, 2 * int(quotas_K.sum()) + _PRUNED_ROWS
+    latest: list[pa.Table] = []
+    num_kept = num_joined = 0
+    limit = 2 * int(quotas_K.sum()) + _PRUNED_ROWS
 
     def one_block(block: pa.Table) -> pa.Table:
         return _lowest(block, quotas_K, cuts_S) if "key" in block.column_names else _below(block, cuts_K, cuts_S)
 
     for low in each_block(one_block):
-        kept.append(low)
+        latest.append(low)
         num_kept += len(low)
+        if num_kept - num_joined >= _JOINED_ROWS:
+            kept, latest, num_joined = [*kept, pa.concat_tables(latest).combine_chunks()], [], num_kept
         if "key" in low.column_names and num_kept > limit:
-            kept = [_lowest(pa.concat_tables(kept), quotas_K, cuts_S)]
-            num_kept = len(kept[0])
-    found = pa.concat_tables(kept)
+            kept, latest = [_lowest(pa.concat_tables([*kept, *latest]), quotas_K, cuts_S)], []
+            num_kept = num_joined = len(kept[0])
+    found = pa.concat_tables([*kept, pa.concat_tables(latest).combine_chunks()] if latest else kept)
     return _lowest(found, quotas_K, cuts_S) if "key" in found.column_names else found
 
 

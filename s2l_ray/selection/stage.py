@@ -233,14 +233,22 @@ def _summary(store: TrajectoryStore, subset: Subset, control: pa.Table | None) -
     """For the manifest and the report; `random` is null where there is no random control."""
     selection = subset.selection
     names = store.names_of("source") if "source" in store.names else []
+    has_tokens = store.has(NUM_RESPONSE_TOKENS)
 
     def counts(rows: pa.Table | None) -> list[int] | None:
         return None if rows is None else np.bincount(rows["source"].to_numpy(), minlength=len(names)).tolist()
 
     def tokens(table: pa.Table | None) -> int | None:
-        return None if table is None or not store.has(NUM_RESPONSE_TOKENS) else num_tokens(table)
+        return None if table is None or not has_tokens else num_tokens(table)
 
-    pool = store.counts_of("source").tolist() if names else []
+    def of_block(block: pa.Table) -> NDArray[np.int64]:
+        """Response tokens and the rows of each source."""
+        in_sources = np.bincount(store.codes(block, "source"), minlength=len(names)) if names else np.zeros(0, np.int64)
+        return np.array([num_tokens(block) if has_tokens else 0, *in_sources], np.int64)
+
+    is_known = has_tokens or names
+    found = sum(store.each_block(None, of_block, "source", NUM_RESPONSE_TOKENS)) if is_known else np.zeros(1, np.int64)
+    in_pool, *pool = np.asarray(found).tolist()
     selected, random = (counts(subset.rows), counts(control)) if names else ([], None)
     return {
         "rows": len(selection),
@@ -255,9 +263,7 @@ def _summary(store: TrajectoryStore, subset: Subset, control: pa.Table | None) -
             if selected is not None
         },
         "num_response_tokens": {
-            "pool": None
-            if not store.has(NUM_RESPONSE_TOKENS)
-            else sum(store.each_block(None, num_tokens, NUM_RESPONSE_TOKENS)),
+            "pool": in_pool if has_tokens else None,
             "selected": tokens(subset.rows),
             "random": tokens(control),
         },

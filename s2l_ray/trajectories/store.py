@@ -33,7 +33,7 @@ from s2l_ray.trajectories.loss_columns import (
     points_column,
     token_count_column,
 )
-from s2l_ray.trajectories.sorting import SortedTable, in_order
+from s2l_ray.trajectories.sorting import SortedTable, in_order, read_ahead
 
 BLOCK_ROWS = 65_536
 NUM_RESPONSE_TOKENS = "num_response_tokens"
@@ -237,7 +237,7 @@ class TrajectoryStore:
     def each_block(self, _pool: Executor | None, function: Callable[[pa.Table], Result], *columns: str) -> Iterator[Result]:
         """What `function(block)` returns for every block, in their order: a pass over the rows, in threads of the pool if there
         is one. The function may run in another process: it must not change anything."""
-        blocks = self.blocks(*columns)
+        blocks = read_ahead(self.blocks(*columns))
         return map(function, blocks) if _pool is None else in_order(_pool, function, blocks)
 
     def names_of(self, column: str) -> list[str]:
