@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import pytest
 
 from s2l_ray.config import RunConfig, TrainingWorkerConfig, WorkerConfig, parse_config
-from s2l_ray.errors import ConfigError
+from s2l_ray.errors import ConfigError, DataError
 from s2l_ray.runtime import room, session
 from s2l_ray.runtime.data import quiet_ray_data, run_tasks
 from s2l_ray.runtime.metrics import count
@@ -258,3 +258,41 @@ def test_tasks_wait_for_a_processor_in_ray_on_one_machine_and_in_ray_data_on_a_c
     found = list(run_tasks(lambda number: {"number": number}, 8, WorkerConfig()))
     assert sorted(row["number"] for row in found) == list(range(8))
     assert not [one for one in recwarn if "concurrent tasks" in str(one.message)]
+
+
+@pytest.mark.parametrize("is_one_machine", [True, False])
+@pytest.mark.parametrize("most", [1, 2])
+def test_no_more_tasks_run_at_once_than_a_config_asks_for(ray_session, monkeypatch, tmp_path, is_one_machine, most):
+    def task(number):
+        own = tmp_path / str(number)
+        own.touch()
+        time.sleep(0.3)
+        together = len(list(tmp_path.iterdir()))
+        own.unlink()
+        return {"number": number, "together": together}
+
+    monkeypatch.setattr(room, "is_one_machine", is_one_machine)
+    found = list(run_tasks(task, 6, WorkerConfig(num_workers=most)))
+    assert sorted(row["number"] for row in found) == list(range(6))
+    assert max(row["together"] for row in found) == most
+
+
+def test_on_this_machine_alone_ray_data_need_not_start_for_tasks(ray_session, monkeypatch):
+    import ray.data
+
+    def unused(*_arguments, **_options):
+        raise AssertionError("a dataset was made")
+
+    monkeypatch.setattr(room, "is_one_machine", True)
+    monkeypatch.setattr(ray.data, "range", unused)
+    assert sorted(row["number"] for row in run_tasks(lambda number: {"number": number}, 3, WorkerConfig())) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("is_one_machine", [True, False])
+def test_a_mistake_that_a_task_finds_is_raised_as_it_is(ray_session, monkeypatch, is_one_machine):
+    def task(number):
+        raise DataError(f"row {number + 7} is none")
+
+    monkeypatch.setattr(room, "is_one_machine", is_one_machine)
+    with pytest.raises(DataError, match=r"^row 7 is none$"):
+        list(run_tasks(task, 1, WorkerConfig()))

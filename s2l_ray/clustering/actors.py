@@ -11,7 +11,7 @@ from s2l_ray.clustering.feature_files import FeatureFiles, Interval
 from s2l_ray.clustering.slot import Operation, SlotsActor
 from s2l_ray.errors import ConfigError, S2LError
 from s2l_ray.progress import duration, get_log
-from s2l_ray.runtime.data import raise_reported
+from s2l_ray.runtime.passes import raise_reported
 from s2l_ray.runtime.room import nodes
 
 # For so long a new actor is waited for before a living one takes over the rows of the lost one.

@@ -19,7 +19,7 @@ from s2l_ray.clustering.kmeans import FarRows, far_candidates
 from s2l_ray.clustering.local_rows import LocalRows
 from s2l_ray.clustering.threads import SearchThreads
 from s2l_ray.errors import cause_of
-from s2l_ray.runtime.data import report
+from s2l_ray.runtime.passes import report
 from s2l_ray.storage.places import Storage
 
 Operation = tuple[str, tuple[Any, ...]]

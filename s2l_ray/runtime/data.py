@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,8 @@ import pyarrow as pa
 from s2l_ray import errors
 from s2l_ray.config import WorkerConfig
 from s2l_ray.runtime import room
+from s2l_ray.runtime.passes import in_tasks, raise_reported, report
 
-# So many tasks of a stage are submitted at once to a Ray of our own on one machine: all of them would take the driver's memory.
-WAITING_TASKS = 256
 _lock = threading.Lock()
 _restore = contextlib.ExitStack()
 _num_users = 0
@@ -61,12 +60,17 @@ def _make_quiet(restore: contextlib.ExitStack) -> None:
 def run_tasks(task: Callable[[int], dict[str, Any]], count: int, workers: WorkerConfig) -> Iterator[dict[str, Any]]:
     """What `task(number)` returns for each number below `count`, in the order in which the tasks finish.
 
-    Each is a task of Ray Data; at most `workers.num_workers` run at once. Raises the S2LError that a task met.
+    Each is a task of Ray Data, which asks an autoscaler for the nodes that they need; on this machine alone one of Ray, since
+    Ray Data starts three processes of its own first (2.6 s on two cores). At most `workers.num_workers` run at once. Raises the
+    S2LError that a task met.
     """
+    wanted = workers.num_workers[-1] if isinstance(workers.num_workers, list) else workers.num_workers
+    most = wanted if isinstance(wanted, int) else None
+    if room.is_one_machine:
+        yield from in_tasks(task, range(count), num_cpus=cpus_per_task(workers), most=most, in_order=False)
+        return
     import ray.data
 
-    wanted = workers.num_workers[-1] if isinstance(workers.num_workers, list) else workers.num_workers
-    most = wanted if isinstance(wanted, int) else WAITING_TASKS if room.is_one_machine else None
     with quiet_ray_data():
         results = ray.data.range(count, override_num_blocks=count).map_batches(
             _ReportingTask(task),
@@ -102,14 +106,3 @@ class _ReportingTask:
                 raise
             row = report(error)
         return pa.Table.from_pylist([row])
-
-
-def report(error: errors.S2LError | None) -> dict[str, str]:
-    """A user's mistake as the columns `error` (its class, empty for none) and `message` of a worker's result."""
-    return {"error": type(error).__name__ if error else "", "message": str(error or "")}
-
-
-def raise_reported(row: Mapping[str, Any]) -> None:
-    """Raise the S2LError that a worker's result reports, if there is one."""
-    if row["error"]:
-        raise getattr(errors, row["error"])(row["message"])

@@ -1,18 +1,17 @@
 """Passes over data in Ray's tasks: one function of many items, wherever there is room, again where a worker was lost.
 
-Ray Data does the same for rows that it reads (`data.run_tasks`); here what goes in and comes out is small, and a pass must
-not cost the second that starting a dataset takes.
+Ray Data does the same on a cluster (`data.run_tasks`); here what goes in and comes out is small, and a pass must not cost the
+seconds that Ray Data takes to start.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from s2l_ray import errors
-from s2l_ray.runtime.data import raise_reported, report
 
 # A task is done again so often where its worker or its node is lost.
 MAX_RETRIES = 20
@@ -20,28 +19,48 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def in_tasks(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-    """What `function(item)` returns for each item, in their order: tasks of one CPU, a few ahead of the results.
+def in_tasks(
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    *,
+    num_cpus: int = 1,
+    most: int | None = None,
+    in_order: bool = True,
+) -> Iterator[Result]:
+    """What `function(item)` returns for each item, in their order or as the tasks finish; `most` of them at once, or a few more
+    than there are CPUs.
 
     Raises the S2LError that a task met.
     """
     import ray
 
-    task = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(_reported)
-    shared = ray.put(function)
-    most = 2 + 2 * int(ray.cluster_resources().get("CPU", 1))
-    waiting: deque[Any] = deque()
+    task = ray.remote(num_cpus=num_cpus, max_retries=MAX_RETRIES)(_reported)
+    shared, left = ray.put(function), iter(items)
+    most = most or 2 + 2 * int(ray.cluster_resources().get("CPU", 1))
+    waiting: list[Any] = []
     try:
-        for item in items:
-            if len(waiting) >= most:
-                yield _result(ray.get(waiting.popleft()))
-            waiting.append(task.remote(shared, item))
-        while waiting:
-            yield _result(ray.get(waiting.popleft()))
+        while True:
+            waiting += [task.remote(shared, item) for item in itertools.islice(left, most - len(waiting))]
+            if not waiting:
+                return
+            done = waiting[0] if in_order else ray.wait(waiting)[0][0]
+            waiting.remove(done)
+            yield _result(ray.get(done))
     finally:
         for reference in waiting:
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.cancel(reference)
+
+
+def report(error: errors.S2LError | None) -> dict[str, str]:
+    """A user's mistake as the columns `error` (its class, empty for none) and `message` of a worker's result."""
+    return {"error": type(error).__name__ if error else "", "message": str(error or "")}
+
+
+def raise_reported(row: Mapping[str, Any]) -> None:
+    """Raise the S2LError that a worker's result reports, if there is one."""
+    if row["error"]:
+        raise getattr(errors, row["error"])(row["message"])
 
 
 def _reported(function: Callable[[Any], Any], item: Any) -> tuple[dict[str, str], Any]:
