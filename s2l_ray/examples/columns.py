@@ -209,10 +209,13 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def are_unicode(texts: Iterable[str | None]) -> bool:
+def are_unicode(texts: Sequence[str | None]) -> bool:
     """Whether UTF-8 has every character of all texts."""
-    joined = "".join(filter(None, texts))  # one look at all: a tenth of the time that one at each takes
-    return joined.isascii() or is_unicode(joined)
+    try:
+        pa.array(texts, pa.string())
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def column_from_values(values: Sequence[Any], one: pa.Field) -> pa.Array:

@@ -105,14 +105,7 @@ class Records:
         return len(self.records)
 
     def values(self, field: str) -> list[Any]:
-        if field not in self._values:
-            self._values[field] = [record.get(field, MISSING) for record in self.records]
-        return self._values[field]
-
-    @functools.cached_property
-    def _values(self) -> dict[str, list[Any]]:
-        """Of the fields that were asked for."""
-        return {}
+        return [record.get(field, MISSING) for record in self.records]
 
     def fields(self, row: int) -> list[str]:
         return list(self.records[row])
@@ -128,17 +121,11 @@ class Records:
     def columns(self, rows: NDArray[np.int64]) -> Columns:
         records = self.records if len(rows) == len(self) else [self.records[row] for row in rows.tolist()]
         ranks: dict[str, int] = {}
-        shapes = set(map(tuple, records))
-        for fields in shapes:
+        for fields in set(map(tuple, records)):
             for rank, field in enumerate(fields):
                 if is_unicode(field):  # a column cannot be called otherwise; such a field is in the row's own text alone
                     ranks[field] = min(rank, ranks.get(field, rank))
-
-        def values(name: str) -> list[Any]:
-            are_known = records is self.records and len(shapes) == 1
-            return self.values(name) if are_known else [record.get(name) for record in records]
-
-        return Columns({name: field_of(name, values(name)) for name in ranks}, ranks)
+        return Columns({name: field_of(name, [record.get(name) for record in records]) for name in ranks}, ranks)
 
 
 @dataclass(frozen=True)
