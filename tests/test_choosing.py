@@ -306,7 +306,7 @@ def test_the_columns_that_come_along_are_those_of_the_chosen_rows() -> None:
 
 
 def test_rows_chosen_from_thousands_of_blocks_come_in_few_pieces() -> None:
-    """In a piece a block the holes between the pieces took three times the memory of the rows."""
+    """With a piece for each block, the holes between the pieces took three times the memory of the rows."""
     rng = np.random.default_rng(8)
     count, block_rows = 400_000, 128
     table = pa.table({"cluster_id": rng.integers(0, 4, count, np.int32), "priority": rng.integers(0, 2**64, count, np.uint64)})

@@ -20,6 +20,7 @@ from s2l_ray.errors import ConfigError, DataError
 from s2l_ray.runtime import room, session
 from s2l_ray.runtime.data import quiet_ray_data, run_tasks
 from s2l_ray.runtime.metrics import count
+from s2l_ray.runtime.passes import in_tasks
 from s2l_ray.runtime.workers import Workers
 from s2l_ray.storage.places import Storage
 from s2l_ray.trajectories.overlapped import spare_workers
@@ -245,8 +246,8 @@ def test_prometheus_finds_what_a_stage_counts(ray_session):
 
 
 @pytest.mark.parametrize("is_one_machine", [True, False])
-def test_tasks_wait_for_a_processor_in_ray_on_one_machine_and_in_ray_data_on_a_cluster(
-    ray_session, recwarn, monkeypatch, is_one_machine
+def test_a_datasets_tasks_wait_for_a_processor_in_ray_on_one_machine_and_in_ray_data_on_a_cluster(
+    ray_session, monkeypatch, is_one_machine
 ):
     """On one machine tasks follow each other at once: one of two processors was idle. On a cluster the autoscaler would start
     nodes for those that wait, with a GPU where there is no other kind."""
@@ -255,6 +256,10 @@ def test_tasks_wait_for_a_processor_in_ray_on_one_machine_and_in_ray_data_on_a_c
     monkeypatch.setattr(room, "is_one_machine", is_one_machine)
     with quiet_ray_data():
         assert ray.data.DataContext.get_current().op_resource_reservation_enabled is not is_one_machine
+
+
+def test_ray_data_says_nothing_about_how_many_tasks_run(ray_session, recwarn, monkeypatch):
+    monkeypatch.setattr(room, "is_one_machine", False)
     found = list(run_tasks(lambda number: {"number": number}, 8, WorkerConfig()))
     assert sorted(row["number"] for row in found) == list(range(8))
     assert not [one for one in recwarn if "concurrent tasks" in str(one.message)]
@@ -274,7 +279,36 @@ def test_no_more_tasks_run_at_once_than_a_config_asks_for(ray_session, monkeypat
     monkeypatch.setattr(room, "is_one_machine", is_one_machine)
     found = list(run_tasks(task, 6, WorkerConfig(num_workers=most)))
     assert sorted(row["number"] for row in found) == list(range(6))
-    assert max(row["together"] for row in found) == most
+    assert max(row["together"] for row in found) <= most
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_the_next_task_runs_while_the_caller_works_on_a_result(ray_session, tmp_path, in_order):
+    def task(number):
+        (tmp_path / str(number)).touch()
+        return number
+
+    results = in_tasks(task, range(3), most=1, in_order=in_order)
+    for number in range(3):
+        assert next(results) == number
+        end = time.monotonic() + 30
+        while number < 2 and not (tmp_path / str(number + 1)).exists() and time.monotonic() < end:
+            time.sleep(0.02)
+        assert sorted(int(one.name) for one in tmp_path.iterdir()) == list(range(min(number + 2, 3)))
+
+
+def test_tasks_that_nobody_waits_for_any_more_are_cancelled(ray_session, tmp_path):
+    def task(number):
+        if number:
+            time.sleep(60)
+            (tmp_path / str(number)).touch()
+        return number
+
+    results = in_tasks(task, range(6), most=6)
+    assert next(results) == 0
+    results.close()
+    assert list(in_tasks(lambda number: number, range(4))) == [0, 1, 2, 3]  # the processors are free
+    assert not list(tmp_path.iterdir())
 
 
 def test_on_this_machine_alone_ray_data_need_not_start_for_tasks(ray_session, monkeypatch):

@@ -59,10 +59,11 @@ def is_unsettled(gaps_N: Floats, labels_N: Ints, drift_K: NDArray[np.float64]) -
 def nearest_centroids(
     features_NF: Floats, labels_N: Ints, gaps_N: Floats, centroids_KF: Floats, drift_K: NDArray[np.float64], search: Search
 ) -> tuple[Ints, Floats, NDArray[np.float64]]:
-    """The nearest centroid of each of some rows (all of them are searched), their gaps from now on, shape (N,) both, and the
-    radius of each centroid over these rows, shape (K,).
+    """Searches all of these rows: the nearest centroid and the new gap of each, shape (N,) both, and the radius of each
+    centroid over them, shape (K,).
 
-    `labels_N` are the centroids of before, -1 where there are none; `drift_K` is the total drift up to now.
+    `labels_N` are the centroids of before, -1 where there are none, and `gaps_N` the gaps: read only where one neighbour is
+    looked for. `drift_K` is the total drift up to now.
     """
     # Of the same type as the bounds: else numpy takes thirty times as long for the largest of each.
     radii_K = np.zeros(len(centroids_KF), np.float32)

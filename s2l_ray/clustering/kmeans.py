@@ -77,7 +77,7 @@ class KMeansRows(Protocol):
         move."""
 
     def assign(self, centroids_KF: Floats, search: Search) -> Step:
-        """Give each row its nearest centroid."""
+        """Give each row its nearest centroid; a bounded search goes by what `centroids_moved` found after the last move."""
 
     def farthest(self, centroids_KF: Floats, seed_F: Floats | None) -> tuple[float, Floats]:
         """The row (shape (F,)) farthest from its centroid and from the seeds of all calls since the one without a seed, and

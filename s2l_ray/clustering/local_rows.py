@@ -30,7 +30,7 @@ class LocalRows:
         # The rows' gaps (see `bounds`); `finish` puts the distances in their place.
         self._gaps = new_column(num_rows, 1, np.float32)
         self._unsettled: list[NDArray[np.uint8]] = [np.empty(0, np.uint8)] * len(self._blocks)
-        """Block by block a bit for each row that the bounds do not settle, since the centroids moved last."""
+        """For each block a bit a row: whether the bounds, as of the last move, leave it unsettled."""
 
         self._drift_K: NDArray[np.float64] | None = None
         """None until the rows are assigned for the first time."""
@@ -52,6 +52,7 @@ class LocalRows:
 
     def assign(self, centroids_KF: Floats, search: Search) -> Step:
         num_clusters, is_first = len(centroids_KF), self._drift_K is None
+        assert search != "bounded" or not is_first, "rows that were never assigned have no bounds"
         drift_K = self._drift_K = np.zeros(num_clusters) if self._drift_K is None else self._drift_K
 
         def one_block(numbered: tuple[int, slice]) -> Step:

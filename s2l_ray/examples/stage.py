@@ -1,7 +1,7 @@
 """Stage `examples`: any corpus -> canonical parts with stable ids, sorted by id.
 
-Every row becomes an *example*: prompt, response, source, and an id that does not depend on where the row was. Ray Data does
-the work in three passes, so that nothing has to be sorted at once, and the driver's memory does not grow with the corpus:
+Every row becomes an *example*: prompt, response, source, and an id that does not depend on where the row was. Tasks (see
+`runtime.data`) do the work in three passes, so that nothing is sorted at once, and the driver's memory does not grow:
 
 1. `shards`: each shard of the corpus is read, checked, given ids and written to the scratch directory in order of id;
 2. `order`: each range of ids is put in order from the ids and hashes in the shards, duplicates are dropped, and the place of

@@ -27,8 +27,8 @@ def in_tasks(
     most: int | None = None,
     in_order: bool = True,
 ) -> Iterator[Result]:
-    """What `function(item)` returns for each item, in their order or as the tasks finish; `most` of them at once, or a few more
-    than there are CPUs.
+    """What `function(item)` returns for each item, in their order or as the tasks finish. At most `most` tasks are submitted at
+    a time, else two for each CPU and two more.
 
     Raises the S2LError that a task met.
     """
@@ -38,14 +38,19 @@ def in_tasks(
     shared, left = ray.put(function), iter(items)
     most = most or 2 + 2 * int(ray.cluster_resources().get("CPU", 1))
     waiting: list[Any] = []
+
+    def submit() -> None:
+        for item in itertools.islice(left, most - len(waiting)):
+            waiting.append(task.remote(shared, item))  # one by one: what an interruption finds here is cancelled
+
     try:
-        while True:
-            waiting += [task.remote(shared, item) for item in itertools.islice(left, most - len(waiting))]
-            if not waiting:
-                return
+        submit()
+        while waiting:
             done = waiting[0] if in_order else ray.wait(waiting)[0][0]
+            found = ray.get(done)
             waiting.remove(done)
-            yield _result(ray.get(done))
+            submit()  # the next one runs while the caller works on this one
+            yield _result(found)
     finally:
         for reference in waiting:
             with contextlib.suppress(ray.exceptions.RayError):

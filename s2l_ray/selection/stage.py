@@ -232,6 +232,7 @@ def _file_name(budget: Budget) -> str:
 def _summary(store: TrajectoryStore, subset: Subset, control: pa.Table | None) -> dict[str, Any]:
     """For the manifest and the report; `random` is null where there is no random control."""
     selection = subset.selection
+    store = replace(store, measurements={}, lowest=None)  # tasks need none of these
     names = store.names_of("source") if "source" in store.names else []
     has_tokens = store.has(NUM_RESPONSE_TOKENS)
 

@@ -163,7 +163,7 @@ class NodePool(CountedRows):
 
 @dataclass(frozen=True)
 class _MakePart:
-    """A task of Ray Data: one part."""
+    """A task: one part."""
 
     parts: TokenParts
     missing: tuple[str, ...]

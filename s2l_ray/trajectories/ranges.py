@@ -1,6 +1,6 @@
 """Trajectories read, sorted and cut into ranges of ids by Ray's tasks: the driver sees counts, names and sampled ids.
 
-A task of Ray Data reads some row groups, checks them as `files` does, and writes them as sorted runs into scratch space that
+A task reads some row groups, checks them as `files` does, and writes them as sorted runs into scratch space that
 all workers see. Where runs follow each other they are the ranges; else a task per range merges what lies in it of all runs.
 """
 
@@ -282,7 +282,7 @@ def _written(place: Storage, name: str, table: pa.Table) -> Run:
 
 
 def _results(read: _ReadRuns) -> Iterator[_Read]:
-    """What the tasks of Ray Data have read, in the order of the files."""
+    """What the tasks have read, in the order of the files."""
     # Unpickled is what our own tasks pickled.
     found = {row["number"]: row["runs"] for row in run_tasks(read, len(read.pieces), WorkerConfig())}
     for number in sorted(found):
